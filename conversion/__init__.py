@@ -1,0 +1,1 @@
+"""PyTorch weights in, golden parity out; never imported by jax_avatar."""
