@@ -1,5 +1,139 @@
 """Sizes and switches of the networks, checked when built; the published sizes by name."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["DiTConfig"]
+import jax.numpy as jnp
+
+__all__ = ["DiTConfig", "wan_s2v_14b"]
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Size of the causal speech-to-video transformer.
+
+    Attributes:
+        width: model width `d`.
+        ffn_width: hidden width of the feed-forward layers.
+        num_heads: attention heads; `width` must divide by it into an even head size.
+        num_layers: transformer layers.
+        freq_width: width of the timestep sinusoid.
+        text_width: channels of the prompt encoder's states.
+        text_len: prompt rows the network sees; shorter prompts are padded with zeros.
+        latent_channels: channels of the VAE latent, in and out.
+        pose_channels: channels of the pose latent.
+        audio_width: channels of one speech-encoder state.
+        audio_layers: hidden states of the speech encoder, mixed by learned weights.
+        num_audio_tokens: local audio tokens per latent frame, without the learned pad token.
+        audio_inject_layers: ascending layers after which audio is injected.
+        audio_history: video frames of (repeated) history the audio encoder is given.
+        frames_per_block: latent frames denoised together.
+        ring_blocks: blocks in the rolling window, the current one included.
+        reference_frame: rotary frame of the reference where it does not roll.
+        rope_theta: base of the rotary frequencies.
+        half_rotary: round the causal model's rotary factors to float16, as the official
+            buffers do; needed for parity only.
+        framepack: the network has the motion-frame packer (three patch projections).
+        zero_init: start the audio and pose paths at zero, as for fine-tuning a video model.
+        eps: added inside every norm but the audio AdaLN's, which uses 1e-5.
+        dtype: compute type of the large matrix products; statistics stay float32.
+        param_dtype: storage type of the parameters.
+        unroll: layers unrolled per iteration of the scan over layers.
+        rematerialise: recompute layers in the backward pass instead of storing them.
+    """
+
+    width: int
+    ffn_width: int
+    num_heads: int
+    num_layers: int
+    freq_width: int = 256
+    text_width: int = 4096
+    text_len: int = 512
+    latent_channels: int = 16
+    pose_channels: int = 16
+    audio_width: int = 1024
+    audio_layers: int = 25
+    num_audio_tokens: int = 4
+    audio_inject_layers: tuple[int, ...] = (0,)
+    audio_history: int = 73
+    frames_per_block: int = 3
+    ring_blocks: int = 4
+    reference_frame: int = 30
+    rope_theta: float = 10000.0
+    half_rotary: bool = False
+    framepack: bool = True
+    zero_init: bool = True
+    eps: float = 1e-6
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    unroll: int = 1
+    rematerialise: bool = False
+
+    def __post_init__(self):
+        # Plain configs carry lists and names; the network wants hashable values.
+        object.__setattr__(self, "audio_inject_layers", tuple(self.audio_inject_layers))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        if self.width % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
+            raise ValueError(
+                f"DiT width {self.width} with {self.num_heads} heads gives head size "
+                f"{self.width / self.num_heads:g}; it must be an even number of at least 6. "
+                "Change width or num_heads."
+            )
+        if self.width % 4:
+            raise ValueError(
+                f"DiT width {self.width} must be a multiple of 4, since the audio encoder works "
+                "at a quarter of it. Change width."
+            )
+        if self.freq_width % 2:
+            raise ValueError(f"freq_width {self.freq_width} must be even: half cosines, half sines")
+        layers = self.audio_inject_layers
+        if not layers or list(layers) != sorted(set(layers)) or not (
+            0 <= layers[0] and layers[-1] < self.num_layers
+        ):
+            raise ValueError(
+                f"audio_inject_layers {layers} must be ascending layer numbers within "
+                f"0..{self.num_layers - 1}, at least one."
+            )
+        if self.audio_history < 1:
+            raise ValueError(f"audio_history {self.audio_history} must be at least 1 frame")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def ring_frames(self) -> int:
+        """Latent frames in the rolling window."""
+        return self.ring_blocks * self.frames_per_block
+
+    def cond_tokens(self, height: int, width: int) -> int:
+        """Sink tokens of a latent grid: the reference, then the packed motion frames."""
+        tokens = (height // 2) * (width // 2)
+        if self.framepack:
+            tokens += (height // 2) * (width // 2) + (height // 4) * (width // 4)
+            tokens += 4 * (height // 8) * (width // 8)
+        return tokens
+
+    def replace(self, **changes: Any) -> "DiTConfig":
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+def wan_s2v_14b(**changes: Any) -> DiTConfig:
+    """The published size: Wan2.2-S2V-14B, 16.3 billion parameters with the audio path.
+
+    Source: Wan2.2-S2V-14B `config.json` and the Wan2.2 repository.
+    """
+    values = dict(
+        width=5120,
+        ffn_width=13824,
+        num_heads=40,
+        num_layers=40,
+        audio_inject_layers=(0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39),
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+    )
+    return DiTConfig(**(values | changes))

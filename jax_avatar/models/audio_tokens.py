@@ -1,0 +1,143 @@
+"""Speech features inside the transformer: a causal encoder to tokens, and their injection.
+
+    features [b u T k a] --mix--> [.. T a] --causal convolutions, time / 4--> local and global tokens
+    local tokens: keys and values of a cross-attention;  global token: its AdaLN
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from jax_avatar.models.attention import Attention, attend
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.layers import layer_norm, linear, modulate
+from jax_avatar.shapes import Array, AudioFeatures, Float
+
+__all__ = ["AudioInjector", "AudioTokens", "CausalAudioEncoder"]
+
+AudioTokens = tuple[Array, Array]
+"""Local `[b u t tokens d]` and global `[b u t d]` audio tokens per latent frame."""
+
+_FRAMES_PER_LATENT = 4
+_ADALN_EPS = 1e-5
+
+
+class _CausalConv(nnx.Module):
+    """Width-3 convolution over time; the first element stands for everything before it."""
+
+    def __init__(self, config: DiTConfig, inputs: int, outputs: int, stride: int, *, rngs):
+        self.stride = stride
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (3, inputs, outputs), config.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, config.param_dtype))
+
+    def __call__(self, x: Float[Array, "b T a"]) -> Float[Array, "b S o"]:
+        padded = jnp.concatenate([x[:, :1], x[:, :1], x], axis=1)
+        y = jax.lax.conv_general_dilated(
+            padded,
+            self.kernel[...].astype(jnp.float32),
+            (self.stride,),
+            "VALID",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )
+        return y + self.bias[...].astype(jnp.float32)[None, None]
+
+
+class CausalAudioEncoder(nnx.Module):
+    """Hidden states of a speech encoder -> audio tokens per latent frame, all in float32."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        d, quarter = config.width, config.width // 4
+        self.config = config
+        self.mix = nnx.Param(jnp.full(config.audio_layers, 0.01, config.param_dtype))
+        self.pad_token = nnx.Param(jnp.zeros(d, config.param_dtype))
+        tokens = config.num_audio_tokens
+        self.local_in = _CausalConv(config, config.audio_width, tokens * quarter, 1, rngs=rngs)
+        self.global_in = _CausalConv(config, config.audio_width, quarter, 1, rngs=rngs)
+        self.conv2 = _CausalConv(config, quarter, d // 2, 2, rngs=rngs)
+        self.conv3 = _CausalConv(config, d // 2, d, 2, rngs=rngs)
+        self.global_out = linear(config, d, d, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, features: AudioFeatures) -> AudioTokens:
+        """Tokens of the latent frames; the first feature stands for the history.
+
+        Args:
+            features: four video frames for every latent frame.
+        """
+        # The official code repeats the first frame `audio_history` times and drops what comes
+        # of it. A repeated frame gives repeated outputs, so any history of the same phase does.
+        history = 1 + (self.config.audio_history - 1) % _FRAMES_PER_LATENT
+        features = jnp.concatenate([features[:, :, :1]] * history + [features], axis=2)
+        local, overall = self.encode(features)
+        dropped = -(-history // _FRAMES_PER_LATENT)
+        return local[:, :, dropped:], overall[:, :, dropped:]
+
+    def encode(self, features: AudioFeatures) -> AudioTokens:
+        """Tokens of all features, a quarter as many (rounded up), nothing added or dropped."""
+        b, u = features.shape[:2]
+        weight = jax.nn.silu(self.mix[...].astype(jnp.float32))
+        weight = weight / weight.sum()
+        x = jnp.einsum("buTka,k->buTa", features.astype(jnp.float32), weight)
+        x = rearrange(x, "b u T a -> (b u) T a")
+
+        tokens = self.config.num_audio_tokens
+        local = rearrange(self.local_in(x), "v T (k d) -> (v k) T d", k=tokens)
+        local = rearrange(self._tower(local), "(b u k) t d -> b u t k d", b=b, u=u, k=tokens)
+        pad = self.pad_token[...].astype(jnp.float32)[None, None, None, None]
+        pad = jnp.broadcast_to(pad, (*local.shape[:3], 1, local.shape[-1]))
+
+        overall = self.global_out(self._tower(self.global_in(x)))
+        overall = rearrange(overall, "(b u) t d -> b u t d", b=b)
+        return jnp.concatenate([local, pad], axis=3), overall
+
+    def _tower(self, x: Array) -> Array:
+        def active(y):
+            return jax.nn.silu(layer_norm(y, self.config.eps))
+
+        return active(self.conv3(active(self.conv2(active(x)))))
+
+
+class AudioInjector(nnx.Module):
+    """Adds one frame's audio to that frame's tokens: AdaLN, then cross-attention."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.adaln = linear(
+            config, config.width, 2 * config.width, zero=config.zero_init, rngs=rngs
+        )
+        self.attention = Attention(config, zero_out=config.zero_init, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        audio: AudioTokens,
+        speaker_mask: Float[Array, "b u n"] | None,
+        tap=None,
+    ) -> Float[Array, "b n d"]:
+        """What the audio adds to noisy tokens `x`, whole frames.
+
+        Args:
+            x: hidden states of the noisy tokens, frame-major.
+            audio: local and global tokens of the same latent frames.
+            speaker_mask: how much of each speaker reaches each token; needed for several.
+            tap: called with names and intermediate values, for comparison with other code.
+        """
+        local, overall = audio
+        b, u, t = overall.shape[:3]
+        shift, scale = jnp.split(self.adaln(jax.nn.silu(overall)).astype(jnp.float32), 2, -1)
+        frames = rearrange(x, "b (t n) d -> b 1 t n d", t=t)
+        frames = jnp.broadcast_to(frames, (b, u, *frames.shape[2:]))
+        frames = modulate(layer_norm(frames, _ADALN_EPS), shift[..., None, :], scale[..., None, :])
+        frames = rearrange(frames, "b u t n d -> (b u t) n d").astype(x.dtype)
+        key, value = self.attention.project_key_value(
+            rearrange(local, "b u t k d -> (b u t) k d").astype(x.dtype)
+        )
+        added = attend(self.attention.project_query(frames), key, value)
+        added = self.attention.project_out(added)
+        if tap:
+            tap("adain", frames)
+            tap("out", added)
+        added = rearrange(added, "(b u t) n d -> b u (t n) d", b=b, u=u)
+        if speaker_mask is not None:
+            added = added * speaker_mask[..., None].astype(added.dtype)
+        return added.sum(1)

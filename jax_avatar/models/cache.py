@@ -1,0 +1,105 @@
+"""What a stream remembers: the sink, and one rolling window of keys and values per denoising step.
+
+    key slots:  | sink, rotated anew every call | block | block | block | block |
+                  never rolls out                 oldest is overwritten
+
+Filled slots are always a prefix, so attention needs a length and no mask.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.rope import Rotation, frame_rotation
+from jax_avatar.shapes import Array
+
+__all__ = ["BlockPosition", "KVCache", "Sink", "block_position", "empty_cache"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sink:
+    """Keys and values that never roll out, and those of the prompt, for all layers.
+
+    The sink's keys are kept before rotation: where the reference stands relative to the current
+    block is decided at every call (Rolling RoPE).
+    """
+
+    key: Array  # l b c m e, c sink tokens, not rotated
+    value: Array  # l b c m e
+    text_key: Array  # l b p m e
+    text_value: Array  # l b p m e
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Sink slots, then a rolling window, of one denoising step."""
+
+    key: Array  # l b s m e, rotated
+    value: Array  # l b s m e
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockPosition:
+    """Where a block stands: made on the host, handed to the device with every call."""
+
+    frame: Rotation  # frames_per_block pairs
+    reference: Rotation  # 1 pairs
+    slot: Array | int  # block slot of the window that this block overwrites
+    filled: Array | int  # block slots valid after the write
+
+
+def block_position(
+    config: DiTConfig, block: int, sink_distance: int, *, first_frame: int = 0
+) -> BlockPosition:
+    """Position of block number `block` of a stream.
+
+    Args:
+        config: size of the transformer.
+        block: number of the block, from 0.
+        sink_distance: latent frames that the rolling reference keeps ahead of the block's first.
+        first_frame: rotary frame of block 0; the reference moves along with it.
+
+    Returns:
+        Host arrays; the reference stands at `max(reference_frame, current + sink_distance)`.
+
+    Source: Live Avatar (arXiv 2512.04677), section on the rolling sink frame; the `max` and the
+    random distance are the released code's.
+    """
+    current = config.frames_per_block * block
+    reference = max(config.reference_frame, current + sink_distance)
+
+    def turn(frames):
+        return frame_rotation(
+            [first_frame + f for f in frames],
+            config.head_dim,
+            theta=config.rope_theta,
+            half=config.half_rotary,
+        )
+
+    return BlockPosition(
+        frame=turn(range(current, current + config.frames_per_block)),
+        reference=turn([reference]),
+        slot=np.int32(block % config.ring_blocks),
+        filled=np.int32(min(block + 1, config.ring_blocks)),
+    )
+
+
+def empty_cache(config: DiTConfig, batch: int, height: int, width: int) -> KVCache:
+    """A window with nothing in it.
+
+    Args:
+        config: size of the transformer.
+        batch: samples.
+        height: latent rows.
+        width: latent columns.
+    """
+    tokens = (height // 2) * (width // 2)
+    slots = config.cond_tokens(height, width) + config.ring_frames * tokens
+    shape = (config.num_layers, batch, slots, config.num_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))

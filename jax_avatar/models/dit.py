@@ -1,0 +1,594 @@
+"""The causal speech-to-video transformer of Live Avatar (Wan2.2-S2V), in four forms.
+
+    bidirectional   whole clip, everything sees everything      teacher, base model
+    block_causal    whole clip, a block sees itself and earlier ones      training
+    prefill         reference and motion tokens -> sink         once per stream
+    stream_block    one block against its cache                 every tick
+
+All forms run the same layers. The network predicts the velocity `noise - clean`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_avatar.models.attention import Attention, attend, block_causal_mask
+from jax_avatar.models.audio_tokens import AudioInjector, AudioTokens, CausalAudioEncoder
+from jax_avatar.models.cache import BlockPosition, KVCache, Sink
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.layers import (
+    LayerNorm,
+    PatchProjection,
+    TimeEmbedding,
+    layer_norm,
+    linear,
+    modulate,
+    unpatchify,
+)
+from jax_avatar.models.rope import (
+    Rotation,
+    concat,
+    frame_rotation,
+    grid_rotation,
+    pooled_positions,
+    rotate,
+)
+from jax_avatar.shapes import Array, AudioFeatures, Float, IntScalar, Latent, TextStates
+
+__all__ = ["DiT"]
+
+Tap = Callable[[str, Array], None] | None
+SpeakerMask = Float[Array, "b u t h2 w2"]
+
+_PATCH = (1, 2, 2)
+_NOISY, _REFERENCE, _MOTION = 0, 1, 2  # rows of the token-kind embedding
+_MAX_FRAME = 1024  # rotary positions that a traced reference frame may take
+_MOTION_FRAMES = (16, 2, 1)  # far, mid, near latent frames of the motion clip
+_MOTION_POSITIONS = ((-1,), (-3,), (-19, -14, -9, -4))  # near, mid, far; oldest first
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention to the prompt and feed-forward, modulated by time."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        d = config.width
+        self.config = config
+        self.modulation = nnx.Param(
+            jax.random.normal(rngs.params(), (6, d), config.param_dtype) / np.sqrt(d)
+        )
+        self.self_attention = Attention(config, rngs=rngs)
+        self.cross_attention = Attention(config, rngs=rngs)
+        self.norm_cross = LayerNorm(d, config.eps, config.param_dtype)
+        self.ffn_in = linear(config, d, config.ffn_width, rngs=rngs)
+        self.ffn_out = linear(config, config.ffn_width, d, rngs=rngs)
+
+    def __call__(self, x, time_rows, spread, self_attention, text_key, text_value, tap=None):
+        """One layer.
+
+        Args:
+            x: hidden states `[b n d]`.
+            time_rows: modulation rows of the timesteps, `[b r 6 d]`.
+            spread: `[b r d] -> [b n d]`, the row of every token.
+            self_attention: `(query, key, value) -> (seen, carry)` with positions and cache.
+            text_key, text_value: of the prompt, `[b p m e]`.
+            tap: called with names and intermediate values.
+
+        Returns:
+            New hidden states, and the carry.
+        """
+        tap = tap or (lambda name, value: None)
+        dtype, eps = x.dtype, self.config.eps
+        rows = self.modulation[...].astype(jnp.float32)[None, None] + time_rows
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
+            spread(rows[:, :, i]) for i in range(6)
+        )
+
+        attended = modulate(layer_norm(x, eps), shift, scale).astype(dtype)
+        tap("selfattn_in", attended)
+        attention = self.self_attention
+        query = attention.project_query(attended)
+        seen, carry = self_attention(query, *attention.project_key_value(attended))
+        seen = attention.project_out(seen)
+        tap("selfattn_out", seen)
+        # Inside a layer the residual is float32, as in the official run.
+        x = x.astype(jnp.float32) + gate * seen.astype(jnp.float32)
+
+        prompted = self.norm_cross(x.astype(dtype))
+        tap("crossattn_in", prompted)
+        attention = self.cross_attention
+        prompted = attend(attention.project_query(prompted), text_key, text_value)
+        prompted = attention.project_out(prompted)
+        tap("crossattn_out", prompted)
+        x = x + prompted.astype(jnp.float32)
+
+        hidden = modulate(layer_norm(x, eps), ffn_shift, ffn_scale).astype(dtype)
+        tap("ffn_in", hidden)
+        hidden = self.ffn_out(jax.nn.gelu(self.ffn_in(hidden), approximate=True))
+        tap("ffn_out", hidden)
+        x = (x + ffn_gate * hidden.astype(jnp.float32)).astype(dtype)
+        tap("out", x)
+        return x, carry
+
+
+class DiT(nnx.Module):
+    """Latent block, timestep, speech, prompt and portrait -> velocity."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        d, c = config.width, config.latent_channels
+        self.config = config
+        self.patch = PatchProjection(config, c, _PATCH, rngs=rngs)
+        self.pose = PatchProjection(
+            config, config.pose_channels, _PATCH, zero=config.zero_init, rngs=rngs
+        )
+        if config.framepack:
+            self.motion_near = PatchProjection(config, c, (1, 2, 2), rngs=rngs)
+            self.motion_mid = PatchProjection(config, c, (2, 4, 4), rngs=rngs)
+            self.motion_far = PatchProjection(config, c, (4, 8, 8), rngs=rngs)
+        kinds = (3, d)
+        self.token_kind = nnx.Param(
+            jnp.zeros(kinds, config.param_dtype)
+            if config.zero_init
+            else 0.02 * jax.random.normal(rngs.params(), kinds, config.param_dtype)
+        )
+        normal = nnx.initializers.normal(0.02)
+        self.text_in = linear(config, config.text_width, d, init=normal, rngs=rngs)
+        self.text_out = linear(config, d, d, init=normal, rngs=rngs)
+        self.time = TimeEmbedding(config, rngs=rngs)
+        self.audio = CausalAudioEncoder(config, rngs=rngs)
+        self.blocks = _stack(lambda r: Block(config, rngs=r), config.num_layers, rngs)
+        self.injectors = _stack(
+            lambda r: AudioInjector(config, rngs=r), len(config.audio_inject_layers), rngs
+        )
+        self.head_modulation = nnx.Param(
+            jax.random.normal(rngs.params(), (2, d), config.param_dtype) / np.sqrt(d)
+        )
+        outputs = int(np.prod(_PATCH)) * c
+        self.head = linear(config, d, outputs, dtype=jnp.float32, zero=True, rngs=rngs)
+
+    # ---- the four forms -------------------------------------------------------------------
+
+    def bidirectional(
+        self,
+        noisy: Latent,
+        timestep: Float[Array, "b t"],
+        text: TextStates,
+        reference: Latent,
+        motion: Latent | None,
+        pose: Latent,
+        audio: AudioFeatures,
+        *,
+        speaker_mask: SpeakerMask | None = None,
+        tap: Tap = None,
+    ) -> Latent:
+        """Velocity of a whole clip in which every token sees every other.
+
+        Args:
+            noisy: noisy latents.
+            timestep: 0..1000 per latent frame.
+            text: prompt states, at most `text_len` rows.
+            reference: the portrait's latent, one frame.
+            motion: latents before the clip, the last 19 count; None leaves the tokens out.
+            pose: pose latents of the clip; zeros without a pose video.
+            audio: speech features, four video frames per latent frame.
+            speaker_mask: routing mask on the token grid; needed for several speakers.
+            tap: called with names and intermediate values.
+
+        Source: Wan2.2-S2V (arXiv 2508.18621).
+        """
+        return self._clip(
+            noisy, timestep, text, reference, motion, pose, audio, speaker_mask,
+            self.config.reference_frame, is_causal=False, tap=tap,
+        )  # fmt: skip
+
+    def block_causal(
+        self,
+        noisy: Latent,
+        timestep: Float[Array, "b t"],
+        text: TextStates,
+        reference: Latent,
+        motion: Latent | None,
+        pose: Latent,
+        audio: AudioFeatures,
+        *,
+        reference_frame: IntScalar | None = None,
+        speaker_mask: SpeakerMask | None = None,
+        tap: Tap = None,
+    ) -> Latent:
+        """Velocity of a whole clip in which a block sees itself, earlier blocks and the sink.
+
+        Arguments as in `bidirectional`; `timestep` is equal inside a block. `reference_frame` is
+        the rotary frame of the reference (0..1023), for training with a rolling sink.
+
+        Source: Live Avatar (arXiv 2512.04677), block-wise diffusion forcing.
+        """
+        if reference_frame is None:
+            reference_frame = self.config.reference_frame
+        return self._clip(
+            noisy, timestep, text, reference, motion, pose, audio, speaker_mask,
+            reference_frame, is_causal=True, tap=tap,
+        )  # fmt: skip
+
+    def prefill(
+        self, text: TextStates, reference: Latent, motion: Latent | None, *, tap: Tap = None
+    ) -> Sink:
+        """Keys and values of the reference and motion tokens, seen by every block of a stream.
+
+        Arguments as in `bidirectional`. Motion is zero frames if None and the network has the
+        motion packer, so that the sink keeps its size.
+        """
+        b = reference.shape[0]
+        if motion is None and self.config.framepack:
+            motion = jnp.zeros((b, 1, *reference.shape[2:]), reference.dtype)
+        x = self._cond_tokens(reference, motion)
+        rotation = self._cond_rotation(
+            reference.shape[2:4], self._reference_rotation(half=True), motion is not None, half=True
+        )
+        _, time_rows = self.time(jnp.zeros((b, 1), jnp.float32))
+        if tap:
+            tap("rope_cos", rotation.cos)
+            tap("rope_sin", rotation.sin)
+            tap("time_e", self.time(jnp.zeros((b, 1), jnp.float32))[0])
+        n = x.shape[1]
+
+        def spread(row):
+            return jnp.broadcast_to(row, (b, n, row.shape[-1]))
+
+        def layer(x, block, index, xs, carry, tap):
+            def self_attention(query, key, value):
+                seen = attend(rotate(query, rotation), rotate(key, rotation), value)
+                return seen, (key, value)
+
+            text_kv = xs
+            x, kept = block(x, time_rows, spread, self_attention, *text_kv, tap=tap)
+            return x, carry, kept
+
+        text_kv = self._text_kv(text)
+        _, _, (key, value) = self._layers(x, layer, text_kv, None, tap=tap)
+        return Sink(key, value, *text_kv)
+
+    def stream_block(
+        self,
+        noisy: Latent,
+        timestep: Float[Array, "b t"],
+        pose: Latent,
+        audio: AudioFeatures,
+        cache: KVCache,
+        sink: Sink,
+        position: BlockPosition,
+        *,
+        speaker_mask: SpeakerMask | None = None,
+        tap: Tap = None,
+    ) -> tuple[Latent, KVCache]:
+        """Velocity of one block of a stream.
+
+        The block's keys and values enter the window before it attends, so it sees itself.
+
+        Args:
+            noisy: the block at its noise level.
+            timestep: 0..1000 per latent frame.
+            pose: pose latents of the block.
+            audio: speech features of the block's video frames.
+            cache: window of this denoising step.
+            sink: from `prefill`.
+            position: where the block stands, from `block_position`.
+            speaker_mask: routing mask of the block on the token grid; needed for several.
+            tap: called with names and intermediate values.
+
+        Returns:
+            The velocity, and the window with this block in it.
+        """
+        config = self.config
+        b, t, h, w, _ = noisy.shape
+        embedding, time_rows = self._time(timestep, tap)
+        x = self._noisy_tokens(noisy, pose, tap)
+        n = x.shape[1]
+        num_cond = sink.key.shape[2]
+        window = position.slot * n + num_cond
+        length = num_cond + position.filled * n
+        own = self._grid_rotation(position.frame, h, w, half=config.half_rotary)
+        has_motion = num_cond > (h // 2) * (w // 2)
+        cond = self._cond_rotation(
+            (h, w), position.reference, has_motion, half=config.half_rotary
+        )
+        if tap:
+            for name, rotation in (("noisy", own), ("cond", cond)):
+                tap(f"rope_{name}_cos", rotation.cos)
+                tap(f"rope_{name}_sin", rotation.sin)
+        inject = self._injection(audio, (b, t, h, w), speaker_mask, tap)
+
+        def layer(x, block, index, xs, carry, tap):
+            sink_key, sink_value, text_key, text_value = xs
+
+            def self_attention(query, key, value):
+                keys = _write(carry[0], rotate(sink_key, cond), index, 0)
+                keys = _write(keys, rotate(key, own), index, window)
+                values = _write(carry[1], sink_value, index, 0)
+                values = _write(values, value, index, window)
+                seen = attend(rotate(query, own), keys[index], values[index], key_length=length)
+                return seen, (keys, values)
+
+            x, carry = block(
+                x, time_rows, _spread_frames(t, n), self_attention, text_key, text_value, tap=tap
+            )
+            return inject(x, index, tap), carry, None
+
+        xs = (sink.key, sink.value, sink.text_key, sink.text_value)
+        x, (key, value), _ = self._layers(x, layer, xs, (cache.key, cache.value), tap=tap)
+        velocity = self._head(x, embedding, (t, h, w), tap)
+        return velocity.astype(noisy.dtype), KVCache(key, value)
+
+    # ---- parts ----------------------------------------------------------------------------
+
+    def _clip(
+        self, noisy, timestep, text, reference, motion, pose, audio, speaker_mask,
+        reference_frame, *, is_causal, tap,
+    ):  # fmt: skip
+        config = self.config
+        b, t, h, w, _ = noisy.shape
+        half = config.half_rotary and is_causal
+        cond = self._cond_tokens(reference, motion, tap)
+        noisy_tokens = self._noisy_tokens(noisy, pose, tap)
+        x = jnp.concatenate([noisy_tokens, cond], axis=1)
+        n, num_cond = noisy_tokens.shape[1], cond.shape[1]
+
+        # Conditioning tokens are clean: they are modulated with timestep 0.
+        with_zero = jnp.concatenate([timestep, jnp.zeros((b, 1), timestep.dtype)], axis=1)
+        embedding, time_rows = self._time(with_zero, tap)
+        table = frame_rotation(
+            np.arange(_MAX_FRAME), config.head_dim, theta=config.rope_theta, half=half
+        )
+        at = Rotation(*(jnp.asarray(part)[reference_frame][None] for part in table))
+        frames = Rotation(table.cos[:t], table.sin[:t])
+        rotation = concat(
+            [
+                self._grid_rotation(frames, h, w, half=half),
+                self._cond_rotation((h, w), at, motion is not None, half=half),
+            ]
+        )
+        if tap:
+            tap("rope_cos", rotation.cos)
+            tap("rope_sin", rotation.sin)
+        mask = None
+        if is_causal:
+            mask = block_causal_mask(n, num_cond, config.frames_per_block * n // t)
+        spread_noisy = _spread_frames(t, n)
+
+        def spread(rows):
+            clean = jnp.broadcast_to(rows[:, t:], (b, num_cond, rows.shape[-1]))
+            return jnp.concatenate([spread_noisy(rows[:, :t]), clean], axis=1)
+
+        def self_attention(query, key, value):
+            seen = attend(rotate(query, rotation), rotate(key, rotation), value, mask=mask)
+            return seen, None
+
+        inject = self._injection(audio, (b, t, h, w), speaker_mask, tap)
+
+        def layer(x, block, index, xs, carry, tap):
+            x, _ = block(x, time_rows, spread, self_attention, *xs, tap=tap)
+            x = jnp.concatenate([inject(x[:, :n], index, tap), x[:, n:]], axis=1)
+            if tap:
+                tap("after_audio", x)
+            return x, carry, None
+
+        x, _, _ = self._layers(x, layer, self._text_kv(text, tap), None, tap=tap)
+        velocity = self._head(x[:, :n], embedding[:, :t], (t, h, w), tap)
+        return velocity.astype(noisy.dtype)
+
+    def _layers(self, x, layer, xs, carry, *, tap):
+        """Runs `layer(x, block, index, xs, carry, tap) -> (x, carry, kept)` over all layers."""
+        graphdef, state = nnx.split(self.blocks)
+
+        def body(through, inputs):
+            x, carry = through
+            index, state, xs = inputs
+            x, carry, kept = layer(x, nnx.merge(graphdef, state), index, xs, carry, None)
+            return (x, carry), kept
+
+        count = self.config.num_layers
+        if tap is None:
+            if self.config.rematerialise:
+                body = jax.checkpoint(body)
+            scanned = (jnp.arange(count), state, xs)
+            (x, carry), kept = jax.lax.scan(body, (x, carry), scanned, unroll=self.config.unroll)
+            return x, carry, kept
+
+        tap("block0_in", x)
+        kept = []
+        for index in range(count):
+            names = {0: "block0", count - 1: "block_last"}
+            prefix = names.get(index)
+            inner = (lambda name, value, p=prefix: tap(f"{p}_{name}", value)) if prefix else None
+            block = nnx.merge(graphdef, _at(state, index))
+            x, carry, here = layer(x, block, index, _at(xs, index), carry, inner)
+            kept.append(here)
+        return x, carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+
+    def _injection(self, audio, shape, speaker_mask, tap):
+        """Returns `(noisy tokens, layer index, tap) -> noisy tokens` with the audio bound."""
+        b, t, h, w = shape
+        if audio.shape[2] != 4 * t:
+            raise ValueError(
+                f"audio features cover {audio.shape[2]} video frames; {t} latent frames need "
+                f"{4 * t}. Pass four feature frames per latent frame."
+            )
+        mask = None
+        if speaker_mask is not None:
+            mask = speaker_mask[:, :, :t].reshape(b, audio.shape[1], -1)
+        elif audio.shape[1] > 1:
+            raise ValueError(
+                f"audio features of {audio.shape[1]} speakers came without a speaker mask; pass "
+                "speaker_mask [b u t h/2 w/2] or the features of one speaker."
+            )
+        tokens: AudioTokens = self.audio(audio)
+        if tap:
+            # Other code keeps the outputs of the repeated history; make them for comparison.
+            repeated = [audio[:, :, :1]] * self.config.audio_history
+            local, overall = self.audio.encode(jnp.concatenate([*repeated, audio], axis=2))
+            tap("audio_local", local)
+            tap("audio_global", overall)
+        layers = self.config.audio_inject_layers
+        slot_of_layer = [layers.index(i) if i in layers else -1 for i in range(self.config.num_layers)]
+        graphdef, state = nnx.split(self.injectors)
+
+        def inject(x, index, tap):
+            if isinstance(index, int):  # layers are being visited one by one
+                slot = slot_of_layer[index]
+                if slot < 0:
+                    return x
+                inner = (lambda name, value: tap(f"injector_{name}", value)) if tap else None
+                injector = nnx.merge(graphdef, _at(state, slot))
+                return x + injector(x, tokens, mask, inner).astype(x.dtype)
+
+            slot = jnp.asarray(slot_of_layer)[index]
+
+            def added(x):
+                injector = nnx.merge(graphdef, _at(state, slot))
+                return x + injector(x, tokens, mask).astype(x.dtype)
+
+            if min(slot_of_layer) >= 0:
+                return added(x)
+            return jax.lax.cond(slot >= 0, added, lambda x: x, x)
+
+        return inject
+
+    def _noisy_tokens(self, noisy, pose, tap):
+        b, t, h, w, _ = noisy.shape
+        if h % 2 or w % 2:
+            raise ValueError(f"latent grid {h}x{w} must be even in both sizes; change the video size")
+        dtype = self.config.dtype
+        tokens, posed = self.patch(noisy.astype(dtype)), self.pose(pose.astype(dtype))
+        if tap:
+            tap("patch_embed_noisy", tokens)
+            tap("cond_embed", posed)
+        return tokens + posed + self._kind(_NOISY)
+
+    def _cond_tokens(self, reference, motion, tap=None):
+        dtype = self.config.dtype
+        tokens = self.patch(reference.astype(dtype))
+        if tap:
+            tap("patch_embed_ref", tokens)
+        parts = [tokens + self._kind(_REFERENCE)]
+        if motion is not None:
+            if not self.config.framepack:
+                raise ValueError("motion latents came, but this DiT has framepack=False; pass None")
+            parts += [p + self._kind(_MOTION) for p in self._motion_tokens(motion.astype(dtype))]
+        return jnp.concatenate(parts, axis=1)
+
+    def _motion_tokens(self, motion):
+        """Near, mid and far motion frames, ever more coarsely packed (FramePack, 2504.12626)."""
+        total = sum(_MOTION_FRAMES)
+        missing = max(0, total - motion.shape[1])
+        motion = jnp.pad(motion, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))[:, -total:]
+        far, mid, near = jnp.split(motion, np.cumsum(_MOTION_FRAMES)[:-1], axis=1)
+        return self.motion_near(near), self.motion_mid(mid), self.motion_far(far)
+
+    def _kind(self, kind):
+        return self.token_kind[...][kind].astype(self.config.dtype)[None, None]
+
+    def _text_kv(self, text, tap=None):
+        """Keys and values of the prompt for all layers, `[l b p m e]` each."""
+        config = self.config
+        rows = text.shape[1]
+        if rows > config.text_len or text.shape[2] != config.text_width:
+            raise ValueError(
+                f"prompt states {tuple(text.shape)} do not fit: at most {config.text_len} rows of "
+                f"{config.text_width} channels are expected."
+            )
+        # Padding goes through the MLP too: all rows are attended to, without a mask.
+        padded = jnp.pad(text, ((0, 0), (0, config.text_len - rows), (0, 0)))
+        hidden = jax.nn.gelu(self.text_in(padded.astype(config.dtype)), approximate=True)
+        hidden = self.text_out(hidden)
+        if tap:
+            tap("text", hidden)
+        graphdef, state = nnx.split(self.blocks.cross_attention)
+
+        def project(_, state):
+            return None, nnx.merge(graphdef, state).project_key_value(hidden)
+
+        return jax.lax.scan(project, None, state)[1]
+
+    def _time(self, timestep, tap):
+        embedding, rows = self.time(timestep.astype(jnp.float32))
+        if tap:
+            tap("time_sinusoid", self.time.sinusoid(timestep.astype(jnp.float32)))
+            tap("time_e", embedding)
+            tap("time_e0", rows)
+        return embedding, rows
+
+    def _head(self, x, embedding, shape, tap):
+        t, h, w = shape
+        rows = self.head_modulation[...].astype(jnp.float32)
+        spread = _spread_frames(t, x.shape[1])
+        shift, scale = (spread(embedding + row[None, None]) for row in rows)
+        out = self.head(modulate(layer_norm(x, self.config.eps), shift, scale))
+        if tap:
+            tap("head_out", out)
+        return unpatchify(out, (t, h // 2, w // 2), _PATCH)
+
+    def _grid_rotation(self, frames, h, w, *, half):
+        return self._rotation(frames, range(h // 2), range(w // 2), half)
+
+    def _reference_rotation(self, *, half):
+        config = self.config
+        return frame_rotation(
+            [config.reference_frame],
+            config.head_dim,
+            theta=config.rope_theta,
+            half=half and config.half_rotary,
+        )
+
+    def _cond_rotation(self, grid, reference, has_motion, *, half):
+        config = self.config
+        half = half and config.half_rotary
+        h, w = grid
+        parts = [self._grid_rotation(reference, h, w, half=half)]
+        if has_motion:
+            for pool, frames in zip((1, 2, 4), _MOTION_POSITIONS, strict=True):
+                rows, cols = (pooled_positions(s // 2, s // 2 // pool) for s in (h, w))
+                if rows.size and cols.size:
+                    turned = frame_rotation(
+                        frames, config.head_dim, theta=config.rope_theta, half=half
+                    )
+                    parts.append(self._rotation(turned, rows, cols, half))
+        return concat(parts)
+
+    def _rotation(self, frames, rows, cols, half):
+        config = self.config
+        return grid_rotation(
+            frames, rows, cols, config.head_dim, theta=config.rope_theta, half=half
+        )
+
+
+def _stack(build, count: int, rngs: nnx.Rngs):
+    """`count` modules with their parameters stacked along a leading axis."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return build(rngs)
+
+    return make(rngs)
+
+
+def _at(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _write(buffer, update, layer, slot):
+    """Writes `[b n m e]` into slots of one layer of `[l b s m e]`, in place where XLA can."""
+    zero = jnp.int32(0)
+    starts = (jnp.int32(layer), zero, jnp.int32(slot), zero, zero)
+    return jax.lax.dynamic_update_slice(buffer, update[None].astype(buffer.dtype), starts)
+
+
+def _spread_frames(t: int, n: int):
+    """`[b t d] -> [b n d]`: the row of a frame for each of its tokens."""
+
+    def spread(rows):
+        b, _, d = rows.shape
+        return jnp.broadcast_to(rows[:, :, None], (b, t, n // t, d)).reshape(b, n, d)
+
+    return spread
