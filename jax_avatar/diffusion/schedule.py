@@ -1,0 +1,69 @@
+"""Noise levels from pure noise to clean, as the official samplers space them."""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Schedule", "euler_schedule", "shift_sigma", "uniform_schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Descending noise levels, the last one 0.
+
+    Attributes:
+        sigmas: one level per denoising step, then 0; 1 is pure noise.
+    """
+
+    sigmas: tuple[float, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
+        falling = all(a > b for a, b in itertools.pairwise(self.sigmas))
+        if len(self.sigmas) < 2 or not falling or self.sigmas[-1] != 0 or self.sigmas[0] > 1:
+            raise ValueError(
+                f"sigmas {self.sigmas} must fall from at most 1 to exactly 0, with at least one "
+                "step; give for example (1.0, 0.75, 0.5, 0.25, 0.0)."
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps."""
+        return len(self.sigmas) - 1
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """What the transformer is fed at every step, `1000 * sigma` in float32."""
+        return tuple((np.float32(1000) * np.array(self.sigmas[:-1], np.float32)).tolist())
+
+
+def shift_sigma(sigma: np.ndarray, shift: float) -> np.ndarray:
+    """Moves noise levels toward noise by the factor `shift`; 0 and 1 stay.
+
+    Source: Esser et al., "Scaling Rectified Flow Transformers", arXiv 2403.03206, eq. 23.
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def euler_schedule(num_steps: int, shift: float = 3.0) -> Schedule:
+    """The released Live Avatar schedule: shifted, spaced evenly, then shifted once more.
+
+    Args:
+        num_steps: denoising steps; 4 in the release.
+        shift: factor toward noise; 3 in the release, whatever its flags say.
+
+    Source: the released sampler (Alibaba-Quark/LiveAvatar), flow-matching Euler; the paper's
+    algorithms read as evenly spaced, see `uniform_schedule`.
+    """
+    if num_steps < 1:
+        raise ValueError(f"{num_steps} denoising steps; at least 1 is expected.")
+    base = np.linspace(1.0, 0.001, 1000, dtype=np.float32)
+    first, last = shift_sigma(base[[0, -1]].astype(np.float64), shift)
+    even = np.linspace(first, last, num_steps)
+    return Schedule((*shift_sigma(even, shift).astype(np.float32).tolist(), 0.0))
+
+
+def uniform_schedule(num_steps: int) -> Schedule:
+    """Evenly spaced levels, `dt = -1 / T` as in the paper's Algorithms 3 and 4."""
+    return Schedule(tuple(np.linspace(1.0, 0.0, num_steps + 1).tolist()))

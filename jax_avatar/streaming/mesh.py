@@ -1,0 +1,140 @@
+"""From `--mesh` and a number of denoising steps to devices: which slice runs which steps.
+
+    "5"       4 denoising slices and the VAE on a fifth
+    "4"       4 denoising slices, the VAE shares the last
+    "3"       2 slices of two steps each, and the VAE
+    "2"       2 slices of two steps each, the VAE shares the last
+    "1"       everything in turn on one device (Algorithm 3)
+    "4x2+1"   4 denoising slices of 2 devices each, and one device for the VAE
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+__all__ = ["Layout", "make_mesh", "parse_layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stream is spread over devices.
+
+    Attributes:
+        stages: slices that denoise, each one or more consecutive steps.
+        stage_devices: devices per slice.
+        has_vae_slice: whether the VAE has a device of its own; else it shares the last slice.
+        steps_per_stage: denoising steps of a slice.
+    """
+
+    stages: int
+    stage_devices: int
+    has_vae_slice: bool
+    steps_per_stage: int
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in all."""
+        return self.stages * self.stage_devices + self.has_vae_slice
+
+    @property
+    def is_sequential(self) -> bool:
+        """One device does everything in turn."""
+        return self.num_devices == 1
+
+
+def parse_layout(mesh: str, num_steps: int) -> Layout:
+    """Reads the `--mesh` argument.
+
+    Args:
+        mesh: "N", or "STAGESxDEVICES+1" where either part after STAGES may be missing.
+        num_steps: denoising steps of the schedule.
+
+    Raises:
+        ValueError: if the steps do not spread evenly over the slices.
+    """
+    text = str(mesh).replace(" ", "")
+    if re.fullmatch(r"\d+", text):
+        return _from_count(int(text), num_steps)
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?(?:\+(\d+))?", text)
+    if not match:
+        raise ValueError(
+            f"--mesh {mesh}: expected a number of slices such as 5, or STAGESxDEVICES+VAE such as "
+            "4x2+1."
+        )
+    stages, devices, vae = (int(group) if group else None for group in match.groups())
+    devices, vae = devices or 1, vae or 0
+    if vae > 1:
+        raise ValueError(f"--mesh {mesh}: the VAE runs on one device; write +1 or leave it out.")
+    if stages < 1 or num_steps % stages:
+        raise ValueError(
+            f"--mesh {mesh}: {num_steps} timesteps do not spread evenly over {stages} slices; pass "
+            f"{_choices(num_steps)} slices before the x, or change config.timesteps."
+        )
+    return Layout(stages, devices, bool(vae), num_steps // stages)
+
+
+def _from_count(slices: int, num_steps: int) -> Layout:
+    if slices >= 1 and num_steps % slices == 0:
+        return Layout(slices, 1, False, num_steps // slices)
+    if slices >= 2 and num_steps % (slices - 1) == 0:
+        return Layout(slices - 1, 1, True, num_steps // (slices - 1))
+    if slices < 1:
+        raise ValueError(f"--mesh {slices}: at least one device is needed; pass --mesh 1.")
+    divisors = [d for d in range(1, num_steps + 1) if num_steps % d == 0]
+    possible = sorted({*divisors, *(d + 1 for d in divisors)})
+    raise ValueError(
+        f"--mesh {slices}: {num_steps} timesteps and the VAE cannot be spread over {slices} slices; "
+        f"pass --mesh {_either(possible)}, or give config.timesteps "
+        f"{slices - 1} or {slices} values."
+    )
+
+
+def _choices(num_steps: int) -> str:
+    return _either([d for d in range(1, num_steps + 1) if num_steps % d == 0])
+
+
+def _either(numbers: Sequence[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def make_mesh(
+    layout: Layout, devices: Sequence[jax.Device] | None = None
+) -> tuple[Mesh, jax.Device]:
+    """Devices of a layout.
+
+    Args:
+        layout: from `parse_layout`.
+        devices: candidates in order; all devices if not given.
+
+    Returns:
+        A mesh with the axes "stage" and "model", and the VAE's device. The VAE's device is on the
+        same host as the last slice, so that latents reach it without crossing hosts.
+
+    Raises:
+        ValueError: if there are too few devices, or the VAE's would be on another host.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    if len(devices) < layout.num_devices:
+        raise ValueError(
+            f"--mesh needs {layout.num_devices} devices, {len(devices)} "
+            f"{devices[0].platform.upper()} found; pass --mesh {min(len(devices), 5)} or a layout "
+            "with fewer slices."
+        )
+    count = layout.stages * layout.stage_devices
+    grid = np.array(devices[:count]).reshape(layout.stages, layout.stage_devices)
+    last = grid[-1, 0]
+    vae_device = devices[count] if layout.has_vae_slice else last
+    if vae_device.process_index != last.process_index:
+        raise ValueError(
+            f"the VAE's device {vae_device} is on host {vae_device.process_index}, the last slice "
+            f"on host {last.process_index}; order the devices so that both share a host, or leave "
+            "out the VAE's own slice (--mesh 4)."
+        )
+    # Explicit axes, the default, would demand shardings of every intermediate value.
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    return Mesh(grid, ("stage", "model"), axis_types=axis_types), vae_device

@@ -1,0 +1,302 @@
+"""Algorithm 4, timestep-forcing pipeline parallelism (TPP): a stream over several mesh slices.
+
+    tick        0      1      2      3      4
+    slice 0   block0 block1 block2 block3 block4      steps of the highest noise
+    slice 1          block0 block1 block2 block3  ...
+    slice 2                 block0 block1 block2
+    slice 3                        block0 block1      lowest noise
+    VAE                                   block0      its own jitted function, not waited for
+
+Every slice keeps its own weights, windows and sink. Only the latent moves on, by `ppermute`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_avatar.models.cache import empty_cache
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.params import flatten, unflatten
+from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
+from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
+
+__all__ = ["PipelinedStream", "param_specs"]
+
+_STAGE = PartitionSpec("stage")
+_EVERYWHERE = PartitionSpec()
+
+
+def param_specs(params: PyTree) -> PyTree:
+    """How the transformer's weights are split over the "model" axis of a slice.
+
+    Projections into heads and into the feed-forward are split by output, those back by input, so
+    that a layer needs one sum over the axis per projection back.
+
+    Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053.
+    """
+
+    def spec(path: str, leaf) -> PartitionSpec:
+        layer = path.rsplit("/", 2)[-2] if "/" in path else path
+        if not path.startswith(("blocks/", "injectors/")):
+            return _EVERYWHERE
+        if path.endswith("kernel") and layer in ("query", "key", "value", "ffn_in"):
+            return PartitionSpec(None, None, "model")
+        if path.endswith("bias") and layer in ("query", "key", "value", "ffn_in"):
+            return PartitionSpec(None, "model")
+        if path.endswith("kernel") and layer in ("out", "ffn_out"):
+            return PartitionSpec(None, "model", None)
+        return _EVERYWHERE
+
+    return unflatten({path: spec(path, leaf) for path, leaf in flatten(params).items()})
+
+
+class PipelinedStream:
+    """Blocks of audio features in, blocks of clean latents out, a few blocks later.
+
+    The same latents as `SequentialStream`, for every layout.
+
+    Source: Live Avatar (arXiv 2512.04677), Algorithm 4.
+    """
+
+    def __init__(
+        self,
+        graphdef: Any,
+        params: PyTree,
+        config: DiTConfig,
+        plan: StreamPlan,
+        conditions: Conditions,
+        mesh: Mesh,
+        *,
+        speaker_mask: Array | None = None,
+    ):
+        """Places weights, prefills every slice's sink.
+
+        Args:
+            graphdef: structure of the transformer, from `split`.
+            params: its parameters.
+            config: its size.
+            plan: settings of the stream; its steps are spread evenly over the slices.
+            conditions: portrait, prompt, pose.
+            mesh: axes "stage" and "model", from `make_mesh`.
+            speaker_mask: routing mask of a block, for several speakers.
+        """
+        self.config, self.plan, self.mesh = config, plan, mesh
+        self.stages = mesh.shape["stage"]
+        self.steps = plan.schedule.num_steps // self.stages
+        if self.steps * self.stages != plan.schedule.num_steps:
+            raise ValueError(
+                f"{plan.schedule.num_steps} timesteps do not spread evenly over {self.stages} "
+                "slices; see parse_layout."
+            )
+        shards = mesh.shape["model"]
+        if config.num_heads % shards or config.ffn_width % shards:
+            raise ValueError(
+                f"{shards} devices per slice do not divide {config.num_heads} heads and "
+                f"feed-forward width {config.ffn_width}; change the number after the x in --mesh."
+            )
+        specs = jax.tree.map(lambda s: NamedSharding(mesh, s), param_specs(params))
+        self.params = jax.device_put(params, specs)
+        self.conditions = self._put(conditions, _EVERYWHERE)
+        b, _, h, w, c = conditions.reference.shape
+        self._shape = (b, config.frames_per_block, h, w, c)
+        self._noise = plan.make_noise(self._shape, config.dtype)
+
+        self._swap = self._make_swap()
+        self._prefill = self._make_prefill(graphdef)
+        self._tick = self._make_tick(graphdef, speaker_mask)
+        self._sinks = self._prefill(self.params, self.conditions)
+        self._renewed = None
+        heads = NamedSharding(mesh, PartitionSpec("stage", None, None, None, "model"))
+        make_caches = jax.jit(
+            lambda: [_stacked(empty_cache(config, b, h, w), self.stages)] * self.steps,
+            out_shardings=heads,
+        )
+        self._caches = make_caches()
+        self._latents = self._put(jnp.zeros((self.stages, *self._shape), config.dtype), _STAGE)
+        sigmas = np.array(plan.schedule.sigmas, np.float32)
+        levels = np.stack([sigmas[:-1], sigmas[1:]], -1).reshape(self.stages, self.steps, 2)
+        self._levels = self._put(levels, _STAGE)
+
+        self._audio = {}  # block -> features, kept until the last slice has used them
+        self._blocks = [None] * self.stages  # block in each slice
+        self._following = [0] * self.stages  # the block that each slice waits for
+        self._next_block = 0
+
+    def push(self, audio: AudioFeatures) -> list[Latent]:
+        """Feeds the next block's audio; returns the blocks that have come out, oldest first.
+
+        Nothing waits for the devices: a returned latent is a promise on the last slice.
+
+        Args:
+            audio: speech features of the block's video frames.
+        """
+        block = self._next_block
+        self._audio[block] = np.asarray(audio)
+        self._next_block += 1
+        finished = []
+        if self.plan.is_renewal(block):
+            # The new sink is made of block 0, which must have left the last slice. After four
+            # blocks on four slices it has; sooner, the pipeline waits.
+            while self._renewed is None:
+                finished += self._advance(None)
+        return finished + self._advance(block)
+
+    def finish(self) -> list[Latent]:
+        """Blocks still under way, oldest first."""
+        finished = []
+        while any(block is not None for block in self._blocks[:-1]):
+            finished += self._advance(None)
+        return finished
+
+    def _advance(self, entering: int | None) -> list[Latent]:
+        """One tick: every slice denoises its block, latents move on."""
+        blocks = [entering, *self._blocks[:-1]]
+        for stage, block in enumerate(blocks):
+            if block is not None:
+                self._following[stage] = block + 1
+                if self.plan.is_renewal(block):
+                    self._swap_sink(stage)
+        # A slice without a block works on whatever it holds, in the place of the block it waits
+        # for: that block overwrites the slot before anything attends to it.
+        numbers = [
+            following if block is None else block
+            for block, following in zip(blocks, self._following, strict=True)
+        ]
+        silence = np.zeros_like(next(iter(self._audio.values())))
+        audio = np.stack([self._audio.get(number, silence) for number in numbers])
+        positions = [
+            [
+                self.plan.position(self.config, number, stage * self.steps + step)
+                for stage, number in enumerate(numbers)
+            ]
+            for step in range(self.steps)
+        ]
+        positions = [jax.tree.map(lambda *leaves: np.stack(leaves), *of_step) for of_step in positions]
+        done, self._latents, self._caches = self._tick(
+            self.params,
+            self._put(self._noise(numbers[0]), _EVERYWHERE),
+            self._latents,
+            self._put(audio, _STAGE),
+            self.conditions.pose,
+            self._caches,
+            self._sinks,
+            self._put(positions, _STAGE),
+            self._levels,
+        )
+        self._blocks = blocks
+        last = blocks[-1]
+        if last is None:
+            return []
+        self._audio.pop(last)
+        latent = _last_stage(done)
+        if last == 0 and self.plan.aas_after_blocks:
+            reference = self._spread_last(done)
+            self._renewed = self._prefill(self.params, self.conditions.with_reference(reference))
+        return [latent]
+
+    def _swap_sink(self, stage: int) -> None:
+        is_mine = self._put(np.arange(self.stages) == stage, _STAGE)
+        self._sinks = self._swap(self._sinks, self._renewed, is_mine)
+        if stage == self.stages - 1:
+            self._renewed = None
+
+    # ---- compiled functions; `shard_map` stays in here ------------------------------------
+
+    def _make_tick(self, graphdef, speaker_mask) -> Callable:
+        stages, steps = self.stages, self.steps
+
+        def tick(params, noise, latents, audio, pose, caches, sinks, positions, levels):
+            """What one slice does; leading axes of one stage are stripped and put back."""
+            own = functools.partial(jax.tree.map, lambda leaf: leaf[0])
+            stage = jax.lax.axis_index("stage")
+            latent = jnp.where(stage == 0, noise, latents[0])
+            sink, windows = own(sinks), []
+            for step in range(steps):
+                sigma, next_sigma = levels[0, step]
+                latent, window = denoise(
+                    graphdef,
+                    params,
+                    latent,
+                    audio[0],
+                    pose,
+                    own(caches[step]),
+                    sink,
+                    own(positions[step]),
+                    sigma,
+                    next_sigma,
+                    speaker_mask,
+                )
+                windows.append(jax.tree.map(lambda leaf: leaf[None], window))
+            onward = [(i, i + 1) for i in range(stages - 1)]
+            moved = jax.lax.ppermute(latent, "stage", onward)
+            return latent[None], moved[None], windows
+
+        mapped = self._shard_map(
+            tick,
+            (_EVERYWHERE, _EVERYWHERE, _STAGE, _STAGE, _EVERYWHERE, _STAGE, _STAGE, _STAGE, _STAGE),
+            (_STAGE, _STAGE, _STAGE),
+        )
+        return jax.jit(mapped, donate_argnums=(2, 5))
+
+    def _make_prefill(self, graphdef) -> Callable:
+        prefill = make_prefill(graphdef)
+
+        def on_every_slice(params, conditions):
+            return jax.tree.map(lambda leaf: leaf[None], prefill(params, conditions))
+
+        return jax.jit(self._shard_map(on_every_slice, (_EVERYWHERE, _EVERYWHERE), _STAGE))
+
+    def _make_swap(self) -> Callable:
+        def swap(old, new, is_mine):
+            return jax.tree.map(lambda a, b: jnp.where(is_mine[0], b, a), old, new)
+
+        return jax.jit(
+            self._shard_map(swap, (_STAGE, _STAGE, _STAGE), _STAGE), donate_argnums=(0,)
+        )
+
+    @functools.cached_property
+    def _spread_last(self) -> Callable:
+        def first_latent(done):
+            is_last = jax.lax.axis_index("stage") == self.stages - 1
+            return jax.lax.psum(jnp.where(is_last, done[0, :, :1], 0), "stage")
+
+        return jax.jit(self._shard_map(first_latent, (_STAGE,), _EVERYWHERE))
+
+    def _shard_map(self, function, in_specs, out_specs) -> Callable:
+        # The "model" axis is left to the compiler: `param_specs` says how it splits.
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names={"stage"},
+            check_vma=False,
+        )
+
+    def _put(self, tree: PyTree, spec: PartitionSpec) -> PyTree:
+        """Host or device values -> global arrays; every host passes the same values."""
+        sharding = NamedSharding(self.mesh, spec)
+        if jax.process_count() == 1:
+            return jax.device_put(tree, sharding)
+
+        def place(leaf):
+            leaf = np.asarray(leaf)
+            return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+        return jax.tree.map(place, tree)
+
+
+def _stacked(tree: PyTree, count: int) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (count, *leaf.shape)), tree)
+
+
+def _last_stage(done: Array) -> Array:
+    """The last slice's part of `[stage, ...]`, where it is, without a copy to the host."""
+    last = done.shape[0] - 1
+    shard = next(s for s in done.addressable_shards if s.index[0].start in (last, None))
+    return shard.data[0]

@@ -1,0 +1,105 @@
+"""Algorithm 3: a stream on one device, block after block, step after step.
+
+    for block g:
+        sink <- prefill(first generated latent)        once, before block `aas_after_blocks`
+        x <- noise(g)
+        for step i: x <- euler_step(x, window i, sink)   window i belongs to step i
+        emit x
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_avatar.models.cache import empty_cache
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
+from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
+
+__all__ = ["SequentialStream"]
+
+
+class SequentialStream:
+    """Blocks of audio features in, blocks of clean latents out, nothing waits for the device.
+
+    Source: Live Avatar (arXiv 2512.04677), Algorithm 3; where the released code departs from it,
+    `StreamPlan` has the choice.
+    """
+
+    def __init__(
+        self,
+        graphdef,
+        params: PyTree,
+        config: DiTConfig,
+        plan: StreamPlan,
+        conditions: Conditions,
+        *,
+        speaker_mask: Array | None = None,
+        device: jax.Device | None = None,
+    ):
+        """Prefills the sink.
+
+        Args:
+            graphdef: structure of the transformer, from `split`.
+            params: its parameters.
+            config: its size.
+            plan: settings of the stream.
+            conditions: portrait, prompt, pose.
+            speaker_mask: routing mask of a block, for several speakers.
+            device: where to run; the first one if not given.
+        """
+        device = device or jax.devices()[0]
+        put = lambda tree: jax.device_put(tree, device)  # noqa: E731
+        self.params, self.conditions = put(params), put(conditions)
+        self.config, self.plan = config, plan
+        self._prefill = jax.jit(make_prefill(graphdef))
+        self._sink = self._prefill(self.params, self.conditions)
+        self._put = put
+        mask = None if speaker_mask is None else put(speaker_mask)
+        b, _, h, w, c = conditions.reference.shape
+        shape = (b, config.frames_per_block, h, w, c)
+        self._noise = plan.make_noise(shape, config.dtype)
+        self.caches = [put(empty_cache(config, b, h, w)) for _ in range(plan.schedule.num_steps)]
+        self._sigmas = [np.float32(s) for s in plan.schedule.sigmas]
+        self._first_latent = None
+        self._next_block = 0
+
+        def step(params, latent, audio, pose, cache, sink, position, sigma, next_sigma):
+            return denoise(
+                graphdef, params, latent, audio, pose, cache, sink, position, sigma, next_sigma, mask
+            )
+
+        self._step = jax.jit(step, donate_argnames=("latent", "cache"))
+
+    def push(self, audio: AudioFeatures) -> list[Latent]:
+        """Generates the next block; returns it in a list (see `PipelinedStream.push`).
+
+        Args:
+            audio: speech features of the block's video frames.
+        """
+        block, plan = self._next_block, self.plan
+        if plan.is_renewal(block):
+            renewed = self.conditions.with_reference(self._first_latent)
+            self._sink = self._prefill(self.params, renewed)
+        audio = self._put(jnp.asarray(audio))
+        latent = self._put(self._noise(block))
+        for step in range(plan.schedule.num_steps):
+            latent, self.caches[step] = self._step(
+                self.params,
+                latent,
+                audio,
+                self.conditions.pose,
+                self.caches[step],
+                self._sink,
+                plan.position(self.config, block, step),
+                self._sigmas[step],
+                self._sigmas[step + 1],
+            )
+        if block == 0:
+            self._first_latent = latent[:, :1]
+        self._next_block += 1
+        return [latent]
+
+    def finish(self) -> list[Latent]:
+        """Blocks still under way: none, since every push completes its block."""
+        return []
