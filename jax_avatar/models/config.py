@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-__all__ = ["DiTConfig", "wan_s2v_14b"]
+__all__ = ["DiTConfig", "WanVAEConfig", "wan_s2v_14b"]
 
 
 @dataclass(frozen=True)
@@ -137,3 +137,79 @@ def wan_s2v_14b(**changes: Any) -> DiTConfig:
         param_dtype=jnp.bfloat16,
     )
     return DiTConfig(**(values | changes))
+
+
+@dataclass(frozen=True)
+class WanVAEConfig:
+    """Size of the causal video VAE of Wan 2.1; the defaults are the published size.
+
+    Attributes:
+        dim: channels at full resolution.
+        z_dim: channels of the latent.
+        dim_mult: channels of each level as a multiple of `dim`; every level after the first
+            halves rows and columns.
+        num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+        temporal_downsample: for each step between levels, whether it also halves the frame rate.
+        latent_mean: mean of each latent channel, subtracted by encode.
+        latent_std: deviation of each latent channel, divided by in encode.
+        dtype: compute type of convolutions and attention; norms and latent statistics are float32.
+        param_dtype: storage type of the parameters.
+
+    Source: github.com/Wan-Video/Wan2.1, `wan/modules/vae.py`.
+    """
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    # fmt: off
+    latent_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )
+    latent_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )
+    # fmt: on
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        for name in ("dim_mult", "temporal_downsample", "latent_mean", "latent_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"temporal_downsample has {len(self.temporal_downsample)} values for "
+                f"{len(self.dim_mult)} levels; give one per step between levels, "
+                f"{len(self.dim_mult) - 1}."
+            )
+        if len(self.latent_mean) != self.z_dim or len(self.latent_std) != self.z_dim:
+            raise ValueError(
+                f"latent_mean and latent_std have {len(self.latent_mean)} and "
+                f"{len(self.latent_std)} values for z_dim {self.z_dim}; give one per channel."
+            )
+        if min(self.latent_std) <= 0:
+            raise ValueError(f"latent_std {self.latent_std} must be positive")
+        if any(self.dim * mult % 2 for mult in self.dim_mult):
+            raise ValueError(
+                f"dim {self.dim} times dim_mult {self.dim_mult} must be even, since the decoder "
+                "halves the channels where it doubles the size. Change dim."
+            )
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent row and column."""
+        return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Video frames per latent frame, the first one apart."""
+        return 2 ** sum(self.temporal_downsample)
+
+    def replace(self, **changes: Any) -> "WanVAEConfig":
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
