@@ -1,0 +1,115 @@
+"""What a training run remembers, and whether two runs are the same run."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_avatar.shapes import Array, PyTree
+
+__all__ = ["TrainState", "build_section", "config_differences", "start_state", "update_state"]
+
+Section = TypeVar("Section")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that changes from step to step.
+
+    Attributes:
+        step: batches seen.
+        params: weights, float32.
+        ema: their exponential moving average, used for evaluation and export.
+        optimiser: state of the optimiser.
+        skipped: steps whose loss or gradient was not finite; they changed nothing else.
+    """
+
+    # Any, because JAX and Orbax rebuild the state with other leaves inside.
+    step: Any
+    params: PyTree
+    ema: PyTree
+    optimiser: PyTree
+    skipped: Any
+
+
+def start_state(params: PyTree, optimiser: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    # Two copies: the state is donated, and one buffer cannot be given away twice.
+    params = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+    ema = jax.tree.map(jnp.array, params)
+    return TrainState(jnp.int32(0), params, ema, optimiser.init(params), jnp.int32(0))
+
+
+def update_state(
+    state: TrainState,
+    grads: PyTree,
+    is_finite: Array,
+    optimiser: optax.GradientTransformation,
+    ema_decay: float,
+) -> TrainState:
+    """One optimiser and EMA update, or none of either where `is_finite` is false.
+
+    Args:
+        state: before the step; its step counter advances in any case.
+        grads: gradient of the parameters.
+        is_finite: whether this step may be taken.
+        optimiser: clip, schedule and AdamW.
+        ema_decay: final decay; early steps use less, `(1 + step) / (10 + step)`.
+    """
+    updates, moved = optimiser.update(grads, state.optimiser, state.params)
+    params = optax.apply_updates(state.params, updates)
+    taken = (state.step - state.skipped).astype(jnp.float32)
+    decay = jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
+    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+
+    def keep(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+
+    return TrainState(
+        state.step + 1,
+        keep(params, state.params),
+        keep(ema, state.ema),
+        keep(moved, state.optimiser),
+        state.skipped + jnp.where(is_finite, 0, 1).astype(jnp.int32),
+    )
+
+
+def config_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Fields in which two configs differ, as "section.key: saved -> now"."""
+    flat_saved, flat_now = _flatten(saved), _flatten(now)
+    missing = "(missing)"
+    return [
+        f"{key}: {flat_saved.get(key, missing)} -> {flat_now.get(key, missing)}"
+        for key in sorted(flat_saved.keys() | flat_now.keys())
+        if flat_saved.get(key, missing) != flat_now.get(key, missing)
+    ]
+
+
+def build_section(kind: type[Section], values: Mapping[str, Any], name: str) -> Section:
+    """A section of a config file as its dataclass.
+
+    Raises:
+        ValueError: for a key that the dataclass lacks, naming the nearest one it has.
+    """
+    known = [field.name for field in fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ValueError(f"config.{name}.{key} is not a setting of {kind.__name__}; {hint}")
+    return kind(**values)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,110 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step, restore, train
+from jax_avatar.training.state import TrainState, build_section, start_state
+
+
+class LineTask:
+    """Fits a line; step `bad_step` has a batch that is not a number."""
+
+    name = "line"
+
+    def __init__(self, bad_step=None, stop_after=None):
+        self.bad_step, self.stop_after = bad_step, stop_after
+
+    def init(self, key):
+        return {"weight": jax.random.normal(key, (3, 1)), "bias": jnp.zeros(1)}
+
+    def loss(self, params, batch, key):
+        noise = 0.01 * jax.random.normal(key, batch["y"].shape)
+        error = batch["x"] @ params["weight"] + params["bias"][None] - batch["y"] + noise
+        return jnp.mean(error**2), {"mean_error": jnp.mean(error)}
+
+    def batches(self, step):
+        if step == self.stop_after:
+            raise KeyboardInterrupt
+        rng = np.random.default_rng([7, step])
+        x = rng.standard_normal((8, 3)).astype(np.float32)
+        y = x @ np.array([[1.0], [-2.0], [0.5]], np.float32) + 3
+        return {"x": x, "y": y * np.float32(np.nan if step == self.bad_step else 1)}
+
+
+CONFIG = LoopConfig(num_steps=12, warmup_steps=2, log_every=4, checkpoint_every=5, weight_decay=0.0)
+
+
+def assert_same(left, right):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_loss_falls_and_the_log_has_every_interval(tmp_path):
+    config = dataclasses.replace(CONFIG, num_steps=150, learning_rate=0.1, log_every=50)
+    train(LineTask(), config, tmp_path, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [50, 100, 150]
+    assert lines[-1]["loss"] < 0.1 * lines[0]["loss"]
+
+
+def test_an_interrupted_run_continues_bit_by_bit(tmp_path):
+    whole = train(LineTask(), CONFIG, tmp_path / "whole", progress=False)
+    cut = train(LineTask(stop_after=7), CONFIG, tmp_path / "cut", progress=False)
+    assert 0 < int(cut.step) < CONFIG.num_steps
+    resumed = train(LineTask(), CONFIG, tmp_path / "cut", progress=False)
+    assert_same(resumed, whole)
+    assert_same(restore(tmp_path / "cut")[0].ema, whole.ema)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    config = dataclasses.replace(CONFIG, learning_rate=0.1)
+    task = LineTask(bad_step=1)
+    step = make_step(task, config)
+    state = start_state(task.init(jax.random.key(0)), make_optimiser(config))
+    states = []
+    for number in range(3):
+        state, _ = step(state, task.batches(number), jax.random.key(1))
+        states.append(jax.tree.map(np.array, state))
+    before, bad, after = states
+    for name in ("params", "ema", "optimiser"):
+        assert_same(getattr(bad, name), getattr(before, name))
+    assert int(bad.skipped) == 1 and int(bad.step) == 2
+    assert np.isfinite(after.params["weight"]).all()
+    assert not np.array_equal(after.params["weight"], bad.params["weight"])
+
+
+def test_other_settings_are_refused_by_name_unless_forced(tmp_path):
+    settings = {"model": {"width": 8, "layers": (1, 2)}, "loop": {"ignored": 1}}
+    train(LineTask(stop_after=3), CONFIG, tmp_path, settings=settings, progress=False)
+    logged = dataclasses.replace(CONFIG, log_every=3)
+    train(LineTask(stop_after=6), logged, tmp_path, settings=settings, progress=False)
+    other = dataclasses.replace(CONFIG, learning_rate=0.5)
+    changed = {"model": {"width": 16, "layers": (1, 2)}}
+    with pytest.raises(ValueError, match=r"loop\.learning_rate: 0\.001 -> 0\.5; model\.width: 8"):
+        train(LineTask(), other, tmp_path, settings=changed, progress=False)
+    state = train(LineTask(), other, tmp_path, settings=changed, force=True, progress=False)
+    assert int(state.step) == CONFIG.num_steps
+
+
+def test_the_time_limit_saves(tmp_path):
+    config = dataclasses.replace(CONFIG, max_minutes=1e-9)
+    assert int(train(LineTask(), config, tmp_path, progress=False).step) == 1
+    assert int(restore(tmp_path)[0].step) == 1
+
+
+def test_the_average_follows_the_weights_at_first(tmp_path):
+    config = dataclasses.replace(CONFIG, num_steps=100, learning_rate=0.1)
+    state = train(LineTask(), config, tmp_path, progress=False)
+    start = LineTask().init(jax.random.split(jax.random.key(0))[1])["weight"]
+    travelled = np.abs(state.params["weight"] - start).max()
+    assert isinstance(state, TrainState)
+    assert np.abs(state.ema["weight"] - state.params["weight"]).max() < 0.5 * travelled
+
+
+def test_a_misspelt_setting_names_the_nearest():
+    with pytest.raises(ValueError, match=r"config\.loop\.learning_rte.*'learning_rate'"):
+        build_section(LoopConfig, {"num_steps": 3, "learning_rte": 1.0}, "loop")
