@@ -33,7 +33,7 @@ from jax_avatar.models.rope import (
     concat,
     frame_rotation,
     grid_rotation,
-    pooled_positions,
+    motion_positions,
     rotate,
 )
 from jax_avatar.shapes import Array, AudioFeatures, Float, IntScalar, Latent, TextStates
@@ -47,7 +47,6 @@ _PATCH = (1, 2, 2)
 _NOISY, _REFERENCE, _MOTION = 0, 1, 2  # rows of the token-kind embedding
 _MAX_FRAME = 1024  # rotary positions that a traced reference frame may take
 _MOTION_FRAMES = (16, 2, 1)  # far, mid, near latent frames of the motion clip
-_MOTION_POSITIONS = ((-1,), (-3,), (-19, -14, -9, -4))  # near, mid, far; oldest first
 
 
 class Block(nnx.Module):
@@ -313,7 +312,10 @@ class DiT(nnx.Module):
             x, carry = block(
                 x, time_rows, _spread_frames(t, n), self_attention, text_key, text_value, tap=tap
             )
-            return inject(x, index, tap), carry, None
+            x = inject(x, index)
+            if tap:
+                tap("after_audio", x)
+            return x, carry, None
 
         xs = (sink.key, sink.value, sink.text_key, sink.text_value)
         x, (key, value), _ = self._layers(x, layer, xs, (cache.key, cache.value), tap=tap)
@@ -368,7 +370,7 @@ class DiT(nnx.Module):
 
         def layer(x, block, index, xs, carry, tap):
             x, _ = block(x, time_rows, spread, self_attention, *xs, tap=tap)
-            x = jnp.concatenate([inject(x[:, :n], index, tap), x[:, n:]], axis=1)
+            x = jnp.concatenate([inject(x[:, :n], index), x[:, n:]], axis=1)
             if tap:
                 tap("after_audio", x)
             return x, carry, None
@@ -398,16 +400,19 @@ class DiT(nnx.Module):
         tap("block0_in", x)
         kept = []
         for index in range(count):
-            names = {0: "block0", count - 1: "block_last"}
-            prefix = names.get(index)
-            inner = (lambda name, value, p=prefix: tap(f"{p}_{name}", value)) if prefix else None
+            prefixes = ["block0"] * (index == 0) + ["block_last"] * (index == count - 1)
+
+            def inner(name, value, prefixes=prefixes):
+                for prefix in prefixes:
+                    tap(f"{prefix}_{name}", value)
+
             block = nnx.merge(graphdef, _at(state, index))
             x, carry, here = layer(x, block, index, _at(xs, index), carry, inner)
             kept.append(here)
         return x, carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
     def _injection(self, audio, shape, speaker_mask, tap):
-        """Returns `(noisy tokens, layer index, tap) -> noisy tokens` with the audio bound."""
+        """Returns `(noisy tokens, layer index) -> noisy tokens` with the audio bound."""
         b, t, h, w = shape
         if audio.shape[2] != 4 * t:
             raise ValueError(
@@ -433,12 +438,15 @@ class DiT(nnx.Module):
         slot_of_layer = [layers.index(i) if i in layers else -1 for i in range(self.config.num_layers)]
         graphdef, state = nnx.split(self.injectors)
 
-        def inject(x, index, tap):
+        def inject(x, index):
             if isinstance(index, int):  # layers are being visited one by one
                 slot = slot_of_layer[index]
                 if slot < 0:
                     return x
-                inner = (lambda name, value: tap(f"injector_{name}", value)) if tap else None
+
+                def inner(name, value):
+                    tap(f"injector{slot}_{name}", value)
+
                 injector = nnx.merge(graphdef, _at(state, slot))
                 return x + injector(x, tokens, mask, inner).astype(x.dtype)
 
@@ -545,14 +553,10 @@ class DiT(nnx.Module):
         half = half and config.half_rotary
         h, w = grid
         parts = [self._grid_rotation(reference, h, w, half=half)]
-        if has_motion:
-            for pool, frames in zip((1, 2, 4), _MOTION_POSITIONS, strict=True):
-                rows, cols = (pooled_positions(s // 2, s // 2 // pool) for s in (h, w))
-                if rows.size and cols.size:
-                    turned = frame_rotation(
-                        frames, config.head_dim, theta=config.rope_theta, half=half
-                    )
-                    parts.append(self._rotation(turned, rows, cols, half))
+        for frames, rows, cols in motion_positions(h, w) if has_motion else ():
+            if rows.size and cols.size:
+                turned = frame_rotation(frames, config.head_dim, theta=config.rope_theta, half=half)
+                parts.append(self._rotation(turned, rows, cols, half))
         return concat(parts)
 
     def _rotation(self, frames, rows, cols, half):

@@ -17,6 +17,7 @@ __all__ = [
     "concat",
     "frame_rotation",
     "grid_rotation",
+    "motion_positions",
     "pooled_positions",
     "rotate",
     "split_pairs",
@@ -108,6 +109,22 @@ def pooled_positions(size: int, pooled: int) -> np.ndarray:
     They are sampled, not averaged: equally spaced from first to last, truncated toward zero.
     """
     return np.linspace(0, size - 1, pooled).astype(np.int64)
+
+
+def motion_positions(height: int, width: int) -> list[tuple[tuple[int, ...], np.ndarray, np.ndarray]]:
+    """Frames, rows and columns of the packed motion tokens: near, mid, far; oldest first.
+
+    Args:
+        height: latent rows.
+        width: latent columns.
+
+    Source: Wan2.2-S2V, frame packer; positions stay when the stream moves on.
+    """
+    rows, cols = height // 2, width // 2
+    return [
+        (frames, pooled_positions(rows, rows // pool), pooled_positions(cols, cols // pool))
+        for pool, frames in ((1, (-1,)), (2, (-3,)), (4, (-19, -14, -9, -4)))
+    ]
 
 
 def rotate(

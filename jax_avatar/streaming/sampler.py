@@ -7,6 +7,8 @@
         emit x
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,7 @@ class SequentialStream:
         *,
         speaker_mask: Array | None = None,
         device: jax.Device | None = None,
+        tap: Callable[[int, int, Latent], None] | None = None,
     ):
         """Prefills the sink.
 
@@ -47,6 +50,7 @@ class SequentialStream:
             conditions: portrait, prompt, pose.
             speaker_mask: routing mask of a block, for several speakers.
             device: where to run; the first one if not given.
+            tap: called with block, step and the latent after that step, which is gone afterwards.
         """
         device = device or jax.devices()[0]
         put = lambda tree: jax.device_put(tree, device)  # noqa: E731
@@ -54,7 +58,7 @@ class SequentialStream:
         self.config, self.plan = config, plan
         self._prefill = jax.jit(make_prefill(graphdef))
         self._sink = self._prefill(self.params, self.conditions)
-        self._put = put
+        self._put, self._tap = put, tap
         mask = None if speaker_mask is None else put(speaker_mask)
         b, _, h, w, c = conditions.reference.shape
         shape = (b, config.frames_per_block, h, w, c)
@@ -95,6 +99,8 @@ class SequentialStream:
                 self._sigmas[step],
                 self._sigmas[step + 1],
             )
+            if self._tap:
+                self._tap(block, step, latent)
         if block == 0:
             self._first_latent = latent[:, :1]
         self._next_block += 1
