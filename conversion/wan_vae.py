@@ -7,7 +7,7 @@ from typing import Any
 from conversion.rules import Rule, Table, conv, keep, squeeze, transpose
 from jax_avatar.models.config import WanVAEConfig
 
-__all__ = ["TABLE", "config_from", "official_name", "official_names"]
+__all__ = ["TABLE", "config_from", "config_from_shapes", "official_name", "official_names"]
 
 # The source stores norm scales as [C, 1, 1, 1], in attention as [C, 1, 1].
 _pointwise_2d = squeeze(trailing=2).then(transpose)
@@ -142,4 +142,42 @@ def config_from(values: Mapping[str, Any], **changes: Any) -> WanVAEConfig:
             fields[names[key]] = value
         elif not key.startswith("_"):
             raise ValueError(f"VAE config key {key!r} is not known; known are {sorted(names)}.")
+    return WanVAEConfig(**(fields | changes))
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], **changes: Any) -> WanVAEConfig:
+    """Config of a checkpoint, read off the shapes of its tensors.
+
+    Args:
+        shapes: official name -> shape.
+        changes: fields to set on top, for example `dtype`.
+
+    Raises:
+        ValueError: the encoder's layers are not there.
+    """
+    layers: dict[int, set[str]] = {}
+    for name in shapes:
+        found = re.match(r"encoder\.downsamples\.(\d+)\.(.*)", name)
+        if found:
+            layers.setdefault(int(found[1]), set()).add(found[2])
+    needed = {"encoder.conv1.weight", "conv2.weight"}
+    if not layers or needed - set(shapes):
+        raise ValueError(
+            f"{len(shapes)} tensors without encoder.downsamples.*, encoder.conv1.weight or "
+            "conv2.weight: these are not the official names of a Wan VAE."
+        )
+    # A level ends with a resampling layer, the last one with the last layer.
+    ends = [i for i in sorted(layers) if "resample.1.weight" in layers[i]]
+    dim = shapes["encoder.conv1.weight"][0]
+    widths = [
+        shapes[f"encoder.downsamples.{i}.residual.6.weight"][0]
+        for i in [*(end - 1 for end in ends), max(layers)]
+    ]
+    fields = {
+        "dim": dim,
+        "z_dim": shapes["conv2.weight"][0],
+        "dim_mult": tuple(width // dim for width in widths),
+        "num_res_blocks": ends[0] if ends else len(layers),
+        "temporal_downsample": tuple("time_conv.weight" in layers[end] for end in ends),
+    }
     return WanVAEConfig(**(fields | changes))

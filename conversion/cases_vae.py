@@ -1,0 +1,301 @@
+"""Golden cases of the Wan 2.1 VAE, and manifests of its checkpoints.
+
+A case is `<stem>_weights.safetensors` and `<stem>_io.safetensors`, the official constructor
+arguments in the metadata key `config`, streaming schedules in `streams`; optionally
+`<stem>_intermediates.safetensors`. Arrays are channels first. A manifest is a JSON file,
+tensor name -> shape.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from conversion.cases import Case, Check, compare
+from conversion.readers import SafetensorsFile
+from conversion.rules import check, convert
+from conversion.wan_vae import TABLE, config_from, config_from_shapes, official_names
+from jax_avatar.models.config import WanVAEConfig
+from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.vae import WanVAE
+
+__all__ = ["VAECases", "VAEManifests"]
+
+_TOLERANCE = 1e-4
+_ROUND_TRIP_TOLERANCE = 2e-4  # errors of encoder and decoder add up
+_INPUTS = ("video", "image", "latents")
+# Official layer names -> names of our taps.
+_LAYERS = (
+    (r"^dec\.conv1$", "decoder.conv_in"),
+    (r"^dec\.upsamples\.", "decoder.up."),
+    (r"^dec\.head_out$", "decoder.head"),
+    (r"^dec\.", "decoder."),
+    (r"^enc\.conv1$", "encoder.conv_in"),
+    (r"^enc\.downsamples\.", "encoder.down."),
+    (r"^enc\.head_out$", "encoder.head"),
+    (r"^enc\.", "encoder."),
+)
+
+
+class VAECases:
+    """Encode, decode and streams against the official classes' numbers."""
+
+    name = "vae"
+
+    def find(self, files: Sequence[Path]) -> list[Case]:
+        """Pairs of weights and inputs/outputs whose config is that of a VAE."""
+        cases = []
+        for weights in files:
+            stem = weights.name.removesuffix("_weights.safetensors")
+            io = weights.with_name(f"{stem}_io.safetensors")
+            if stem == weights.name or io not in files:
+                continue
+            config = json.loads(SafetensorsFile(weights).metadata.get("config", "{}"))
+            if "dim_mult" not in config:
+                continue
+            layers = weights.with_name(f"{stem}_intermediates.safetensors")
+            cases.append(Case(stem, (weights, io, layers) if layers in files else (weights, io)))
+        return cases
+
+    def run(self, case: Case) -> Iterable[Check]:
+        """Every tensor of the case, or a failing check for one it cannot make."""
+        weights, io, *layers = (SafetensorsFile(path) for path in case.files)
+        config = _config(weights.metadata, io)
+        yield from _constants(config, io)
+        vae, report = _load(config, weights)
+        yield Check("weights", 0.0, 0.0, report)
+        yield from _outputs(_Results(vae, io))
+        if layers:
+            yield from _layers(_Results(vae, io), layers[0])
+
+
+class VAEManifests:
+    """Names and shapes of a whole checkpoint against our network of that size."""
+
+    name = "vae manifest"
+
+    def find(self, files: Sequence[Path]) -> list[Case]:
+        """`manifest_*.json` with the names of this VAE."""
+        cases = []
+        for path in files:
+            if re.fullmatch(r"manifest_.*\.json", path.name):
+                names = json.loads(path.read_text())
+                if isinstance(names, dict) and "decoder.middle.0.residual.0.gamma" in names:
+                    cases.append(Case(path.stem, (path,)))
+        return cases
+
+    def run(self, case: Case) -> Iterable[Check]:
+        """Both ways: no name without a parameter, no parameter without a name."""
+        shapes = {
+            name: tuple(shape) for name, shape in json.loads(case.files[0].read_text()).items()
+        }
+        config = config_from_shapes(shapes)
+        _, params = abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+        report = check(shapes, TABLE, flatten(params))
+        yield Check("names and shapes", 0.0, 0.0, str(report))
+
+
+class _Bound:
+    """The VAE with its weights, compiled per shape; takes and gives channels first."""
+
+    def __init__(self, config: WanVAEConfig, graphdef: Any, params: Any):
+        self.config = config
+        self._params = jax.device_put(params)
+
+        def tapped(method: str) -> Callable:
+            def call(params, *arguments):
+                taps = {}
+                run = getattr(merge(graphdef, params), method)
+                return *run(*arguments, tap=taps.__setitem__), taps
+
+            return jax.jit(call)
+
+        self._encode = tapped("encode_first"), tapped("encode_next")
+        self._decode = tapped("decode_first"), tapped("decode_next")
+        self._moments = jax.jit(lambda params, video: merge(graphdef, params).encode_moments(video))
+
+    def moments(self, video: np.ndarray) -> np.ndarray:
+        """Posterior moments of a whole clip."""
+        return _first(self._moments(self._params, _last(video)))
+
+    def encode(self, *chunks: np.ndarray) -> list[tuple[np.ndarray, Any, dict]]:
+        """Latent, state and layers of each chunk of one clip."""
+        return self._stream(self._encode, chunks)
+
+    def decode(self, *chunks: np.ndarray) -> list[tuple[np.ndarray, Any, dict]]:
+        """Frames, state and layers of each chunk of one clip."""
+        return self._stream(self._decode, chunks)
+
+    def _stream(self, calls: tuple, chunks: Sequence[np.ndarray]) -> list:
+        results, state = [], None
+        for chunk in chunks:
+            if state is None:
+                value, state, taps = calls[0](self._params, _last(chunk))
+            else:
+                value, state, taps = calls[1](self._params, state, _last(chunk))
+            results.append((_first(value), state, taps))
+        return results
+
+
+class _Results:
+    """What we make of a case's inputs; each is computed when first asked for."""
+
+    def __init__(self, vae: _Bound, io: SafetensorsFile):
+        self.vae = vae
+        self.io = io
+
+    @cached_property
+    def moments(self) -> np.ndarray:
+        return self.vae.moments(self.io["video"])
+
+    @cached_property
+    def encoded(self) -> np.ndarray:
+        return self.vae.encode(self.io["video"])[0][0]
+
+    @cached_property
+    def decoded(self) -> np.ndarray:
+        return self.vae.decode(self.io["latents"])[0][0]
+
+    def encode_image(self, num_latents: int) -> np.ndarray:
+        stride = self.vae.config.temporal_stride
+        frames = 1 + stride * (num_latents - 1)
+        return self.vae.encode(np.repeat(self.io["image"], frames, axis=2))[0][0]
+
+    def stream_encode(self) -> np.ndarray:
+        # The official stream's first call takes the first latent's frame and one more group.
+        cuts = [1 + self.vae.config.temporal_stride]
+        chunks = [chunk for chunk in np.split(self.io["video"], cuts, axis=2) if chunk.shape[2]]
+        return np.concatenate([latent for latent, *_ in self.vae.encode(*chunks)], axis=2)
+
+    def stream_decode(self, schedule: Sequence[int]) -> list[np.ndarray]:
+        cuts = np.cumsum(schedule)
+        if cuts[-1] > self.io["latents"].shape[2]:
+            raise ValueError(f"schedule {schedule} needs more latents than the file holds")
+        chunks = np.split(self.io["latents"], cuts, axis=2)[:-1]
+        return [video for video, *_ in self.vae.decode(*chunks)]
+
+
+def _config(metadata: Mapping[str, str], io: SafetensorsFile) -> WanVAEConfig:
+    values = json.loads(metadata["config"])
+    if values["z_dim"] != WanVAEConfig.z_dim:
+        # No published statistics for this size: take the ones the numbers were made with.
+        values["latents_mean"] = io["latent_mean"].tolist()
+        values["latents_std"] = io["latent_std"].tolist()
+    return config_from(values)
+
+
+def _constants(config: WanVAEConfig, io: SafetensorsFile) -> Iterator[Check]:
+    for name in ("latent_mean", "latent_std"):
+        if name in io:
+            yield compare(name, np.float32(getattr(config, name)), io[name], 0.0)
+
+
+def _load(config: WanVAEConfig, weights: SafetensorsFile) -> tuple[_Bound, str]:
+    named = {name.removeprefix("sd."): weights[name] for name in weights}
+    graphdef, target = abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+    source = official_names(named, config.num_res_blocks)
+    params, report = convert(source, TABLE, flatten(target))
+    return _Bound(config, graphdef, unflatten(params)), str(report)
+
+
+def _outputs(results: _Results) -> Iterator[Check]:
+    io, z_dim = results.io, results.vae.config.z_dim
+    makers: dict[str, Callable[[], np.ndarray]] = {
+        "enc_moments": lambda: results.moments,
+        "enc_mean_raw": lambda: results.moments[:, :z_dim],
+        "enc_mean_norm": lambda: results.encoded,
+        "stream_enc_norm": results.stream_encode,
+        "enc_image_norm": lambda: results.encode_image(1),
+        "enc_image_rep5_norm": lambda: results.encode_image(io["enc_image_rep5_norm"].shape[2]),
+        "dec_raw": lambda: results.decoded,
+        "dec_clamped": lambda: np.clip(results.decoded, -1, 1),
+        "dec_single_latent_raw": lambda: results.vae.decode(io["latents"][:, :, :1])[0][0],
+        "dec_of_encoded_raw": lambda: results.vae.decode(results.encoded)[0][0],
+    }
+    streams = json.loads(io.metadata.get("streams", "{}"))
+    streamed = {
+        f"stream_{name}.chunk{k}_raw": name
+        for name, calls in streams.items()
+        for k in range(len(calls))
+    }
+    for name in io:
+        if name in makers:
+            tolerance = _ROUND_TRIP_TOLERANCE if name == "dec_of_encoded_raw" else _TOLERANCE
+            yield compare(name, makers[name](), io[name], tolerance)
+        elif name not in (*_INPUTS, "latent_mean", "latent_std", *streamed):
+            yield Check(name, np.inf, _TOLERANCE, "unknown tensor")
+    for name in streams:
+        for k, video in enumerate(results.stream_decode(streams[name])):
+            yield _expect(io, f"stream_{name}.chunk{k}_raw", video)
+
+
+def _layers(results: _Results, file: SafetensorsFile) -> Iterator[Check]:
+    """Layer by layer and buffer by buffer, one latent (or group of frames) at a time."""
+    io, stride = results.io, results.vae.config.temporal_stride
+    latents = 1 + max(_numbers(file, r"dec\.latent(\d+)\."), default=-1)
+    latents = max(latents, *_numbers(file, r"dec\.cache_after(\d+)\."), 0)
+    groups = 1 + max(_numbers(file, r"enc\.chunk(\d+)\."), default=-1)
+    decoded = results.vae.decode(*_single(io["latents"], range(1, latents + 1)))
+    cuts = [1 + stride * group for group in range(groups)]
+    encoded = results.vae.encode(*_single(io["video"], cuts))
+    for name in file:
+        if name == "after_conv2":
+            count = file[name].shape[2]
+            values = results.vae.decode(io["latents"][:, :, :count])[0][2]["from_latent"]
+            yield compare(name, _first(values), file[name], _TOLERANCE)
+        elif found := re.fullmatch(r"dec\.latent(\d+)\.(.*)", name):
+            yield _layer(file, name, decoded[int(found[1])][2], f"dec.{found[2]}")
+        elif found := re.fullmatch(r"enc\.chunk(\d+)\.(.*)", name):
+            yield _layer(file, name, encoded[int(found[1])][2], f"enc.{found[2]}")
+        elif found := re.fullmatch(r"dec\.cache_after([1-9]\d*)\.(\d+)", name):
+            buffers = decoded[int(found[1]) - 1][1].buffers
+            yield _buffer(file, name, buffers, int(found[2]))
+        else:
+            yield Check(name, np.inf, _TOLERANCE, "unknown tensor")
+
+
+def _layer(file: SafetensorsFile, name: str, taps: Mapping[str, Any], layer: str) -> Check:
+    for pattern, replacement in _LAYERS:
+        layer = re.sub(pattern, replacement, layer)
+    if layer not in taps:
+        return Check(name, np.inf, _TOLERANCE, f"no layer {layer}")
+    return compare(name, _first(taps[layer]), file[name], _TOLERANCE)
+
+
+def _buffer(file: SafetensorsFile, name: str, buffers: tuple, slot: int) -> Check:
+    if slot >= len(buffers):
+        return Check(name, np.inf, _TOLERANCE, f"we have {len(buffers)} buffers")
+    ours, expected = _first(buffers[slot]), file[name]
+    # The official cache leaves out leading frames that are still zero.
+    lack = max(ours.shape[2] - expected.shape[2], 0)
+    expected = np.pad(expected, [(0, 0), (0, 0), (lack, 0), (0, 0), (0, 0)])
+    return compare(name, ours, expected, _TOLERANCE)
+
+
+def _expect(file: SafetensorsFile, name: str, value: np.ndarray) -> Check:
+    if name not in file:
+        return Check(name, np.inf, _TOLERANCE, "not in the file")
+    return compare(name, value, file[name], _TOLERANCE)
+
+
+def _numbers(file: SafetensorsFile, pattern: str) -> list[int]:
+    return [int(found[1]) for name in file if (found := re.match(pattern, name))]
+
+
+def _single(array: np.ndarray, cuts: Sequence[int]) -> list[np.ndarray]:
+    return np.split(array, list(cuts), axis=2)[: len(cuts)]
+
+
+def _last(array: np.ndarray) -> jax.Array:
+    return jnp.asarray(np.moveaxis(array, 1, -1))
+
+
+def _first(array: Any) -> np.ndarray:
+    return np.moveaxis(np.asarray(array), -1, 1)
