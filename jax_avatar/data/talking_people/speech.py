@@ -1,0 +1,397 @@
+"""Text -> speech with phone times -> curves of mouth units, all from a seed.
+
+    sentences -> synthesise (flite) -> augment -> Utterance -+-> wave
+                                                             +-> phones -> mouth_units
+
+Flite says when each phone ends, so the lips of a synthetic person are known exactly; whatever
+`augment` does to the time axis of the wave it does to the phones.
+"""
+
+import dataclasses
+import shutil
+import subprocess
+import tempfile
+import wave as wave_file
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import librosa
+import numpy as np
+from jaxtyping import Float
+
+SAMPLE_RATE = 16_000
+TRAINING_VOICES = ("slt", "rms", "awb")
+HELD_OUT_VOICE = "kal16"
+"""Never used in training. A diphone voice, so less alike the other three than they are."""
+VOICES = (*TRAINING_VOICES, HELD_OUT_VOICE)
+
+
+class Phone(NamedTuple):
+    """One phone of an utterance: ARPAbet name in lower case, start and end in seconds."""
+
+    name: str
+    start_s: float
+    end_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+    """Speech with its phones.
+
+    Attributes:
+        wave: mono samples at 16 kHz, [-1, 1], float32.
+        phones: what is said when; contiguous, from 0 s to the end of the wave.
+        text: what is said.
+        voice: who says it.
+    """
+
+    wave: np.ndarray  # samples
+    phones: tuple[Phone, ...]
+    text: str
+    voice: str
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the wave in seconds."""
+        return len(self.wave) / SAMPLE_RATE
+
+
+def synthesise(text: str, voice: str, *, pitch: float = 1.0, speed: float = 1.0) -> Utterance:
+    """Speaks `text` with Flite.
+
+    Pitch and formants move by resampling; Flite's own durations make up for the change in length,
+    so that pitch and speed are independent.
+
+    Args:
+        text: an English sentence.
+        voice: one of `VOICES`.
+        pitch: factor on all frequencies, 0.5 to 2.
+        speed: factor on the rate of speech, 0.5 to 2.
+
+    Returns:
+        The clean utterance; equal arguments give equal samples.
+
+    Raises:
+        ValueError: if an argument is out of range or the program `flite` is not installed.
+    """
+    if voice not in VOICES:
+        raise ValueError(f"voice {voice!r}: expected one of {', '.join(VOICES)}.")
+    if not (0.5 <= pitch <= 2 and 0.5 <= speed <= 2):
+        raise ValueError(f"pitch {pitch}, speed {speed}: expected factors from 0.5 to 2.")
+    program = shutil.which("flite")
+    if program is None:
+        raise ValueError(
+            "Speech synthesis needs the program `flite`, which is not on the PATH: install the "
+            "package `flite` (Debian, Ubuntu: `apt-get install flite`)."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "speech.wav"
+        command = [
+            program,
+            "-voice",
+            voice,
+            "-psdur",
+            "--setf",
+            f"duration_stretch={pitch / speed}",
+        ]
+        done = subprocess.run(
+            [*command, "-t", text, "-o", str(path)], capture_output=True, text=True, check=True
+        )
+        with wave_file.open(str(path)) as file:
+            source_rate = file.getframerate()
+            samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+    phones = []
+    start = 0.0
+    for token in (done.stdout + done.stderr).split():
+        name, end = token.rsplit(":", 1)
+        phones.append(Phone(name, start, float(end)))
+        start = float(end)
+    if not phones:
+        raise ValueError(f"text {text!r}: Flite found nothing to say; pass words.")
+    utterance = Utterance(samples.astype(np.float32) / 32768, tuple(phones), text, voice)
+    return _resample(utterance, source_rate, pitch)
+
+
+def augment(
+    utterance: Utterance,
+    rng: np.random.Generator,
+    *,
+    rate_range: tuple[float, float] = (0.85, 1.2),
+    eq_sd_db: float = 5.0,
+    gain_range: tuple[float, float] = (0.15, 0.9),
+    noise_db_range: tuple[float, float] = (-90.0, -40.0),
+) -> Utterance:
+    """Another speaker, microphone and room noise for the same words.
+
+    Args:
+        utterance: what to change.
+        rng: source of the changes.
+        rate_range: factor on speed and pitch together, by resampling; phones follow.
+        eq_sd_db: standard deviation of a random smooth equaliser curve.
+        gain_range: peak of the result.
+        noise_db_range: level of white noise relative to full scale.
+
+    Returns:
+        The changed utterance.
+    """
+    utterance = _resample(utterance, SAMPLE_RATE, rng.uniform(*rate_range))
+    samples = utterance.wave
+    spectrum = np.fft.rfft(samples)
+    bend_db = np.interp(
+        np.linspace(0, 1, len(spectrum)), np.linspace(0, 1, 8), rng.normal(0, eq_sd_db, 8)
+    )
+    samples = np.fft.irfft(spectrum * 10 ** (bend_db / 20), len(samples))
+    samples = samples / (np.abs(samples).max() + 1e-6) * rng.uniform(*gain_range)
+    samples = samples + rng.normal(size=len(samples)) * 10 ** (rng.uniform(*noise_db_range) / 20)
+    return dataclasses.replace(utterance, wave=np.clip(samples, -1, 1).astype(np.float32))
+
+
+def speak(rng: np.random.Generator, *, voices: Sequence[str] = TRAINING_VOICES) -> Utterance:
+    """A random sentence in a random voice at a random pitch and speed, augmented."""
+    text = sentence(rng)
+    voice = str(rng.choice(voices))
+    pitch, speed = rng.uniform(0.92, 1.08), rng.uniform(0.88, 1.15)
+    return augment(synthesise(text, voice, pitch=pitch, speed=speed), rng)
+
+
+def _resample(utterance: Utterance, source_rate: int, factor: float) -> Utterance:
+    """To 16 kHz, `factor` times as fast and as high."""
+    played_rate = round(source_rate * factor)
+    samples = utterance.wave
+    if played_rate != SAMPLE_RATE:
+        samples = librosa.resample(samples, orig_sr=played_rate, target_sr=SAMPLE_RATE)
+    stretch = source_rate / played_rate
+    phones = [Phone(p.name, p.start_s * stretch, p.end_s * stretch) for p in utterance.phones]
+    # Flite rounds its times to milliseconds and may end a frame after its last phone.
+    phones[-1] = phones[-1]._replace(end_s=len(samples) / SAMPLE_RATE)
+    return dataclasses.replace(utterance, wave=samples.astype(np.float32), phones=tuple(phones))
+
+
+# ---------------------------------------------------------------- phones -> mouth units
+
+# Weights of face units per viseme; names without a side stand for left and right.
+_VISEMES = {
+    "silence": {},
+    "aa": dict(jawOpen=0.9, mouthLowerDown=0.28, mouthUpperUp=0.15),
+    "ao": dict(jawOpen=0.72, mouthFunnel=0.5),
+    "ow": dict(jawOpen=0.46, mouthFunnel=0.38, mouthPucker=0.42),
+    "uw": dict(jawOpen=0.14, mouthFunnel=0.25, mouthPucker=0.8),
+    "w": dict(jawOpen=0.08, mouthPucker=0.85),
+    "er": dict(jawOpen=0.22, mouthFunnel=0.32, mouthPucker=0.16),
+    "ae": dict(jawOpen=0.75, mouthStretch=0.32, mouthLowerDown=0.28, mouthSmile=0.15),
+    "eh": dict(jawOpen=0.55, mouthStretch=0.26, mouthLowerDown=0.22),
+    "ah": dict(jawOpen=0.52, mouthLowerDown=0.16),
+    "ih": dict(jawOpen=0.28, mouthStretch=0.26, mouthSmile=0.15, mouthLowerDown=0.16),
+    "iy": dict(jawOpen=0.15, mouthStretch=0.42, mouthSmile=0.3, mouthLowerDown=0.22),
+    "y": dict(jawOpen=0.12, mouthStretch=0.35),
+    "m": dict(mouthPress=0.5, mouthRollLower=0.35, mouthRollUpper=0.25),
+    "f": dict(jawOpen=0.05, mouthRollLower=0.6, mouthUpperUp=0.3),
+    "th": dict(jawOpen=0.16, tongueOut=0.25, mouthLowerDown=0.16),
+    "t": dict(jawOpen=0.1, mouthStretch=0.1, mouthLowerDown=0.2),
+    "s": dict(jawOpen=0.05, mouthStretch=0.3, mouthLowerDown=0.3, mouthUpperUp=0.15),
+    "ch": dict(jawOpen=0.1, mouthFunnel=0.58, mouthPucker=0.2),
+    "k": dict(jawOpen=0.2, mouthLowerDown=0.1),
+    "l": dict(jawOpen=0.28, mouthLowerDown=0.16),
+    "r": dict(jawOpen=0.14, mouthFunnel=0.36, mouthPucker=0.26),
+    "hh": dict(jawOpen=0.26),
+}
+# Phones that look like another; diphthongs glide from one viseme to the next.
+_LOOKS_LIKE = (
+    {name: name for name in _VISEMES}
+    | dict(pau="silence", sil="silence", ssil="silence", h="silence")
+    | dict(b="m", p="m", v="f", dh="th", d="t", n="t", dx="t", z="s", jh="ch", sh="ch", zh="ch")
+    | dict(g="k", ng="k", uh="uw", axr="er", ax="ah", ix="ih", en="t", em="m", el="l")
+)
+_GLIDES = dict(ay=("aa", "ih"), aw=("aa", "uw"), oy=("ow", "ih"), ey=("eh", "iy"))
+_SIDED = ("mouthLowerDown", "mouthUpperUp", "mouthStretch", "mouthSmile", "mouthPress")
+_ROUNDING = ("mouthPucker", "mouthFunnel")
+
+
+def _sides(name: str) -> tuple[str, ...]:
+    return (f"{name}Left", f"{name}Right") if name in _SIDED else (name,)
+
+
+_SHAPES = sorted({unit for viseme in _VISEMES.values() for unit in viseme})
+MOUTH_UNITS = tuple(side for unit in _SHAPES for side in _sides(unit))
+"""Names of the face units that `mouth_units` drives."""
+
+_GRID_HZ = 200
+
+
+def mouth_units(
+    phones: Iterable[tuple[str, float, float]],
+    duration_s: float,
+    fps: float,
+    rng: np.random.Generator | None = None,
+    *,
+    amplitude: float = 1.0,
+) -> dict[str, Float[np.ndarray, " T"]]:
+    """Curves of the face units that speech moves, at the times `i / fps`.
+
+    Visemes are held for a phone and smoothed with a short lead (lips move before the sound);
+    rounding spreads further than opening. Closures are put back after smoothing: the lips
+    really meet for m, b, p, and the lower lip meets the teeth for f, v, however short they are.
+
+    Args:
+        phones: name, start and end in seconds; ARPAbet in either case, with or without stress.
+        duration_s: length of the curves.
+        fps: video frames per second.
+        rng: varies the size of single phones by some 8 %; None for none.
+        amplitude: factor on opening and rounding, for a lively or a mumbling speaker.
+
+    Returns:
+        A float32 curve of `round(duration_s * fps)` values in [0, 1] for each of `MOUTH_UNITS`.
+    """
+    phones = [(_bare(name), start, end) for name, start, end in phones]
+    index = {name: i for i, name in enumerate(_SHAPES)}
+    length = int(np.ceil(duration_s * _GRID_HZ)) + 2
+    times = np.arange(length) / _GRID_HZ
+
+    held = np.zeros((length, len(_SHAPES)))
+    for name, start, end in phones:
+        size = amplitude * (1.0 if rng is None else np.clip(rng.normal(1, 0.08), 0.8, 1.2))
+        first, last = round(start * _GRID_HZ), round(end * _GRID_HZ)
+        visemes = _GLIDES.get(name) or (_LOOKS_LIKE.get(name, "ah"),)
+        bounds = np.linspace(first, max(last, first + 1), len(visemes) + 1).round().astype(int)
+        for viseme, begin, stop in zip(visemes, bounds[:-1], bounds[1:], strict=True):
+            for unit, weight in _VISEMES[viseme].items():
+                held[begin:stop, index[unit]] = weight * size
+    curves = np.empty_like(held)
+    for unit, i in index.items():
+        sigma_s, lead_s = (0.055, 0.03) if unit in _ROUNDING else (0.032, 0.02)
+        curves[:, i] = _smooth(held[:, i], sigma_s * _GRID_HZ, round(lead_s * _GRID_HZ))
+
+    for name, start, end in phones:
+        viseme = _LOOKS_LIKE.get(name)
+        if viseme not in ("m", "f"):
+            continue
+        target = np.zeros(len(_SHAPES))
+        for unit, weight in _VISEMES[viseme].items():
+            target[index[unit]] = weight
+        # Flat for at least one frame of 16 fps video, so that no frame rate misses a closure.
+        half = max(end - start, 0.0625) / 2
+        outside = np.abs(times - (start + end) / 2 + 0.01) - half
+        closed = 0.5 + 0.5 * np.cos(np.pi * np.clip(outside / 0.04, 0, 1))
+        curves += closed[:, None] * (target - curves)
+
+    frames = np.arange(round(duration_s * fps)) / fps
+    return {
+        side: np.clip(np.interp(frames, times, curves[:, i]), 0, 1).astype(np.float32)
+        for unit, i in index.items()
+        for side in _sides(unit)
+    }
+
+
+def is_lip_closure(name: str) -> bool:
+    """Whether the lips meet in this phone: m, b, p."""
+    return _LOOKS_LIKE.get(_bare(name)) == "m"
+
+
+def _bare(name: str) -> str:
+    return name.lower().rstrip("012")
+
+
+def _smooth(curve: np.ndarray, sigma: float, lead: int) -> np.ndarray:
+    reach = int(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    padded = np.concatenate([np.full(reach, curve[0]), curve, np.full(reach + lead, curve[-1])])
+    return np.convolve(padded[lead:], kernel / kernel.sum(), "valid")
+
+
+# ---------------------------------------------------------------- what is said
+
+# Written for this project.
+_PEOPLE = """my brother|the old baker|our neighbour|a young painter|the bus driver|your father|
+the whole family|a friendly waiter|the music teacher|their little boy|a famous author|
+my best friend|the village doctor|a clever girl|the new manager|somebody upstairs|our guide|
+her cousin|a tall woman|the shy farmer|Paul|Emma|Mister Brown|Sophie|George|my aunt Beth"""
+_DID = """bought|found|painted|forgot|borrowed|carried|hid|described|wrapped up|looked for|
+washed|opened|showed me|threw away|pushed|counted|sold|picked|dropped|noticed|measured|fixed|
+brought back|moved|watched|cleaned|dreamed of|paid for|chose|gave away"""
+_THINGS = """a wooden box|five purple plums|the blue umbrella|a warm woollen jumper|two tickets|
+the broken mirror|some fresh bread and butter|a map of the moon|the yellow boat|an orange scarf|
+a pair of brown shoes|the garden chairs|a bowl of soup|my favourite book|seven shiny buttons|
+the heavy suitcase|a piece of apple pie|those paper boxes|an empty bottle|a big birthday cake|
+the kitchen window|a photograph of the beach|that thick blanket|a jar of honey|the piano"""
+_WHEN = """this morning|before breakfast|on Wednesday|late at night|after the show|last summer|
+every afternoon|in the middle of the week|at half past four|when it began to rain|
+while we were asleep|before we could move|on the first of May|all year round|a moment ago|
+without a word|as soon as the sun came up|during the power cut|for the very first time"""
+_PLACES = """at the bottom of the hill|in the old town|beside the river|under the bridge|
+at the swimming pool|behind the church|on the roof|near the farm shop|in our living room|
+across the bay|in a small cafe|at the back of the garden|by the open fire|in the woods|
+on the way to work|at the market|down by the harbour|above the clouds|in a quiet village"""
+_FEELINGS = """wonderful|a little strange|very funny|awful|perfectly fine|amazing|beautiful|
+rather boring|impossible|much too far|worth the trouble|remarkable|quite obvious|cheap enough|
+more useful than before|good for you|smooth as glass|far away|lovely|too warm for me"""
+_TOPICS = """the weather|your journey|good food|the new film|our plan|modern music|the problem|
+football|his voice|the price of bread|family life|that story|space travel|the past|the future|
+mobile phones|her report|this house|voting|public transport"""
+_PATTERNS = """{people} {did} {thing} {when}.|{when}, {people} {did} {thing}.|
+{people} {did} {thing} {place}.|Have you ever thought about {topic}?|
+I think {topic} is {feeling}, but {people} may not agree.|Well, {topic} was {feeling} {when}.|
+Could we meet {place} and talk about {topic}?|You will find {thing} {place}.|
+Why would {people} bring {thing} {place}?|Please put {thing} {place}, and come home {when}.|
+Everybody {place} knows that {topic} is {feeling}.|
+Wow! {people} {did} {thing}, and it was {feeling}.|
+We were {place} {when}, and {people} {did} {thing}.|How beautiful it is {place} {when}!|
+Maybe {people} {did} {thing}, or maybe {people2} did.|Both {people} and {people2} live {place}.|
+{topic} is {feeling}; {topic2} is {feeling2}.|Hello, it is {feeling} to see you {place}.|
+Show me {thing}, and I will tell you about {topic}.|
+If {people} had {thing}, who would pay for it?"""
+_FIXED = """Peter and Barbara put a pound of pepper in the pumpkin pie.|
+Over the valley, five grey wolves howl at the full moon.|
+She wore a shiny yellow raincoat on the ferry to the island.|
+We usually measure the pressure twice before we move on.|
+Bob may buy a blue boat, but Mabel wants a pony.|
+Who threw those three wet feathers through the window?|
+Judge Joyce enjoys a large orange juice on her birthday.|
+The boy's noisy toys annoyed the poor royal visitors.|
+A warm breeze blew the brown leaves above the bay.|
+Good morning, everyone, and welcome to our little show.|
+My mum and I always walk home by the mill pond.|
+How now, said the owl, what is all this shouting about?|
+Open your mouth wide, please, and say ah.|Keep calm, breathe deeply, and speak up.|
+Few people view the future of food with full confidence.|
+Both brothers bathe in the cold sea, even in February.|
+The chef chose cheese, cherries, and a chunk of chocolate.|
+Wait a moment, would you, while we wipe the whiteboard.|
+Eight hungry geese ate the eggs we made for the picnic.|
+Please bring me back a map, a lamp, and a cup of tea.|
+You could hear bells ringing far along the winding road.|
+Bubbles popped as the baby babbled in the bathtub.|
+I wish I knew how far the farm is from the park.|
+Vivian voted for the van, and Philip for the ferry."""
+
+
+def _parts(text: str) -> list[str]:
+    return [" ".join(part.split()) for part in text.split("|")]
+
+
+_WORDS = {
+    name: _parts(text)
+    for name, text in dict(
+        people=_PEOPLE, did=_DID, thing=_THINGS, when=_WHEN, place=_PLACES, feeling=_FEELINGS,
+        topic=_TOPICS,
+    ).items()
+}  # fmt: skip
+_WORDS |= {f"{name}2": _WORDS[name] for name in ("people", "topic", "feeling")}
+
+
+def sentence(rng: np.random.Generator) -> str:
+    """An everyday English sentence; one in eight is a fixed one rich in rare phones."""
+    if rng.random() < 0.125:
+        return str(rng.choice(_parts(_FIXED)))
+    chosen = {name: str(rng.choice(words)) for name, words in _WORDS.items()}
+    text = str(rng.choice(_parts(_PATTERNS))).format(**chosen)
+    return text[0].upper() + text[1:]
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """`count` different sentences, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[sentence(rng)] = None
+    return list(found)
