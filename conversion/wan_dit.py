@@ -6,10 +6,12 @@ Source of the names: the Wan2.2-S2V-14B checkpoint (1260 tensors).
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from conversion.rules import Rule, conv, patch, squeeze, transpose
 from jax_avatar.models.config import DiTConfig
 
-__all__ = ["TABLE", "config_from_official"]
+__all__ = ["TABLE", "config_from_official", "lora_shapes", "merge_lora"]
 
 
 def _linear(source: str, target: str, layout=transpose) -> Iterator[Rule]:
@@ -91,6 +93,7 @@ _EXPECTED = {
     "zero_timestep": True,
     "enable_motioner": False,
     "enable_tsm": False,
+    "trainable_token": False,
     "trainable_token_pos_emb": False,
     "framepack_drop_mode": "padd",
     "add_last_motion": True,
@@ -113,6 +116,8 @@ def config_from_official(official: Mapping[str, Any], **changes: Any) -> DiTConf
         plain = list(value) if isinstance(value, list | tuple) else value
         if key in _RENAMED:
             fields[_RENAMED[key]] = plain
+        elif key == "motion_frames":
+            fields["audio_history"] = plain[0] if isinstance(plain, list) else plain
         elif key == "out_dim":
             if plain != official.get("in_dim", plain):
                 wrong.append(f"out_dim {plain} differs from in_dim {official['in_dim']}")
@@ -124,3 +129,60 @@ def config_from_official(official: Mapping[str, Any], **changes: Any) -> DiTConf
     if wrong:
         raise ValueError("official transformer config: " + "; ".join(wrong))
     return DiTConfig(**(fields | changes))
+
+
+def lora_targets(config: DiTConfig) -> dict[str, tuple[int, int]]:
+    """Official names of the linears that the LoRA adapts -> (outputs, inputs)."""
+    d, hidden = config.width, config.ffn_width
+    targets = {}
+    for i in range(config.num_layers):
+        for attention in ("self_attn", "cross_attn"):
+            targets |= {f"blocks.{i}.{attention}.{name}": (d, d) for name in "qkvo"}
+        targets |= {f"blocks.{i}.ffn.0": (hidden, d), f"blocks.{i}.ffn.2": (d, hidden)}
+    for j in range(len(config.audio_inject_layers)):
+        targets |= {f"audio_injector.injector.{j}.{name}": (d, d) for name in "qkvo"}
+    return targets
+
+
+def lora_shapes(config: DiTConfig, rank: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a whole LoRA file for a transformer of this size."""
+    shapes = {}
+    for name, (outputs, inputs) in lora_targets(config).items():
+        shapes[f"{name}.lora_A.default.weight"] = (rank, inputs)
+        shapes[f"{name}.lora_B.default.weight"] = (outputs, rank)
+    return shapes
+
+
+def merge_lora(
+    weights: Mapping[str, np.ndarray], adapter: Mapping[str, np.ndarray], scaling: float
+) -> dict[str, np.ndarray]:
+    """Adds low-rank updates to official weights: `W + scaling * B @ A`, computed in float32.
+
+    Args:
+        weights: official name -> array.
+        adapter: LoRA tensors, with or without the prefix `base_model.model.` and `.default`.
+        scaling: alpha / rank; 0.5 for the published file.
+
+    Raises:
+        ValueError: a tensor that adapts nothing, or half of a pair; the message lists them all.
+    """
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    unmatched = []
+    for name, array in adapter.items():
+        plain = name.removeprefix("base_model.model.").replace(".default", "")
+        linear, _, factor = plain.removesuffix(".weight").rpartition(".lora_")
+        if factor not in ("A", "B") or f"{linear}.weight" not in weights:
+            unmatched.append(name)
+        else:
+            pairs.setdefault(linear, {})[factor] = np.asarray(array, np.float32)
+    unmatched += [f"{name} (only lora_{''.join(p)})" for name, p in pairs.items() if len(p) < 2]
+    if unmatched:
+        raise ValueError(
+            f"{len(unmatched)} LoRA tensors match no linear layer of the checkpoint: {unmatched}"
+        )
+    merged = dict(weights)
+    for linear, pair in pairs.items():
+        base = weights[f"{linear}.weight"]
+        update = np.float32(scaling) * (pair["B"] @ pair["A"])
+        merged[f"{linear}.weight"] = base + update.astype(base.dtype)
+    return merged

@@ -34,9 +34,7 @@ def attend(
         lengths = jnp.broadcast_to(key_length, (query.shape[0],)).astype(jnp.int32)
     if mask is not None:
         mask = mask[None, None]
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, key_value_seq_lengths=lengths
-    )
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, key_value_seq_lengths=lengths)
 
 
 def block_causal_mask(num_noisy: int, num_cond: int, block_tokens: int) -> Array:

@@ -1,7 +1,7 @@
 """Speech features inside the transformer: a causal encoder to tokens, and their injection.
 
-    features [b u T k a] --mix--> [.. T a] --causal convolutions, time / 4--> local and global tokens
-    local tokens: keys and values of a cross-attention;  global token: its AdaLN
+features [b u T k a] --mix--> [.. T a] --causal convolutions, time / 4--> local and global tokens
+local tokens: keys and values of a cross-attention;  global token: its AdaLN
 """
 
 import jax

@@ -89,8 +89,10 @@ class DiTConfig:
         if self.freq_width % 2:
             raise ValueError(f"freq_width {self.freq_width} must be even: half cosines, half sines")
         layers = self.audio_inject_layers
-        if not layers or list(layers) != sorted(set(layers)) or not (
-            0 <= layers[0] and layers[-1] < self.num_layers
+        if (
+            not layers
+            or list(layers) != sorted(set(layers))
+            or not (0 <= layers[0] and layers[-1] < self.num_layers)
         ):
             raise ValueError(
                 f"audio_inject_layers {layers} must be ascending layer numbers within "

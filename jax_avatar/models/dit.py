@@ -36,7 +36,7 @@ from jax_avatar.models.rope import (
     motion_positions,
     rotate,
 )
-from jax_avatar.shapes import Array, AudioFeatures, Float, IntScalar, Latent, TextStates
+from jax_avatar.shapes import Array, AudioFeatures, Float, IntScalar, Latent, TextStates, Tokens
 
 __all__ = ["DiT"]
 
@@ -289,9 +289,7 @@ class DiT(nnx.Module):
         length = num_cond + position.filled * n
         own = self._grid_rotation(position.frame, h, w, half=config.half_rotary)
         has_motion = num_cond > (h // 2) * (w // 2)
-        cond = self._cond_rotation(
-            (h, w), position.reference, has_motion, half=config.half_rotary
-        )
+        cond = self._cond_rotation((h, w), position.reference, has_motion, half=config.half_rotary)
         if tap:
             for name, rotation in (("noisy", own), ("cond", cond)):
                 tap(f"rope_{name}_cos", rotation.cos)
@@ -319,7 +317,7 @@ class DiT(nnx.Module):
 
         xs = (sink.key, sink.value, sink.text_key, sink.text_value)
         x, (key, value), _ = self._layers(x, layer, xs, (cache.key, cache.value), tap=tap)
-        velocity = self._head(x, embedding, (t, h, w), tap)
+        velocity = self.apply_head(x, embedding, (t, h, w), tap)
         return velocity.astype(noisy.dtype), KVCache(key, value)
 
     # ---- parts ----------------------------------------------------------------------------
@@ -376,7 +374,7 @@ class DiT(nnx.Module):
             return x, carry, None
 
         x, _, _ = self._layers(x, layer, self._text_kv(text, tap), None, tap=tap)
-        velocity = self._head(x[:, :n], embedding[:, :t], (t, h, w), tap)
+        velocity = self.apply_head(x[:, :n], embedding[:, :t], (t, h, w), tap)
         return velocity.astype(noisy.dtype)
 
     def _layers(self, x, layer, xs, carry, *, tap):
@@ -413,7 +411,7 @@ class DiT(nnx.Module):
 
     def _injection(self, audio, shape, speaker_mask, tap):
         """Returns `(noisy tokens, layer index) -> noisy tokens` with the audio bound."""
-        b, t, h, w = shape
+        b, t = shape[:2]
         if audio.shape[2] != 4 * t:
             raise ValueError(
                 f"audio features cover {audio.shape[2]} video frames; {t} latent frames need "
@@ -435,7 +433,8 @@ class DiT(nnx.Module):
             tap("audio_local", local)
             tap("audio_global", overall)
         layers = self.config.audio_inject_layers
-        slot_of_layer = [layers.index(i) if i in layers else -1 for i in range(self.config.num_layers)]
+        count = self.config.num_layers
+        slot_of_layer = [layers.index(i) if i in layers else -1 for i in range(count)]
         graphdef, state = nnx.split(self.injectors)
 
         def inject(x, index):
@@ -463,9 +462,9 @@ class DiT(nnx.Module):
         return inject
 
     def _noisy_tokens(self, noisy, pose, tap):
-        b, t, h, w, _ = noisy.shape
+        h, w = noisy.shape[2:4]
         if h % 2 or w % 2:
-            raise ValueError(f"latent grid {h}x{w} must be even in both sizes; change the video size")
+            raise ValueError(f"latent grid {h}x{w} must be even both ways; change the video size.")
         dtype = self.config.dtype
         tokens, posed = self.patch(noisy.astype(dtype)), self.pose(pose.astype(dtype))
         if tap:
@@ -526,7 +525,21 @@ class DiT(nnx.Module):
             tap("time_e0", rows)
         return embedding, rows
 
-    def _head(self, x, embedding, shape, tap):
+    def apply_head(
+        self,
+        x: Tokens,
+        embedding: Float[Array, "b t d"],
+        shape: tuple[int, int, int],
+        tap: Tap = None,
+    ) -> Latent:
+        """Hidden states of noisy tokens -> velocity.
+
+        Args:
+            x: hidden states.
+            embedding: of the timesteps, per latent frame.
+            shape: latent frames, rows, columns.
+            tap: called with names and intermediate values.
+        """
         t, h, w = shape
         rows = self.head_modulation[...].astype(jnp.float32)
         spread = _spread_frames(t, x.shape[1])

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from jax_avatar.shapes import Array, Float
+from jax_avatar.shapes import Float
 
 __all__ = ["bucket_indices", "num_frames_30hz", "to_30hz"]
 
@@ -21,7 +21,7 @@ def num_frames_30hz(frames: int, rate: float = 50.0) -> int:
     return int(frames / rate * _RATE)
 
 
-def to_30hz(features: Float[Array, "l T c"]) -> Float[Array, "l S c"]:
+def to_30hz(features: Float[np.ndarray, "l T c"]) -> Float[np.ndarray, "l S c"]:
     """Linear interpolation from 50 Hz to 30 Hz with first and last frames kept.
 
     Raises:

@@ -60,6 +60,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width, param_dtype))
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        """Statistics in float32, result in the type of `x`."""
         normed = layer_norm(x, self.eps).astype(jnp.float32)
         return (normed * _wide(self.scale, x) + _wide(self.bias, x)).astype(x.dtype)
 
@@ -72,6 +73,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width, param_dtype))
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        """Statistics in float32, result in the type of `x`."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
         # The official model rounds before it scales.
@@ -124,9 +126,11 @@ class PatchProjection(nnx.Module):
         self, config, channels: int, patch: tuple[int, int, int], *, zero=False, rngs: nnx.Rngs
     ):
         self.patch = patch
-        self.linear = linear(config, int(np.prod(patch)) * channels, config.width, zero=zero, rngs=rngs)
+        inputs = int(np.prod(patch)) * channels
+        self.linear = linear(config, inputs, config.width, zero=zero, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b n d"]:
+        """One token per patch."""
         return self.linear(patchify(x, self.patch))
 
 
@@ -161,6 +165,7 @@ class TimeEmbedding(nnx.Module):
         )
 
     def __call__(self, timestep: Float[Array, "b t"]) -> tuple[Array, Array]:
+        """Embedding and modulation rows of every timestep."""
         embedding = self.out(jax.nn.silu(self.hidden(self.sinusoid(timestep))))
         rows = self.project(jax.nn.silu(embedding))
         return embedding, rows.reshape(*rows.shape[:-1], 6, -1)

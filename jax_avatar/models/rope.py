@@ -111,7 +111,9 @@ def pooled_positions(size: int, pooled: int) -> np.ndarray:
     return np.linspace(0, size - 1, pooled).astype(np.int64)
 
 
-def motion_positions(height: int, width: int) -> list[tuple[tuple[int, ...], np.ndarray, np.ndarray]]:
+def motion_positions(
+    height: int, width: int
+) -> list[tuple[tuple[int, ...], np.ndarray, np.ndarray]]:
     """Frames, rows and columns of the packed motion tokens: near, mid, far; oldest first.
 
     Args:
@@ -127,9 +129,7 @@ def motion_positions(height: int, width: int) -> list[tuple[tuple[int, ...], np.
     ]
 
 
-def rotate(
-    x: Float[Array, "b n m e"], rotation: Rotation
-) -> Float[Array, "b n m e"]:
+def rotate(x: Float[Array, "b n m e"], rotation: Rotation) -> Float[Array, "b n m e"]:
     """Turns adjacent channel pairs of every head by the angle of their token."""
     real, imag = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     cos, sin = rotation.cos[None, :, None, :], rotation.sin[None, :, None, :]

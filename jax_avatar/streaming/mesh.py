@@ -1,11 +1,11 @@
 """From `--mesh` and a number of denoising steps to devices: which slice runs which steps.
 
-    "5"       4 denoising slices and the VAE on a fifth
-    "4"       4 denoising slices, the VAE shares the last
-    "3"       2 slices of two steps each, and the VAE
-    "2"       2 slices of two steps each, the VAE shares the last
-    "1"       everything in turn on one device (Algorithm 3)
-    "4x2+1"   4 denoising slices of 2 devices each, and one device for the VAE
+"5"       4 denoising slices and the VAE on a fifth
+"4"       4 denoising slices, the VAE shares the last
+"3"       2 slices of two steps each, and the VAE
+"2"       2 slices of two steps each, the VAE shares the last
+"1"       everything in turn on one device (Algorithm 3)
+"4x2+1"   4 denoising slices of 2 devices each, and one device for the VAE
 """
 
 import re
@@ -87,7 +87,7 @@ def _from_count(slices: int, num_steps: int) -> Layout:
     divisors = [d for d in range(1, num_steps + 1) if num_steps % d == 0]
     possible = sorted({*divisors, *(d + 1 for d in divisors)})
     raise ValueError(
-        f"--mesh {slices}: {num_steps} timesteps and the VAE cannot be spread over {slices} slices; "
+        f"--mesh {slices}: {num_steps} timesteps and the VAE do not spread over {slices} slices; "
         f"pass --mesh {_either(possible)}, or give config.timesteps "
         f"{slices - 1} or {slices} values."
     )

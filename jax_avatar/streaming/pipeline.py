@@ -176,7 +176,9 @@ class PipelinedStream:
             ]
             for step in range(self.steps)
         ]
-        positions = [jax.tree.map(lambda *leaves: np.stack(leaves), *of_step) for of_step in positions]
+        positions = [
+            jax.tree.map(lambda *leaves: np.stack(leaves), *of_step) for of_step in positions
+        ]
         done, self._latents, self._caches = self._tick(
             self.params,
             self._put(self._noise(numbers[0]), _EVERYWHERE),
@@ -255,9 +257,7 @@ class PipelinedStream:
         def swap(old, new, is_mine):
             return jax.tree.map(lambda a, b: jnp.where(is_mine[0], b, a), old, new)
 
-        return jax.jit(
-            self._shard_map(swap, (_STAGE, _STAGE, _STAGE), _STAGE), donate_argnums=(0,)
-        )
+        return jax.jit(self._shard_map(swap, (_STAGE, _STAGE, _STAGE), _STAGE), donate_argnums=(0,))
 
     @functools.cached_property
     def _spread_last(self) -> Callable:

@@ -76,7 +76,7 @@ class StreamPlan:
             )
         if self.aas_after_blocks < 0:
             raise ValueError(
-                f"aas_after_blocks {self.aas_after_blocks} must be 4 (release), 1 (paper) or 0 (off)."
+                f"aas_after_blocks {self.aas_after_blocks}: give 4 (release), 1 (paper) or 0 (off)."
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed} must be within 0..{2**32 - 1}.")
@@ -100,7 +100,11 @@ class StreamPlan:
         if self.noise is not None:
             return lambda block: jnp.asarray(self.noise(block, shape), dtype)
         key = jax.random.key(self.seed)
-        draw = jax.jit(lambda block: jax.random.normal(jax.random.fold_in(key, block), shape, dtype))
+
+        @jax.jit
+        def draw(block):
+            return jax.random.normal(jax.random.fold_in(key, block), shape, dtype)
+
         return lambda block: draw(np.uint32(block))
 
 

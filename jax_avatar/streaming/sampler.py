@@ -1,10 +1,10 @@
 """Algorithm 3: a stream on one device, block after block, step after step.
 
-    for block g:
-        sink <- prefill(first generated latent)        once, before block `aas_after_blocks`
-        x <- noise(g)
-        for step i: x <- euler_step(x, window i, sink)   window i belongs to step i
-        emit x
+for block g:
+    sink <- prefill(first generated latent)        once, before block `aas_after_blocks`
+    x <- noise(g)
+    for step i: x <- euler_step(x, window i, sink)   window i belongs to step i
+    emit x
 """
 
 from collections.abc import Callable
@@ -68,9 +68,9 @@ class SequentialStream:
         self._first_latent = None
         self._next_block = 0
 
-        def step(params, latent, audio, pose, cache, sink, position, sigma, next_sigma):
+        def step(params, latent, audio, pose, cache, sink, position, *sigmas):
             return denoise(
-                graphdef, params, latent, audio, pose, cache, sink, position, sigma, next_sigma, mask
+                graphdef, params, latent, audio, pose, cache, sink, position, *sigmas, mask
             )
 
         self._step = jax.jit(step, donate_argnames=("latent", "cache"))

@@ -1,15 +1,22 @@
 """Who speaks where: pixel masks of several people -> routing masks on the token grid."""
 
+from collections.abc import Callable
+
 import numpy as np
 
-from jax_avatar.shapes import Array, Float
+from jax_avatar.shapes import Float
 
 __all__ = ["speaker_masks"]
 
 
 def speaker_masks(
-    pixel_masks: Float[Array, "u T H W"], frames: int, rows: int, cols: int
-) -> Float[Array, "u t h2 w2"]:
+    pixel_masks: Float[np.ndarray, "u T H W"],
+    frames: int,
+    rows: int,
+    cols: int,
+    *,
+    tap: Callable[[str, np.ndarray], None] | None = None,
+) -> Float[np.ndarray, "u t h2 w2"]:
     """Routes every speaker's audio to the tokens that no one else may claim.
 
     Background belongs to everybody, a cell near two people to nobody; of overlapping people the
@@ -20,6 +27,7 @@ def speaker_masks(
         frames: latent frames wanted; a stream uses the first block's for every block.
         rows: token rows, an eighth of half the pixels.
         cols: token columns.
+        tap: called with names and intermediate values, for comparison with other code.
 
     Source: Live Avatar repository, multi-character routing.
     """
@@ -31,6 +39,9 @@ def speaker_masks(
     later = np.flip(np.cumsum(np.flip(present, 0), 0), 0) - present
     owned = present & (later == 0)
     claimed = np.stack([[_dilate(frame) for frame in person] for person in owned])
+    if tap:
+        tap("onehot", owned)
+        tap("dilated", claimed)
     others = claimed.sum(0)[None] - claimed
     return (others == 0).astype(np.float32)
 
