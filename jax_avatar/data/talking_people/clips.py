@@ -170,7 +170,7 @@ def make_talk(
     mouth = speech.mouth_units(
         [p for p in shifted if p[2] > 0],
         (num_frames + 2 * lead_frames) / fps,
-        fps,
+        float(fps),
         rng,
         amplitude=float(rng.uniform(0.85, 1.15)),
     )
@@ -203,7 +203,7 @@ def make_clip(config: PeopleConfig, split: str, index: int) -> ClipRecord:
         index: of the clip in its split.
     """
     if not 0 <= index < config.num_clips(split):
-        raise ValueError(f"clip {index}: split {split!r} has clips 0 to {config.num_clips(split)}")
+        raise ValueError(f"clip {index}: split {split!r} has {config.num_clips(split)} clips")
     key = [config.seed, records.SPLITS.index(split), index]
     rng = np.random.default_rng(key)
     talk = make_talk(rng, voices(split), config.num_frames, config.fps)
@@ -216,7 +216,7 @@ def make_clip(config: PeopleConfig, split: str, index: int) -> ClipRecord:
         person_id = index
         figure = cartoon.make_cartoon(scene_seed)
         drawings = [
-            cartoon.draw(figure, units[i], motion.pose_at(i), tuple(motion.gaze[i]), config.size)
+            cartoon.draw(figure, units[i], motion.pose_at(i), motion.gaze_at(i), config.size)
             for i in range(config.num_frames)
         ]
         portrait = cartoon.draw(figure, unit_weights({}), size=config.size).image
@@ -224,7 +224,7 @@ def make_clip(config: PeopleConfig, split: str, index: int) -> ClipRecord:
         person_id = person_seed(config, split, index)
         person = change_scene(_person(person_id, config.texture_size), scene_seed)
         drawings = [
-            render(person, units[i], motion.pose_at(i), tuple(motion.gaze[i]), config.size)
+            render(person, units[i], motion.pose_at(i), motion.gaze_at(i), config.size)
             for i in range(config.num_frames)
         ]
         portrait = render_portrait(person, config.size)

@@ -47,9 +47,14 @@ class Motion:
         yaw, pitch, roll, *shift = (float(v) for v in self.pose[frame])
         return Pose(yaw, pitch, roll, tuple(shift))
 
+    def gaze_at(self, frame: int) -> tuple[float, float]:
+        """Where the eyes turn in one frame."""
+        right, down = (float(v) for v in self.gaze[frame])
+        return right, down
+
 
 def sway(
-    rng: np.random.Generator, num_frames: int, fps: float, time_s: float, deviation: float
+    rng: np.random.Generator, num_frames: int, fps: int, time_s: float, deviation: float
 ) -> Float[np.ndarray, " T"]:
     """A slow, smooth random curve around zero.
 
@@ -71,7 +76,7 @@ def sway(
     return (deviation * smooth[warm_up : warm_up + num_frames]).astype(np.float32)
 
 
-def blinks(rng: np.random.Generator, num_frames: int, fps: float) -> Float[np.ndarray, " T"]:
+def blinks(rng: np.random.Generator, num_frames: int, fps: int) -> Float[np.ndarray, " T"]:
     """Lid closure in [0, 1]; a blink every three seconds or so."""
     time = np.arange(num_frames) / fps
     closed = np.zeros(num_frames)
@@ -83,7 +88,7 @@ def blinks(rng: np.random.Generator, num_frames: int, fps: float) -> Float[np.nd
     return np.clip(closed, 0, 1).astype(np.float32)
 
 
-def glances(rng: np.random.Generator, num_frames: int, fps: float) -> Float[np.ndarray, "T 2"]:
+def glances(rng: np.random.Generator, num_frames: int, fps: int) -> Float[np.ndarray, "T 2"]:
     """Where the eyes look: mostly at the viewer, jumping a little now and then; radians."""
     gaze = np.zeros((num_frames, 2), np.float32)
     frame = 0
@@ -119,7 +124,7 @@ def _plan_actions(
 
 
 def make_motion(
-    rng: np.random.Generator, num_frames: int, fps: float, action_probability: float = 0.3
+    rng: np.random.Generator, num_frames: int, fps: int, action_probability: float = 0.3
 ) -> Motion:
     """Draws the motion of one clip.
 

@@ -4,6 +4,7 @@
 """
 
 import functools
+import inspect
 import math
 import types
 
@@ -21,9 +22,11 @@ def _kernels() -> types.SimpleNamespace:
             '`people`: pip install "jax_avatar[people]"'
         ) from error
     compile_ = numba.njit(cache=True, fastmath=True)
-    return types.SimpleNamespace(
-        rasterise=compile_(_rasterise), normals=compile_(_normals), shade=compile_(_shade)
+    # The test run wraps every function in a type check, which numba cannot compile.
+    rasterise, normals, shade = (
+        compile_(inspect.unwrap(kernel)) for kernel in (_rasterise, _normals, _shade)
     )
+    return types.SimpleNamespace(rasterise=rasterise, normals=normals, shade=shade)
 
 
 def _rasterise(xy, inverse_z, visible, two_sided, triangles, depth, triangle, first, second):

@@ -32,6 +32,9 @@ class Pose:
     """Movement of head and shoulders right, up and towards the camera, in decimetres."""
 
 
+FRONTAL = Pose()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rendering:
     """One picture and what is known about it."""
@@ -69,7 +72,7 @@ def _posed_vertices(
     moving = np.nonzero(units)[0]
     vertices = person.vertices + np.einsum("q,qvx->vx", units[moving], mesh.units[moving])
     if gaze != (0.0, 0.0):
-        look = rotation(gaze[0], gaze[1], 0).T
+        look = rotation(*gaze, 0.0).T
         for eye in (person.left_eye, person.right_eye):
             centre = vertices[eye].mean(0)
             vertices[eye] = centre + (vertices[eye] - centre) @ look
@@ -96,7 +99,7 @@ def _project(person: Person, vertices: np.ndarray, size: int) -> tuple[np.ndarra
 def render(
     person: Person,
     units: Float[np.ndarray, " q"],
-    pose: Pose = Pose(),
+    pose: Pose = FRONTAL,
     gaze: tuple[float, float] = (0.0, 0.0),
     size: int = 96,
 ) -> Rendering:
