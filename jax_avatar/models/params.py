@@ -7,7 +7,6 @@ nothing to pass, to shard by a path table, or to save.
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from flax import nnx, traverse_util
 
 __all__ = ["abstract", "flatten", "merge", "split", "unflatten"]
@@ -35,12 +34,12 @@ def abstract(build: Callable[[], nnx.Module]) -> tuple[Any, Params]:
     return split(nnx.eval_shape(build))
 
 
-def flatten(params: Params) -> dict[str, jax.Array]:
+def flatten(params: Params) -> dict[str, Any]:
     """Nested dictionary -> one level, keys joined by "/"."""
     return traverse_util.flatten_dict(params, sep="/")
 
 
-def unflatten(flat: dict[str, jax.Array]) -> Params:
+def unflatten(flat: dict[str, Any]) -> Params:
     """Inverse of `flatten`."""
     return traverse_util.unflatten_dict(flat, sep="/")
 

@@ -124,7 +124,10 @@ class WanVAE(nnx.Module):
         self, video: Array, buffers: Buffers | None, tap: Tap | None
     ) -> tuple[Array, Buffers]:
         x, buffers = self.encoder(video.astype(self.config.dtype), buffers, tap)
-        return self.to_moments(x).astype(jnp.float32), buffers
+        moments = self.to_moments(x).astype(jnp.float32)
+        if tap is not None:
+            tap("to_moments", moments)
+        return moments, buffers
 
     def _normalise(self, moments: Array) -> Array:
         mean, std = self._statistics()
@@ -424,8 +427,10 @@ class ChannelNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
-        # The source bounds the length itself; adding an epsilon to the square is not the same.
-        length = jnp.maximum(jnp.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
+        # The source bounds the length by 1e-12; an epsilon added to the square is not the same.
+        # Bounding the square instead keeps the gradient of an all-zero position finite.
+        square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+        length = jnp.sqrt(jnp.maximum(square, 1e-24))
         scale = _channels(self.scale[...].astype(jnp.float32), wide)
         return (wide / length * np.float32(x.shape[-1] ** 0.5) * scale).astype(x.dtype)
 
