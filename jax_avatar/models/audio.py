@@ -56,7 +56,7 @@ class SpeechConfig:
         width: channels of a hidden state.
         dilations: of the convolutions over mel columns, one per layer.
         kernel: taps of a convolution.
-        units: names of the face units that the head regresses.
+        units: names of the face units that the head regresses; left stands for both sides.
         mel_mean: per band, subtracted from the log-mel columns; () for zeros.
         mel_std: per band, divides them; () for ones.
     """
@@ -70,7 +70,19 @@ class SpeechConfig:
     width: int = 96
     dilations: tuple[int, ...] = (1, 2, 4, 4)
     kernel: int = 5
-    units: tuple[str, ...] = ("jawOpen",)
+    units: tuple[str, ...] = (
+        "jawOpen",
+        "mouthFunnel",
+        "mouthPucker",
+        "mouthPressLeft",
+        "mouthRollLower",
+        "mouthRollUpper",
+        "mouthLowerDownLeft",
+        "mouthUpperUpLeft",
+        "mouthStretchLeft",
+        "mouthSmileLeft",
+        "tongueOut",
+    )
     mel_mean: tuple[float, ...] = ()
     mel_std: tuple[float, ...] = ()
 
@@ -228,7 +240,7 @@ class SpeechEncoder(nnx.Module):
         return self.head(self.head_norm(features[..., -1, :]))
 
     def dense_units(self, wave: Float[Array, "b u N"], num_frames: int) -> Float[Array, "b u C n"]:
-        """As `units`, at every mel column: four per video frame, the last one at its time."""
+        """As `units`, at every mel column: column `4 * i` is at the time of video frame `i`."""
         return self.units(self._hidden(self._clip(wave, num_frames), 1))
 
     def _clip(self, wave: Array, num_frames: int) -> Array:

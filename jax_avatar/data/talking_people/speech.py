@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import librosa
 import numpy as np
+import scipy.fft
 from jaxtyping import Float
 
 SAMPLE_RATE = 16_000
@@ -137,14 +138,34 @@ def augment(
     """
     utterance = _resample(utterance, SAMPLE_RATE, rng.uniform(*rate_range))
     samples = utterance.wave
-    spectrum = np.fft.rfft(samples)
+    size = scipy.fft.next_fast_len(len(samples), real=True)
+    spectrum = scipy.fft.rfft(samples, size)
     bend_db = np.interp(
         np.linspace(0, 1, len(spectrum)), np.linspace(0, 1, 8), rng.normal(0, eq_sd_db, 8)
     )
-    samples = np.fft.irfft(spectrum * 10 ** (bend_db / 20), len(samples))
-    samples = samples / (np.abs(samples).max() + 1e-6) * rng.uniform(*gain_range)
-    samples = samples + rng.normal(size=len(samples)) * 10 ** (rng.uniform(*noise_db_range) / 20)
+    spectrum *= (10 ** (bend_db / 20)).astype(np.float32)
+    samples = scipy.fft.irfft(spectrum, size)[: len(samples)]
+    samples = samples / (np.abs(samples).max() + 1e-6) * np.float32(rng.uniform(*gain_range))
+    noise = rng.standard_normal(len(samples), np.float32)
+    samples = samples + noise * np.float32(10 ** (rng.uniform(*noise_db_range) / 20))
     return dataclasses.replace(utterance, wave=np.clip(samples, -1, 1).astype(np.float32))
+
+
+def crop(utterance: Utterance, start_s: float, duration_s: float) -> Utterance:
+    """Part of an utterance; silence where it reaches past either end."""
+    first, count = round(start_s * SAMPLE_RATE), round(duration_s * SAMPLE_RATE)
+    start_s, duration_s = first / SAMPLE_RATE, count / SAMPLE_RATE
+    inside = utterance.wave[max(0, first) : max(0, first + count)]
+    samples = np.zeros(count, np.float32)
+    samples[max(0, -first) :][: len(inside)] = inside
+    phones = [("pau", start_s, 0.0), *utterance.phones]
+    phones.append(("pau", utterance.duration_s, start_s + duration_s))
+    moved = [
+        Phone(name, max(0.0, start - start_s), min(duration_s, end - start_s))
+        for name, start, end in phones
+    ]
+    kept = tuple(phone for phone in moved if phone.start_s < phone.end_s)
+    return dataclasses.replace(utterance, wave=samples, phones=kept)
 
 
 def speak(rng: np.random.Generator, *, voices: Sequence[str] = TRAINING_VOICES) -> Utterance:
@@ -220,9 +241,9 @@ _GRID_HZ = 200
 
 
 def mouth_units(
-    phones: Iterable[tuple[str, float, float]],
-    duration_s: float,
-    fps: float,
+    phones: Iterable[tuple[str, int | float, int | float]],
+    duration_s: int | float,
+    fps: int | float,
     rng: np.random.Generator | None = None,
     *,
     amplitude: float = 1.0,
