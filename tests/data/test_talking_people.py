@@ -1,10 +1,12 @@
 import dataclasses
 import importlib.util
 import itertools
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("numba")
 
@@ -216,12 +218,28 @@ def test_missing_data_is_named_with_the_command_that_makes_it(tmp_path):
         records.read_clips(tmp_path, "test")
 
 
-def test_a_missing_flite_is_named(monkeypatch, capsys, tmp_path):
-    path = "launch/prepare_data.py"
+def load_command():
+    path = pathlib.Path(__file__).parents[2] / "launch" / "prepare_data.py"
     spec = importlib.util.spec_from_file_location("prepare_data", path)
-    prepare_data = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare_data)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_missing_flite_is_named(monkeypatch, capsys, tmp_path):
+    prepare_data = load_command()
     monkeypatch.setattr(prepare_data.shutil, "which", lambda name: None)
     assert prepare_data.main(["people", "--out", str(tmp_path / "people")]) == 1
     assert "install the package `flite`" in capsys.readouterr().err
     assert not (tmp_path / "people").exists()
+
+
+def test_the_portraits_of_the_package_are_of_nobody_in_training():
+    config = clips.PeopleConfig()
+    trained = {clips.person_seed(config, "train", i) for i in range(config.num_clips("train"))}
+    folder = pathlib.Path(records.__file__).parents[1] / "assets" / "portraits"
+    for name, (person, _) in load_command().PORTRAITS.items():
+        assert person not in trained
+        picture = Image.open(folder / f"{name}.png")
+        assert picture.size == (256, 256)
+        assert (folder / f"{name}.png").stat().st_size < 150_000
