@@ -170,22 +170,20 @@ class _Golden:
         yield "unit.norm3_out", block.norm_cross(x)
         yield "unit.self_norm_q_out", block.self_attention.norm_query(x)
         yield "unit.injector_norm_k_out", injector.attention.norm_key(x)
-        taps = _Taps()
+        taps = {}
         grid = tuple(self.t["unit.unpatchify_out"].shape[1:])
         out = dit.apply_head(
             jnp.asarray(self.t["unit.head_x"]),
             jnp.asarray(self.t["unit.head_e"])[None],
             grid,
-            taps,
+            taps.__setitem__,
         )
         yield "unit.head_out", taps["head_out"]
         yield "unit.unpatchify_out", out
 
     def audio(self) -> Iterator[tuple[str, Any]]:
         """The audio encoder alone, with nothing added before and nothing dropped."""
-        local, overall = jax.jit(lambda a: self._dit().audio.encode(a))(
-            self._audio("audio.features")
-        )
+        local, overall = _jit(lambda a: self._dit().audio.encode(a))(self._audio("audio.features"))
         yield "audio.local", local
         yield "audio.global", overall
 
@@ -193,10 +191,10 @@ class _Golden:
         """The bidirectional form, with its intermediates."""
         frames = self._latent("wan22.x").shape[1]
 
-        def run(motion, **names):
+        def run(motion, tapped=False, **names):
             get = lambda key: names.get(key, f"wan22.{key}")  # noqa: E731
-            taps = _Taps()
-            out = jax.jit(
+            taps = {}
+            out = _jit(
                 lambda: (
                     self._dit().bidirectional(
                         self._latent(get("x")),
@@ -206,15 +204,15 @@ class _Golden:
                         motion,
                         self._latent(get("cond_states")),
                         self._audio(get("audio_input")),
-                        tap=taps,
+                        tap=taps.__setitem__ if tapped else None,
                     ),
-                    dict(taps),
+                    taps,
                 )
             )()
             return out
 
         last = sum(self.info["motion_frames"][1:])
-        out, taps = run(self._motion[:, -last:])
+        out, taps = run(self._motion[:, -last:], tapped=True)
         yield "wan22.out_motion", out
         time = jnp.asarray(self.t["wan22.t"])
         yield from self._acts("wan22.act.", taps, jnp.concatenate([time, 0 * time]))
@@ -240,9 +238,9 @@ class _Golden:
     def train(self) -> Iterator[tuple[str, Any]]:
         """The block-causal training form."""
 
-        def run(**changes):
-            taps = _Taps()
-            return jax.jit(
+        def run(tapped=False, **changes):
+            taps = {}
+            return _jit(
                 lambda: (
                     self._dit(**changes).block_causal(
                         self._latent("train.x"),
@@ -252,13 +250,13 @@ class _Golden:
                         self._motion,
                         self._latent("train.cond_states"),
                         self._audio("train.audio_input"),
-                        tap=taps,
+                        tap=taps.__setitem__ if tapped else None,
                     ),
-                    dict(taps),
+                    taps,
                 )
             )()
 
-        out, taps = run()
+        out, taps = run(tapped=True)
         yield "train.out", out
         time = jnp.asarray(self.t["train.t"])[0]
         yield from self._acts("train.act.", taps, jnp.concatenate([time, 0 * time]))
@@ -289,15 +287,21 @@ class _Golden:
 
     # ---- streams --------------------------------------------------------------------------
 
+    @cached_property
+    def _prefilled(self):
+        taps = {}
+
+        def run():
+            dit = self._dit()
+            return dit.prefill(
+                self._text, self._reference, self._motion, tap=taps.__setitem__
+            ), taps
+
+        return _jit(run)()
+
     def sink(self) -> Iterator[tuple[str, Any]]:
         """Sink prefill."""
-        taps = _Taps()
-        sink, taps = jax.jit(
-            lambda: (
-                self._dit().prefill(self._text, self._reference, self._motion, tap=taps),
-                dict(taps),
-            )
-        )()
+        sink, taps = self._prefilled
         for place, layer in (("first", 0), ("last", -1)):
             yield f"sink.cond_k_{place}", sink.key[layer]
             yield f"sink.cond_v_{place}", sink.value[layer]
@@ -323,6 +327,7 @@ class _Golden:
         time = jnp.asarray(self.t["stream.t"])[0]
         for block, taps in half["taps"].items():
             prefix = f"stream.act{block}."
+            yield f"{prefix}text", self._prefilled[1]["text"]
             yield from self._acts(prefix, taps, jnp.concatenate([time, 0 * time]))
         yield (
             "stream.vel_t_mixed",
@@ -342,13 +347,13 @@ class _Golden:
     def _sink_and_cache(self, params, **changes):
         _, _, h, w, _ = self._reference.shape
         dit = self._dit(params, **changes)
-        sink = jax.jit(lambda: dit.prefill(self._text, self._reference, self._motion))()
+        sink = _jit(lambda: dit.prefill(self._text, self._reference, self._motion))()
         return sink, empty_cache(self.config, 1, h, w)
 
     def _first_block(self, params, timestep: str, audio, mask=None):
         sink, cache = self._sink_and_cache(params)
         position = block_position(self.config, 0, 30)
-        out, _ = jax.jit(self._dit(params).stream_block)(
+        out, _ = _jit(self._dit(params).stream_block)(
             self._blocks("stream.x", 0),
             jnp.asarray(self.t[timestep]),
             self._blocks("stream.cond_states", 0),
@@ -372,10 +377,10 @@ class _Golden:
             return dit.stream_block(x, time, pose, audio, cache, sink, position, tap=tap)
 
         def run_tapped(*arguments):
-            taps = _Taps()
-            return run(*arguments, tap=taps), dict(taps)
+            taps = {}
+            return run(*arguments, tap=taps.__setitem__), taps
 
-        step, step_tapped = jax.jit(run), jax.jit(run_tapped)
+        step, step_tapped = _jit(run), _jit(run_tapped)
         made = {"vel": [], "far": [], "kv": {}, "taps": {}}
 
         def forward(which, current, distance):
@@ -497,11 +502,9 @@ class _Golden:
                 yield f"{prefix}{name}", value
 
 
-class _Taps(dict):
-    """Collects intermediates by name."""
-
-    def __call__(self, name: str, value: Any) -> None:
-        self[name] = value
+def _jit(function: Callable) -> Callable:
+    # Each function runs a few times, so compiling fast matters more than running fast.
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _slice(module, index: int):
@@ -520,7 +523,7 @@ def _like(value: Any, expected: np.ndarray) -> np.ndarray:
     shape = expected.shape
     if value.shape == shape or value.size != expected.size:
         return value
-    if value.ndim == 5 and len(shape) == 4:  # latents
+    if value.ndim == 5 and value.shape[-1] == shape[0] and len(shape) == 4:  # latents
         return _official(value)
     if value.ndim == 3 and len(shape) == 5 and shape[1] == value.shape[2]:  # tokens of a grid
         return value.transpose(0, 2, 1).reshape(shape)

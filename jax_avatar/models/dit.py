@@ -244,7 +244,7 @@ class DiT(nnx.Module):
             x, kept = block(x, time_rows, spread, self_attention, *text_kv, tap=tap)
             return x, carry, kept
 
-        text_kv = self._text_kv(text)
+        text_kv = self._text_kv(text, tap)
         _, _, (key, value) = self._layers(x, layer, text_kv, None, tap=tap)
         return Sink(key, value, *text_kv)
 

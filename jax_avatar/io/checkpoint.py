@@ -1,0 +1,216 @@
+"""Weights on disk: safetensors for what ships, Orbax for what is large or sharded.
+
+    folder/config.json          name of the model, kinds of its networks, settings of its stream
+    folder/dit.safetensors      one file per network; its config and history in the header
+    folder/dit/                 or an Orbax checkpoint in the same place
+
+Nothing is unpickled.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jax_avatar.shapes import PyTree
+
+__all__ = [
+    "load_json",
+    "load_weights",
+    "restore_orbax",
+    "save_json",
+    "save_orbax",
+    "save_weights",
+]
+
+_FLOAT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def save_weights(
+    folder: str | Path,
+    name: str,
+    params: PyTree,
+    config: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    dtype: str | None = None,
+) -> Path:
+    """Writes a network's weights to `folder/name.safetensors`, whole or not at all.
+
+    Args:
+        folder: made if it does not exist.
+        name: of the network, for example "dit".
+        params: nested dictionary of arrays.
+        config: fields of the network's config, plain values.
+        metadata: history: command, data hash, licence.
+        dtype: store floating-point weights as "float16", "bfloat16" or "float32"; as they are if
+            not given. `load_weights` widens them again.
+
+    Returns:
+        The file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {}
+    for path, leaf in traverse_util.flatten_dict(dict(params), sep="/").items():
+        array = np.asarray(leaf)
+        if dtype and jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+            array = array.astype(_FLOAT_TYPES[dtype])
+        flat[path] = np.ascontiguousarray(array)
+    header = {"config": json.dumps(config), "metadata": json.dumps(metadata or {})}
+    target = folder / f"{name}.safetensors"
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(flat, temporary, metadata=header)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def load_weights(
+    folder: str | Path, name: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Reads a network's weights from `folder/name.safetensors` or the Orbax folder `folder/name`.
+
+    Returns:
+        Parameters as a nested dictionary of float32 arrays, config and metadata.
+
+    Raises:
+        ValueError: there is no such file, or it is cut off, or it was not written by this project.
+    """
+    folder = Path(folder)
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        if (folder / name).is_dir():
+            params, header = restore_orbax(folder / name)
+            return params, header["config"], header["metadata"]
+        present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+        raise ValueError(
+            f"{folder} holds no weights of '{name}' (found: {present}); expected "
+            f"{name}.safetensors or an Orbax folder {name}/. Pass a folder that this project wrote."
+        )
+    try:
+        with safe_open(path, "np") as file:
+            header = file.metadata() or {}
+            # bfloat16 is not a NumPy type of its own; ml_dtypes makes it one.
+            flat = {key: _widened(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); copy or convert it again."
+        ) from error
+    if "config" not in header:
+        raise ValueError(
+            f"{path} has no config in its header, so it was not written by this project; convert "
+            "foreign weights first (python -m conversion.convert --help)."
+        )
+    config, metadata = json.loads(header["config"]), json.loads(header.get("metadata", "{}"))
+    return traverse_util.unflatten_dict(flat, sep="/"), config, metadata
+
+
+def save_orbax(
+    folder: str | Path,
+    params: PyTree,
+    config: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a network's weights as an Orbax checkpoint, whole or not at all.
+
+    Args:
+        folder: replaced if it exists.
+        params: nested dictionary of arrays, sharded or not.
+        config: fields of the network's config, plain values.
+        metadata: history: command, data hash, licence.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists():
+        shutil.rmtree(folder)
+    header = {"config": dict(config), "metadata": dict(metadata or {})}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            folder,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params), header=ocp.args.JsonSave(header)
+            ),
+        )
+
+
+def restore_orbax(
+    folder: str | Path, target: PyTree | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads an Orbax checkpoint.
+
+    Args:
+        folder: from `save_orbax`.
+        target: tree of `jax.ShapeDtypeStruct` with shardings, to restore straight onto devices;
+            host arrays if not given.
+
+    Returns:
+        Parameters, and a dictionary with `config` and `metadata`.
+
+    Raises:
+        ValueError: the folder is not such a checkpoint, or an unfinished one.
+    """
+    folder = Path(folder).resolve()
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            header = checkpointer.restore(
+                folder, args=ocp.args.Composite(header=ocp.args.JsonRestore())
+            )["header"]
+            if target is None:
+                saved = checkpointer.metadata(folder).item_metadata["params"]
+                tree = getattr(saved, "tree", saved)
+                target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+            params = checkpointer.restore(
+                folder, args=ocp.args.Composite(params=ocp.args.StandardRestore(target))
+            )["params"]
+    except (FileNotFoundError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} is not a finished Orbax checkpoint of this project ({error}); name the "
+            "folder of one network, for example DIR/dit."
+        ) from error
+    return params, header
+
+
+def save_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes plain values, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def load_json(path: str | Path) -> dict[str, Any]:
+    """Reads plain values.
+
+    Raises:
+        ValueError: there is no such file, or it is not a JSON object.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, expected a JSON object.")
+    return content
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    is_float = jax.numpy.issubdtype(array.dtype, jax.numpy.floating)
+    return array.astype(np.float32) if is_float else array
