@@ -8,6 +8,7 @@ manifest.json                           counts, seed, names of the face units, h
 
 import dataclasses
 import io
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable
@@ -64,7 +65,8 @@ def decode_clip(data: bytes) -> ClipRecord:
         arrays = {name: archive[name] for name in _ARRAYS}
         facts = json.loads(archive["facts"].tobytes())
     for name in _PIXELS:
-        arrays[name] = np.cumsum(arrays[name], axis=0, dtype=np.uint8)
+        for before, frame in itertools.pairwise(arrays[name]):
+            frame += before  # some ten times as fast as a cumulative sum over the first axis
     facts["phones"] = tuple(tuple(phone) for phone in facts["phones"])
     facts["actions"] = tuple(tuple(action) for action in facts["actions"])
     return ClipRecord(**arrays, **facts)
