@@ -8,7 +8,7 @@ come from the metadata or from the tensors themselves.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -52,6 +52,7 @@ class Check:
         return bool(self.error <= self.tolerance)
 
 
+@runtime_checkable
 class Kind(Protocol):
     """One family of golden files."""
 

@@ -9,7 +9,7 @@ tensor name -> shape.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,38 +102,46 @@ class VAEManifests:
         yield Check("names and shapes", 0.0, 0.0, str(report))
 
 
-class _Bound:
-    """The VAE with its weights, compiled per shape; takes and gives channels first."""
+@cache
+def _methods(config: WanVAEConfig) -> tuple[Any, dict[str, Callable]]:
+    """Flat abstract parameters, and the streaming methods with taps, compiled per shape."""
+    graphdef, target = abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
 
-    def __init__(self, config: WanVAEConfig, graphdef: Any, params: Any):
+    def tapped(method: str) -> Callable:
+        def call(params, *arguments):
+            taps = {}
+            run = getattr(merge(graphdef, params), method)
+            return *run(*arguments, tap=taps.__setitem__), taps
+
+        # Each shape runs once or twice, so compiling fast matters more than running fast.
+        return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})
+
+    names = ("encode_first", "encode_next", "decode_first", "decode_next")
+    return flatten(target), {name: tapped(name) for name in names}
+
+
+class _Bound:
+    """The VAE with its weights; takes and gives channels first."""
+
+    def __init__(self, config: WanVAEConfig, params: Any):
         self.config = config
         self._params = jax.device_put(params)
-
-        def tapped(method: str) -> Callable:
-            def call(params, *arguments):
-                taps = {}
-                run = getattr(merge(graphdef, params), method)
-                return *run(*arguments, tap=taps.__setitem__), taps
-
-            # Each function runs once or twice, so compiling fast matters more than running fast.
-            return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})
-
-        self._encode = tapped("encode_first"), tapped("encode_next")
-        self._decode = tapped("decode_first"), tapped("decode_next")
+        self._methods = _methods(config)[1]
 
     def encode(self, *chunks: np.ndarray) -> list[tuple[np.ndarray, Any, dict]]:
         """Latent, state and layers of each chunk of one clip."""
-        return self._stream(self._encode, chunks)
+        return self._stream("encode", chunks)
 
     def decode(self, *chunks: np.ndarray) -> list[tuple[np.ndarray, Any, dict]]:
         """Frames, state and layers of each chunk of one clip."""
-        return self._stream(self._decode, chunks)
+        return self._stream("decode", chunks)
 
-    def _stream(self, calls: tuple, chunks: Sequence[np.ndarray]) -> list:
-        value, state, taps = calls[0](self._params, _last(chunks[0]))
+    def _stream(self, kind: str, chunks: Sequence[np.ndarray]) -> list:
+        first, following = self._methods[f"{kind}_first"], self._methods[f"{kind}_next"]
+        value, state, taps = first(self._params, _last(chunks[0]))
         results = [(_first(value), state, taps)]
         for chunk in chunks[1:]:
-            value, state, taps = calls[1](self._params, state, _last(chunk))
+            value, state, taps = following(self._params, state, _last(chunk))
             results.append((_first(value), state, taps))
         return results
 
@@ -203,10 +211,9 @@ def _constants(config: WanVAEConfig, io: SafetensorsFile) -> Iterator[Check]:
 
 def _load(config: WanVAEConfig, weights: SafetensorsFile) -> tuple[_Bound, str]:
     named = {name.removeprefix("sd."): weights[name] for name in weights}
-    graphdef, target = abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
     source = official_names(named, config.num_res_blocks)
-    params, report = convert(source, TABLE, flatten(target))
-    return _Bound(config, graphdef, unflatten(params)), str(report)
+    params, report = convert(source, TABLE, _methods(config)[0])
+    return _Bound(config, unflatten(params)), str(report)
 
 
 def _outputs(results: _Results) -> Iterator[Check]:

@@ -139,7 +139,7 @@ def config_from(values: Mapping[str, Any], **changes: Any) -> WanVAEConfig:
                     "without extra attention and dropout; set it to empty or 0."
                 )
         elif key in names:
-            fields[names[key]] = value
+            fields[names[key]] = tuple(value) if isinstance(value, list) else value
         elif not key.startswith("_"):
             raise ValueError(f"VAE config key {key!r} is not known; known are {sorted(names)}.")
     return WanVAEConfig(**(fields | changes))
