@@ -9,6 +9,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from conversion.torch_file import TorchFile
+
 __all__ = ["SafetensorsFile", "ShardedSafetensors", "open_weights"]
 
 _DTYPES = {
@@ -111,8 +113,8 @@ class ShardedSafetensors(Mapping):
         return len(self._shards)
 
 
-def open_weights(path: str | Path) -> SafetensorsFile | ShardedSafetensors:
-    """Opens a checkpoint: a safetensors file, its index, or a folder that holds one of them.
+def open_weights(path: str | Path) -> SafetensorsFile | ShardedSafetensors | TorchFile:
+    """Opens a checkpoint: a safetensors file, its index, a folder that holds one, or a `.pth`.
 
     Raises:
         ValueError: none of these, or more than one in the folder.
@@ -130,4 +132,6 @@ def open_weights(path: str | Path) -> SafetensorsFile | ShardedSafetensors:
         return ShardedSafetensors(path)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
-    raise ValueError(f"{path}: expected .safetensors or .safetensors.index.json")
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return TorchFile(path)
+    raise ValueError(f"{path}: expected .safetensors, .safetensors.index.json, .pth, .pt or .bin")

@@ -1,0 +1,215 @@
+"""Reads PyTorch's `.pth` and `.bin` weight files without PyTorch and without unpickling.
+
+Such a file is a zip archive: raw tensor storages beside a pickle that says which tensor is a view
+of which storage. The pickle is read as data here. Nothing it names is imported or called; of the
+calls it describes only those that make tensors and dictionaries are understood, and anything else
+is an error.
+"""
+
+import math
+import pickletools
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+__all__ = ["TorchFile"]
+
+_STORAGES = {
+    "torch DoubleStorage": np.float64,
+    "torch FloatStorage": np.float32,
+    "torch HalfStorage": np.float16,
+    "torch BFloat16Storage": ml_dtypes.bfloat16,
+    "torch LongStorage": np.int64,
+    "torch IntStorage": np.int32,
+    "torch ShortStorage": np.int16,
+    "torch CharStorage": np.int8,
+    "torch ByteStorage": np.uint8,
+    "torch BoolStorage": np.bool_,
+}
+_MARK = object()
+
+
+@dataclass(frozen=True)
+class _Global:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: np.dtype
+    key: str
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class TorchFile(Mapping):
+    """Weights of one `.pth` file: name -> array, each read when asked for.
+
+    Attributes:
+        shapes: name -> shape, without reading the tensor.
+    """
+
+    def __init__(self, path: str | Path):
+        """Reads the table of tensors.
+
+        Raises:
+            ValueError: not a zip archive of PyTorch 1.6 or later, or not just tensors.
+        """
+        self.path = Path(path)
+        try:
+            self._archive = zipfile.ZipFile(self.path)
+            (table,) = (name for name in self._archive.namelist() if name.endswith("/data.pkl"))
+            self._root = table.removesuffix("data.pkl")
+            value = _read(self._archive.read(table))
+        except (zipfile.BadZipFile, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} is not a readable file of weights ({error}); a file saved by PyTorch "
+                "1.6 or later is expected. Convert it to safetensors if it is another kind."
+            ) from error
+        if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+            value = value["state_dict"]
+        wrong = not isinstance(value, dict) or [
+            name for name, tensor in value.items() if not isinstance(tensor, _Tensor)
+        ]
+        if wrong:
+            raise ValueError(
+                f"{self.path}: expected a dictionary of tensors, but "
+                f"{'it is none' if wrong is True else f'{wrong[:5]} are not tensors'}."
+            )
+        self._tensors: dict[str, _Tensor] = value
+        self.shapes = {name: tensor.shape for name, tensor in value.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The tensor, read-only."""
+        tensor = self._tensors[name]
+        storage = np.frombuffer(
+            self._archive.read(f"{self._root}data/{tensor.storage.key}"), tensor.storage.dtype
+        )
+        if not math.prod(tensor.shape):
+            return np.zeros(tensor.shape, storage.dtype)
+        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+        if min(tensor.offset, *tensor.strides, 0) < 0 or tensor.offset + reach >= storage.size:
+            raise ValueError(f"{self.path}: {name} reaches outside its storage; copy it again.")
+        strides = [stride * storage.itemsize for stride in tensor.strides]
+        return np.lib.stride_tricks.as_strided(
+            storage[tensor.offset :], tensor.shape, strides, writeable=False
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _read(data: bytes) -> Any:
+    """Follows a pickle's instructions on a stack of plain values."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        at = max(i for i, value in enumerate(stack) if value is _MARK)
+        values = stack[at + 1 :]
+        del stack[at:]
+        return values
+
+    def pop(count: int) -> list[Any]:
+        values = stack[-count:]
+        del stack[-count:]
+        return values
+
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in ("PROTO", "FRAME"):
+            continue
+        if name == "STOP":
+            return stack.pop()
+        if name == "MARK":
+            stack.append(_MARK)
+        elif name in ("NONE", "NEWTRUE", "NEWFALSE"):
+            stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+        elif name in _LITERALS:
+            stack.append(argument)
+        elif name in ("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT"):
+            stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[name]())
+        elif name == "TUPLE":
+            stack.append(tuple(since_mark()))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(pop(int(name[-1]))))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "GLOBAL":
+            stack.append(_Global(argument))
+        elif name == "STACK_GLOBAL":
+            stack.append(_Global(" ".join(pop(2))))
+        elif name == "BINPERSID":
+            stack.append(_storage(stack.pop()))
+        elif name == "REDUCE":
+            stack.append(_make(*pop(2)))
+        elif name == "SETITEM":
+            key, value = pop(2)
+            stack[-1][key] = value
+        elif name == "SETITEMS":
+            values = since_mark()
+            stack[-1].update(zip(values[::2], values[1::2], strict=True))
+        elif name == "APPEND":
+            value = stack.pop()
+            stack[-1].append(value)
+        elif name == "APPENDS":
+            values = since_mark()
+            stack[-1].extend(values)
+        elif name == "BUILD":
+            # Attributes of the state dictionary itself, such as its `_metadata`: not weights.
+            stack.pop()
+        else:
+            raise ValueError(f"pickle instruction {name} has no place in a file of weights")
+    raise ValueError("the pickle has no end")
+
+
+_LITERALS = (
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+)
+
+
+def _storage(identity: Any) -> _Storage:
+    kind, dtype, key, _, _ = identity
+    if kind != "storage" or not isinstance(dtype, _Global) or dtype.name not in _STORAGES:
+        raise ValueError(f"storage {identity!r} is not known")
+    return _Storage(np.dtype(_STORAGES[dtype.name]), key)
+
+
+def _make(function: Any, arguments: tuple) -> Any:
+    """The value of a call that the file describes, for the few calls that make weights."""
+    name = function.name if isinstance(function, _Global) else repr(function)
+    if name == "collections OrderedDict":
+        return dict(*arguments)
+    if name == "torch._utils _rebuild_parameter":
+        return arguments[0]
+    if name == "torch._utils _rebuild_tensor_v2":
+        storage, offset, shape, strides, *_ = arguments
+        if not isinstance(storage, _Storage) or len(shape) != len(strides):
+            raise ValueError("a tensor without a storage, or with strides of another length")
+        return _Tensor(storage, offset, tuple(shape), tuple(strides))
+    raise ValueError(f"the file asks to call {name}; only tensors and dictionaries are read")
