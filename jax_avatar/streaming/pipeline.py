@@ -109,19 +109,24 @@ class PipelinedStream:
         self._swap = self._make_swap()
         self._prefill = self._make_prefill(graphdef)
         self._tick = self._make_tick(graphdef, speaker_mask)
-        self._sinks = self._prefill(self.params, self.conditions)
-        self._renewed = None
         heads = NamedSharding(mesh, PartitionSpec("stage", None, None, None, "model"))
-        make_caches = jax.jit(
+        self._make_caches = jax.jit(
             lambda: [_stacked(empty_cache(config, b, h, w), self.stages)] * self.steps,
             out_shardings=heads,
         )
-        self._caches = make_caches()
-        self._latents = self._put(jnp.zeros((self.stages, *self._shape), config.dtype), _STAGE)
         sigmas = np.array(plan.schedule.sigmas, np.float32)
         levels = np.stack([sigmas[:-1], sigmas[1:]], -1).reshape(self.stages, self.steps, 2)
         self._levels = self._put(levels, _STAGE)
 
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to block 0: empty windows, the portrait in every slice's sink."""
+        self._sinks = self._prefill(self.params, self.conditions)
+        self._renewed = None
+        self._caches = self._make_caches()
+        latents = np.zeros((self.stages, *self._shape), self.config.dtype)
+        self._latents = self._put(latents, _STAGE)
         self._audio = {}  # block -> features, kept until the last slice has used them
         self._blocks = [None] * self.stages  # block in each slice
         self._following = [0] * self.stages  # the block that each slice waits for

@@ -57,16 +57,13 @@ class SequentialStream:
         self.params, self.conditions = put(params), put(conditions)
         self.config, self.plan = config, plan
         self._prefill = jax.jit(make_prefill(graphdef))
-        self._sink = self._prefill(self.params, self.conditions)
         self._put, self._tap = put, tap
         mask = None if speaker_mask is None else put(speaker_mask)
         b, _, h, w, c = conditions.reference.shape
         shape = (b, config.frames_per_block, h, w, c)
         self._noise = plan.make_noise(shape, config.dtype)
-        self.caches = [put(empty_cache(config, b, h, w)) for _ in range(plan.schedule.num_steps)]
+        self._grid = (b, h, w)
         self._sigmas = [np.float32(s) for s in plan.schedule.sigmas]
-        self._first_latent = None
-        self._next_block = 0
 
         def step(params, latent, audio, pose, cache, sink, position, *sigmas):
             return denoise(
@@ -74,6 +71,16 @@ class SequentialStream:
             )
 
         self._step = jax.jit(step, donate_argnames=("latent", "cache"))
+
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to block 0: empty windows, the portrait in the sink."""
+        self._sink = self._prefill(self.params, self.conditions)
+        steps = range(self.plan.schedule.num_steps)
+        self.caches = [self._put(empty_cache(self.config, *self._grid)) for _ in steps]
+        self._first_latent = None
+        self._next_block = 0
 
     def push(self, audio: AudioFeatures) -> list[Latent]:
         """Generates the next block; returns it in a list (see `PipelinedStream.push`).

@@ -1,0 +1,173 @@
+"""A model folder -> the networks and settings that a stream needs.
+
+config.json   {"name", "dit": kind, "vae": kind, "speech": kind, "stream": {settings}}
+dit, vae, speech   one safetensors file or Orbax folder each
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from jax_avatar.diffusion.schedule import Schedule
+from jax_avatar.io.checkpoint import load_json, load_weights
+from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
+from jax_avatar.models.config import DiTConfig, WanVAEConfig
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
+from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.vae import WanVAE
+from jax_avatar.shapes import PyTree
+
+__all__ = ["SMALL", "AvatarModel", "Network", "StreamSettings", "load_model"]
+
+SMALL = Path(__file__).parents[1] / "assets" / "small"
+"""Folder of the small model that ships with the package."""
+
+_KINDS = {
+    "dit": {"wan_s2v": (DiT, DiTConfig), "portrait": (PortraitDiT, DiTConfig)},
+    "vae": {"light": (LightVAE, LightVAEConfig), "wan": (WanVAE, WanVAEConfig)},
+    "speech": {"mel": (SpeechEncoder, SpeechConfig)},
+}
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How a model wants to be streamed.
+
+    Attributes:
+        fps: video frames per second.
+        size: pixel height and width the model is made for, or None to fit `max_area`.
+        max_area: most pixels of a frame where the size is free.
+        multiple: sides are multiples of this where the size is free.
+        sigmas: noise levels, falling to 0.
+        aas_after_blocks: see `StreamPlan`.
+        sink_distance: see `StreamPlan`.
+        pose: what the pose input carries: "zeros", or "reference", the portrait at every frame.
+        motion: what the motion packer sees: "still", the portrait standing still, or "none".
+        warmup_latents: latents of the still portrait decoded before the stream, and thrown away.
+        portrait_error: reconstruction error (RMS, pixels in [-1, 1]) above which a portrait is
+            unlike anything the model has seen; 0 never says so.
+    """
+
+    fps: int
+    size: tuple[int, int] | None
+    sigmas: tuple[float, ...]
+    max_area: int = 0
+    multiple: int = 64
+    aas_after_blocks: int = 4
+    sink_distance: tuple[int, int] = (4, 30)
+    pose: str = "zeros"
+    motion: str = "none"
+    warmup_latents: int = 7
+    portrait_error: float = 0.0
+
+    def __post_init__(self):
+        for name in ("size", "sigmas", "sink_distance"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        Schedule(self.sigmas)
+        if self.pose not in ("zeros", "reference") or self.motion not in ("still", "none"):
+            raise ValueError(
+                f"pose {self.pose!r} must be zeros or reference, motion {self.motion!r} still or "
+                "none."
+            )
+        if self.size is None and self.max_area <= 0:
+            raise ValueError("stream settings need a size, or a max_area to fit a size to.")
+        if self.warmup_latents < 1:
+            raise ValueError(f"warmup_latents {self.warmup_latents} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Network:
+    """Structure, weights and size of one network."""
+
+    graphdef: Any
+    params: PyTree
+    config: Any
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class AvatarModel:
+    """Everything that makes a talking avatar.
+
+    Attributes:
+        name: of the model, for messages.
+        dit: the transformer.
+        vae: the video autoencoder.
+        speech: the audio front end.
+        settings: how to stream it.
+    """
+
+    name: str
+    dit: Network
+    vae: Network
+    speech: Network
+    settings: StreamSettings
+
+
+def load_model(folder: str | Path = SMALL, **changes: Any) -> AvatarModel:
+    """Reads a model folder.
+
+    Args:
+        folder: with `config.json` and the weights of three networks; the small model by default.
+        **changes: fields of `StreamSettings` to use instead of the folder's.
+
+    Raises:
+        ValueError: something is missing, of an unknown kind, or does not fit its config.
+    """
+    folder = Path(folder)
+    content = load_json(folder / "config.json")
+    missing = [key for key in ("name", "dit", "vae", "speech", "stream") if key not in content]
+    if missing:
+        raise ValueError(f"{folder / 'config.json'} lacks {missing}; is this a model folder?")
+    known = {field.name for field in dataclasses.fields(StreamSettings)}
+    unknown = sorted(set(content["stream"]) - known)
+    if unknown:
+        raise ValueError(f"{folder / 'config.json'}: stream settings {unknown} are unknown.")
+    settings = StreamSettings(**(content["stream"] | changes))
+    networks = {name: _load_network(folder, name, content[name]) for name in _KINDS}
+    model = AvatarModel(content["name"], settings=settings, **networks)
+    _check_fit(model, folder)
+    return model
+
+
+def _load_network(folder: Path, name: str, kind: str) -> Network:
+    if kind not in _KINDS[name]:
+        raise ValueError(
+            f"{folder / 'config.json'}: {name} is of kind {kind!r}, known are {list(_KINDS[name])}."
+        )
+    build, config_class = _KINDS[name][kind]
+    params, fields, metadata = load_weights(folder, name)
+    config = config_class(**fields)
+    graphdef, expected = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
+    got = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    want = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
+    wrong = [path for path in got | want if got.get(path) != want.get(path)]
+    if wrong:
+        lines = [f"{p}: {got.get(p, 'missing')}, expected {want.get(p, 'nothing')}" for p in wrong]
+        raise ValueError(
+            f"weights of '{name}' in {folder} do not fit their config; convert or train them "
+            "again:\n  " + "\n  ".join(lines)
+        )
+    return Network(graphdef, params, config, metadata)
+
+
+def _check_fit(model: AvatarModel, folder: Path) -> None:
+    dit, vae, speech = model.dit.config, model.vae.config, model.speech.config
+    pairs = {
+        "latent channels of dit and vae": (dit.latent_channels, vae.z_dim),
+        "audio channels of dit and speech": (dit.audio_width, speech.width),
+        "hidden states of dit and speech": (dit.audio_layers, speech.num_states),
+        "frames per second of stream and speech": (model.settings.fps, speech.fps),
+    }
+    if model.settings.pose == "reference":
+        pairs["pose and latent channels of dit"] = (dit.pose_channels, dit.latent_channels)
+    wrong = [f"{name}: {a} and {b}" for name, (a, b) in pairs.items() if a != b]
+    if wrong:
+        raise ValueError(f"the networks in {folder} do not fit together: {'; '.join(wrong)}.")

@@ -1,0 +1,288 @@
+"""Audio in, video out: one avatar, one stream.
+
+    samples --speech encoder--> features --Algorithm 3 or 4--> latents --VAE--> RGB frames
+    (host)                      (per block)                   (promises)       (fetched when ready)
+
+The loop never waits for the newest block: frames are fetched when they are ready, or when more
+blocks than `in_flight` are under way.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_avatar.diffusion.schedule import Schedule
+from jax_avatar.models.params import merge
+from jax_avatar.shapes import Array, Float
+from jax_avatar.streaming.mesh import Layout, make_mesh
+from jax_avatar.streaming.model import AvatarModel
+from jax_avatar.streaming.pipeline import PipelinedStream
+from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.sampler import SequentialStream
+
+__all__ = ["AvatarSession", "SessionTimes", "num_slices"]
+
+_MOTION_LATENTS = 19
+# The first block's first latent is decoded next to the still portrait; the release drops the
+# frames of that transition, and so does this.
+_DROPPED_FRAMES = 3
+
+
+@dataclass
+class SessionTimes:
+    """When things happened, in seconds of the session's clock.
+
+    Attributes:
+        started: first samples came in.
+        first_frame: first frames were fetched; None before that.
+        last_frame: latest frames were fetched.
+        blocks: per block, from handing it to the devices until its frames were fetched.
+    """
+
+    started: float | None = None
+    first_frame: float | None = None
+    last_frame: float | None = None
+    blocks: deque = field(default_factory=lambda: deque(maxlen=10_000))
+
+
+def num_slices(layout: Layout) -> int:
+    """Devices that a session uses, the speech encoder's on a CPU included."""
+    return layout.num_devices + 1
+
+
+class AvatarSession:
+    """A portrait that speaks what it is given.
+
+    Frame `j` of the video shows time `j / fps` of the audio: nothing leads, nothing lags.
+    """
+
+    def __init__(
+        self,
+        model: AvatarModel,
+        portrait: Float[np.ndarray, "1 1 H W 3"],
+        layout: Layout,
+        *,
+        seed: int = 420,
+        text: Array | None = None,
+        devices: list[jax.Device] | None = None,
+        in_flight: int = 2,
+    ):
+        """Places the networks, encodes the portrait, prefills the sink.
+
+        Args:
+            model: from `load_model`.
+            portrait: in [-1, 1], sides as the stream's.
+            layout: from `parse_layout`.
+            seed: of the noise.
+            text: prompt states `1 p f`; zeros if not given.
+            devices: candidates in order; all if not given.
+            in_flight: finished blocks that may wait to be fetched.
+        """
+        settings, dit = model.settings, model.dit
+        self.model, self.layout = model, layout
+        mesh, self._vae_device = make_mesh(layout, devices)
+        self._in_flight = in_flight
+        self.block_frames = 4 * dit.config.frames_per_block
+        self.speech = model.speech.config
+
+        self._vae_params = jax.device_put(model.vae.params, self._vae_device)
+        self.reference, self._still, self.portrait_error = self._encode(portrait)
+        if text is None:
+            text = jnp.zeros((1, 1, dit.config.text_width), jnp.float32)
+        pose_shape = (1, dit.config.frames_per_block, *self.reference.shape[2:])
+        if settings.pose == "reference":
+            pose = np.broadcast_to(self.reference, pose_shape)
+        else:
+            pose = np.zeros((*pose_shape[:-1], dit.config.pose_channels), np.float32)
+        motion = self._still[:, -_MOTION_LATENTS:] if settings.motion == "still" else None
+        plan = StreamPlan(
+            schedule=Schedule(settings.sigmas),
+            aas_after_blocks=settings.aas_after_blocks,
+            sink_distance=settings.sink_distance,
+            seed=seed,
+        )
+        conditions = Conditions(jnp.asarray(text), self.reference, motion, jnp.asarray(pose))
+        arguments = (dit.graphdef, dit.params, dit.config, plan, conditions)
+        if layout.is_sequential:
+            self.stream = SequentialStream(*arguments, device=mesh.devices[0, 0])
+        else:
+            self.stream = PipelinedStream(*arguments, mesh)
+        self._speech_device = _host_device() or self._vae_device
+        self._speech_params = jax.device_put(model.speech.params, self._speech_device)
+        self._features = jax.jit(self._make_features())
+        self._decode_first = jax.jit(self._make_decode("decode_first"))
+        self._decode = jax.jit(self._make_decode("decode_next"), donate_argnums=1)
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the first frame: empty windows, the portrait in the sink."""
+        self.stream.reset()
+        self.times = SessionTimes()
+        warmup = self._still[:, : self.model.settings.warmup_latents]
+        put = lambda x: jax.device_put(jnp.asarray(x), self._vae_device)  # noqa: E731
+        _, self._vae_state = self._decode_first(self._vae_params, put(warmup[:, :1]))
+        if warmup.shape[1] > 1:
+            _, self._vae_state = self._decode(self._vae_params, self._vae_state, put(warmup[:, 1:]))
+        # Video frame j of the stream is frame j - 3 of the output; silence comes before.
+        silence = np.zeros(_DROPPED_FRAMES * self.speech.samples_per_frame, np.float32)
+        self._samples = [silence]
+        self._buffered = silence.size
+        self._speech_state = None
+        self._blocks_in = self._blocks_out = 0
+        self._num_samples = 0
+        self._frames_out = 0
+        self._pending: deque = deque()
+        self._submitted: deque = deque()
+
+    def warm_up(self) -> None:
+        """Compiles everything by streaming silence, and starts anew."""
+        renewal = self.model.settings.aas_after_blocks
+        blocks = max(renewal + 1, self.layout.stages + 1)
+        silence = np.zeros(self.block_frames * self.speech.samples_per_frame, np.float32)
+        for _ in range(blocks):
+            for _ in self.push(silence):
+                pass
+        for _ in self.finish():
+            pass
+        self.reset()
+
+    def push(self, samples: Float[np.ndarray, " N"]) -> Iterator[np.ndarray]:
+        """Feeds audio as it comes; yields the frames that are ready.
+
+        Args:
+            samples: mono in [-1, 1] at the speech encoder's rate, any number.
+
+        Yields:
+            `[T H W 3]` uint8, in order.
+        """
+        if self.times.started is None:
+            self.times.started = time.perf_counter()
+        self._num_samples += len(samples)
+        self._append(np.asarray(samples, np.float32))
+        while self._take_block():
+            yield from self._collect(self._in_flight)
+
+    def finish(self) -> Iterator[np.ndarray]:
+        """Ends the audio; yields the remaining frames, up to its last one."""
+        per_frame = self.speech.samples_per_frame
+        wanted = -(-self._num_samples // per_frame)
+        while self._frames_promised < wanted:
+            self._append(np.zeros(self.block_frames * per_frame, np.float32))
+            while self._frames_promised < wanted and self._take_block():
+                yield from self._collect(self._in_flight, wanted)
+        self._decode_all(self.stream.finish())
+        yield from self._collect(0, wanted)
+
+    @property
+    def _frames_promised(self) -> int:
+        return max(0, self._blocks_in * self.block_frames - _DROPPED_FRAMES)
+
+    def _append(self, samples: np.ndarray) -> None:
+        self._samples.append(samples)
+        self._buffered += len(samples)
+
+    def _take_block(self) -> bool:
+        """Hands the next block to the devices if its audio is there."""
+        start, stop = self.speech.sample_range(0, self.block_frames)
+        head = 0 if self._speech_state is not None else max(0, start)
+        if self._buffered < stop - start + head:
+            return False
+        heard = np.concatenate(self._samples)
+        if self._speech_state is None:
+            self._speech_state = self._start_speech(heard[:head])
+        count = stop - start
+        chunk = heard[head : head + count]
+        if start < 0 and self._blocks_in == 0:  # less look-ahead than a frame: silence before
+            chunk = np.concatenate([np.zeros(-start, np.float32), heard[: count + start]])
+            head = start
+        self._samples = [heard[head + count :]]
+        self._buffered = len(self._samples[0])
+        with jax.default_device(self._speech_device):
+            features, self._speech_state = self._features(
+                self._speech_params, self._speech_state, chunk[None, None]
+            )
+        self._submitted.append(time.perf_counter())
+        # Only the speech encoder is waited for; it has a device of its own.
+        self._decode_all(self.stream.push(np.asarray(features)))
+        self._blocks_in += 1
+        return True
+
+    def _start_speech(self, head: np.ndarray):
+        speech = self.model.speech
+        with jax.default_device(self._speech_device):
+            return merge(speech.graphdef, self._speech_params).start(jnp.asarray(head)[None, None])
+
+    def _decode_all(self, latents: list) -> None:
+        for latent in latents:
+            latent = jax.device_put(latent, self._vae_device)
+            frames, self._vae_state = self._decode(self._vae_params, self._vae_state, latent)
+            frames.copy_to_host_async()
+            self._pending.append(frames)
+
+    def _collect(self, in_flight: int, wanted: int | None = None) -> Iterator[np.ndarray]:
+        """Fetches finished frames; waits only while more than `in_flight` blocks are pending."""
+        while self._pending and (len(self._pending) > in_flight or self._pending[0].is_ready()):
+            frames = np.asarray(self._pending.popleft())[0]
+            now = time.perf_counter()
+            self.times.first_frame = self.times.first_frame or now
+            self.times.last_frame = now
+            self.times.blocks.append(now - self._submitted.popleft())
+            if self._blocks_out == 0:
+                frames = frames[_DROPPED_FRAMES:]
+            self._blocks_out += 1
+            if wanted is not None:
+                frames = frames[: max(0, wanted - self._frames_out)]
+            if len(frames):
+                self._frames_out += len(frames)
+                yield frames
+
+    def _encode(self, portrait: np.ndarray):
+        """Reference latent, latents of the still portrait, and how well it is reconstructed."""
+        settings, graphdef = self.model.settings, self.model.vae.graphdef
+        latents = settings.warmup_latents
+        if settings.motion == "still":
+            latents = max(latents, _MOTION_LATENTS)
+        frames = 1 + 4 * (latents - 1)
+
+        @jax.jit
+        def encode(params, portrait):
+            vae = merge(graphdef, params)
+            still = vae.encode(jnp.broadcast_to(portrait, (1, frames, *portrait.shape[2:])))
+            again = jnp.clip(vae.decode_first(still[:, :1])[0], -1, 1)
+            return still, jnp.sqrt(jnp.mean((again - portrait) ** 2))
+
+        placed = jax.device_put(jnp.asarray(portrait, jnp.float32), self._vae_device)
+        still, error = encode(self._vae_params, placed)
+        still = np.asarray(still)
+        return still[:, :1], still, float(error)
+
+    def _make_decode(self, method: str):
+        graphdef = self.model.vae.graphdef
+
+        def decode(params, *arguments):
+            video, state = getattr(merge(graphdef, params), method)(*arguments)
+            pixels = jnp.round((jnp.clip(video.astype(jnp.float32), -1, 1) + 1) * 127.5)
+            return pixels.astype(jnp.uint8), state
+
+        return decode
+
+    def _make_features(self):
+        graphdef = self.model.speech.graphdef
+
+        def features(params, state, samples):
+            return merge(graphdef, params).features(state, samples)
+
+        return features
+
+
+def _host_device() -> jax.Device | None:
+    """The last CPU device, which no slice uses, or None where JAX has no CPU backend."""
+    try:
+        return jax.local_devices(backend="cpu")[-1]
+    except RuntimeError:
+        return None
