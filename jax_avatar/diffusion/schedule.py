@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jax_avatar.shapes import Array
+
 __all__ = ["Schedule", "euler_schedule", "shift_sigma", "uniform_schedule"]
 
 
@@ -38,7 +40,7 @@ class Schedule:
         return tuple((np.float32(1000) * np.array(self.sigmas[:-1], np.float32)).tolist())
 
 
-def shift_sigma(sigma: np.ndarray, shift: float) -> np.ndarray:
+def shift_sigma(sigma: np.ndarray | Array, shift: float) -> np.ndarray | Array:
     """Moves noise levels toward noise by the factor `shift`; 0 and 1 stay.
 
     Source: Esser et al., "Scaling Rectified Flow Transformers", arXiv 2403.03206, eq. 23.

@@ -50,8 +50,8 @@ class BlockPosition:
 
     frame: Rotation  # frames_per_block pairs
     reference: Rotation  # 1 pairs
-    slot: Array | int  # block slot of the window that this block overwrites
-    filled: Array | int  # block slots valid after the write
+    slot: Array | np.integer | int  # block slot of the window that this block overwrites
+    filled: Array | np.integer | int  # block slots valid after the write
 
 
 def block_position(

@@ -42,6 +42,8 @@ __all__ = ["DiT"]
 
 Tap = Callable[[str, Array], None] | None
 SpeakerMask = Float[Array, "b u t h2 w2"]
+Portrait = Float[Array, "b 1 h w c"]
+Motion = Float[Array, "b past h w c"]
 
 _PATCH = (1, 2, 2)
 _NOISY, _REFERENCE, _MOTION = 0, 1, 2  # rows of the token-kind embedding
@@ -154,8 +156,8 @@ class DiT(nnx.Module):
         noisy: Latent,
         timestep: Float[Array, "b t"],
         text: TextStates,
-        reference: Latent,
-        motion: Latent | None,
+        reference: Portrait,
+        motion: Motion | None,
         pose: Latent,
         audio: AudioFeatures,
         *,
@@ -187,8 +189,8 @@ class DiT(nnx.Module):
         noisy: Latent,
         timestep: Float[Array, "b t"],
         text: TextStates,
-        reference: Latent,
-        motion: Latent | None,
+        reference: Portrait,
+        motion: Motion | None,
         pose: Latent,
         audio: AudioFeatures,
         *,
@@ -211,7 +213,7 @@ class DiT(nnx.Module):
         )  # fmt: skip
 
     def prefill(
-        self, text: TextStates, reference: Latent, motion: Latent | None, *, tap: Tap = None
+        self, text: TextStates, reference: Portrait, motion: Motion | None, *, tap: Tap = None
     ) -> Sink:
         """Keys and values of the reference and motion tokens, seen by every block of a stream.
 

@@ -1,0 +1,127 @@
+"""The transformer of the small model: it predicts what differs from the portrait.
+
+    pose input = portrait latent at every frame
+    network -> difference;  clean = portrait + difference;  velocity = (noisy - clean) / sigma
+
+A network of a few million weights cannot carry both the noise and the portrait through its
+width, which a velocity asks of it. Predicting the clean latent as a change of the portrait leaves
+all of it for motion. From outside it is a `DiT`: the same arguments come, the velocity goes.
+"""
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from jax_avatar.models.audio_tokens import AudioTokens, CausalAudioEncoder
+from jax_avatar.models.cache import BlockPosition, KVCache, Sink
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.dit import DiT, Motion, Portrait, SpeakerMask, Tap
+from jax_avatar.shapes import Array, AudioFeatures, Float, IntScalar, Latent, TextStates
+
+__all__ = ["BlockAudioEncoder", "PortraitDiT"]
+
+_SMALLEST_SIGMA = 0.1  # below, the division by sigma would amplify what the network cannot know
+
+
+class BlockAudioEncoder(CausalAudioEncoder):
+    """Audio tokens of every block from that block's features alone, as a stream makes them."""
+
+    def __call__(self, features: AudioFeatures) -> AudioTokens:
+        """Tokens of the latent frames; see `CausalAudioEncoder`."""
+        frames = min(4 * self.config.frames_per_block, features.shape[2])
+        if features.shape[2] % frames:
+            raise ValueError(
+                f"speech features of {features.shape[2]} video frames are no whole number of "
+                f"blocks; pass a multiple of {frames} frames."
+            )
+        b = features.shape[0]
+        blocks = rearrange(features, "b u (g T) k a -> (b g) u T k a", T=frames)
+        local, overall = super().__call__(blocks)
+        return (
+            rearrange(local, "(b g) u t k d -> b u (g t) k d", b=b),
+            rearrange(overall, "(b g) u t d -> b u (g t) d", b=b),
+        )
+
+
+class PortraitDiT(DiT):
+    """A `DiT` whose pose input is the portrait's latent, repeated over the frames.
+
+    Source: predicting the clean signal under a velocity loss, "Back to Basics: Let Denoising
+    Generative Models Denoise", arXiv 2511.13720; the portrait as a base is this project's.
+    """
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        if config.pose_channels != config.latent_channels:
+            raise ValueError(
+                f"pose_channels {config.pose_channels} must equal latent_channels "
+                f"{config.latent_channels}: the pose input is the portrait's latent."
+            )
+        super().__init__(config, rngs=rngs)
+        self.audio = BlockAudioEncoder(config, rngs=rngs)
+
+    def bidirectional(
+        self,
+        noisy: Latent,
+        timestep: Float[Array, "b t"],
+        text: TextStates,
+        reference: Portrait,
+        motion: Motion | None,
+        pose: Latent,
+        audio: AudioFeatures,
+        *,
+        speaker_mask: SpeakerMask | None = None,
+        tap: Tap = None,
+    ) -> Latent:
+        """Velocity of a whole clip; see `DiT.bidirectional`."""
+        change = super().bidirectional(
+            noisy, timestep, text, reference, motion, pose, audio,
+            speaker_mask=speaker_mask, tap=tap,
+        )  # fmt: skip
+        return _velocity(noisy, timestep, pose, change)
+
+    def block_causal(
+        self,
+        noisy: Latent,
+        timestep: Float[Array, "b t"],
+        text: TextStates,
+        reference: Portrait,
+        motion: Motion | None,
+        pose: Latent,
+        audio: AudioFeatures,
+        *,
+        reference_frame: IntScalar | None = None,
+        speaker_mask: SpeakerMask | None = None,
+        tap: Tap = None,
+    ) -> Latent:
+        """Velocity of a whole clip, block after block; see `DiT.block_causal`."""
+        change = super().block_causal(
+            noisy, timestep, text, reference, motion, pose, audio,
+            reference_frame=reference_frame, speaker_mask=speaker_mask, tap=tap,
+        )  # fmt: skip
+        return _velocity(noisy, timestep, pose, change)
+
+    def stream_block(
+        self,
+        noisy: Latent,
+        timestep: Float[Array, "b t"],
+        pose: Latent,
+        audio: AudioFeatures,
+        cache: KVCache,
+        sink: Sink,
+        position: BlockPosition,
+        *,
+        speaker_mask: SpeakerMask | None = None,
+        tap: Tap = None,
+    ) -> tuple[Latent, KVCache]:
+        """Velocity of one block of a stream; see `DiT.stream_block`."""
+        change, cache = super().stream_block(
+            noisy, timestep, pose, audio, cache, sink, position, speaker_mask=speaker_mask, tap=tap
+        )
+        return _velocity(noisy, timestep, pose, change), cache
+
+
+def _velocity(noisy, timestep, portrait, change):
+    sigma = jnp.maximum(timestep.astype(jnp.float32) / 1000, _SMALLEST_SIGMA)
+    clean = portrait.astype(jnp.float32) + change.astype(jnp.float32)
+    velocity = (noisy.astype(jnp.float32) - clean) / sigma[:, :, None, None, None]
+    return velocity.astype(noisy.dtype)

@@ -1,0 +1,108 @@
+"""The stages of training by name: plain settings -> a task for the loop.
+
+speech --> speech.safetensors --+
+vae -----> vae.safetensors -----+--> latents and features --> dit --> dit.safetensors
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from jax_avatar.data.records import ClipSource, read_clips
+from jax_avatar.io.checkpoint import load_weights
+from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
+from jax_avatar.models.params import abstract, merge
+from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
+from jax_avatar.training.latents import LatentClips, encode_clips
+from jax_avatar.training.loop import LoopConfig, Task
+from jax_avatar.training.speech import SpeechTask, SpeechTaskConfig
+from jax_avatar.training.state import build_section
+from jax_avatar.training.vae import FaceWindows, VAELossConfig, VAETask
+
+__all__ = ["build_stage", "load_encoders", "load_latents"]
+
+_KEYS = {
+    "speech": {"stage", "seed", "model", "task", "loop"},
+    "vae": {"stage", "seed", "data", "model", "task", "loop"},
+    "dit": {"stage", "seed", "data", "latents", "weights", "model", "task", "loop"},
+}
+
+
+def build_stage(settings: Mapping[str, Any]) -> tuple[Callable[[], Task], LoopConfig]:
+    """Checks the settings of a stage.
+
+    Args:
+        settings: plain values, from a config file.
+
+    Returns:
+        What makes the task (this reads data and weights), and the settings of the loop.
+
+    Raises:
+        ValueError: an unknown stage or setting, or values that do not fit together.
+    """
+    stage = settings.get("stage")
+    if stage not in _KEYS:
+        raise ValueError(f"stage {stage!r} is unknown; one of {', '.join(_KEYS)} is expected.")
+    if set(settings) != _KEYS[stage]:
+        odd = sorted(set(settings) ^ _KEYS[stage])
+        raise ValueError(
+            f"stage {stage} expects the sections {', '.join(sorted(_KEYS[stage]))}; "
+            f"{', '.join(odd)} is missing or unknown."
+        )
+    loop = build_section(LoopConfig, {"seed": settings["seed"], **settings["loop"]}, "loop")
+    kinds = {
+        "speech": (SpeechConfig, SpeechTaskConfig, _speech),
+        "vae": (LightVAEConfig, VAELossConfig, _vae),
+        "dit": (DiTConfig, ForcingConfig, _dit),
+    }
+    model_kind, task_kind, build = kinds[stage]
+    model = build_section(model_kind, settings["model"], "model")
+    task = build_section(task_kind, settings["task"], "task")
+    return lambda: build(settings, model, task), loop
+
+
+def load_encoders(weights: Mapping[str, str]) -> tuple[LightVAE, SpeechEncoder]:
+    """The trained VAE and speech encoder.
+
+    Args:
+        weights: folders that hold `vae.safetensors` and `speech.safetensors`.
+    """
+    params, config, _ = load_weights(weights["vae"], "vae")
+    vae_config = LightVAEConfig(**config)
+    vae = merge(abstract(lambda: LightVAE(vae_config, rngs=nnx.Rngs(0)))[0], params)
+    params, config, _ = load_weights(weights["speech"], "speech")
+    speech_config = SpeechConfig(**config)
+    speech = merge(abstract(lambda: SpeechEncoder(speech_config, rngs=nnx.Rngs(0)))[0], params)
+    return vae, speech
+
+
+def load_latents(settings: Mapping[str, Any], split: str) -> LatentClips:
+    """Encoded clips of a split: read from `settings["latents"]`, or made there first."""
+    path = Path(settings["latents"]) / f"{split}.npz"
+    if not path.exists():
+        vae, speech = load_encoders(settings["weights"])
+        clips = encode_clips(read_clips(settings["data"], split), vae.encode, speech.encode)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clips.save(path)
+    return LatentClips.load(path)
+
+
+def _speech(settings, model, task) -> Task:
+    return SpeechTask(model, task)
+
+
+def _vae(settings, model, task) -> Task:
+    def windows(source: ClipSource) -> FaceWindows:
+        return FaceWindows.from_clips(source[i] for i in range(len(source)))
+
+    train = windows(read_clips(settings["data"], "train"))
+    held_out = windows(read_clips(settings["data"], "held_out_person"))
+    return VAETask(model, task, train, held_out, seed=settings["seed"])
+
+
+def _dit(settings, model, task) -> Task:
+    return ForcingTask(model, task, load_latents(settings, "train"), seed=settings["seed"])

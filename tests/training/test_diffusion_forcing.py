@@ -1,0 +1,160 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.params import merge
+from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask, fit_mouth_reader
+from jax_avatar.training.latents import LatentClips, mouth_cells
+from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.state import start_state
+
+MODEL = DiTConfig(
+    width=24,
+    ffn_width=48,
+    num_heads=2,
+    num_layers=2,
+    freq_width=32,
+    text_width=4,
+    text_len=2,
+    latent_channels=4,
+    pose_channels=4,
+    audio_width=6,
+    audio_layers=2,
+    audio_inject_layers=(0,),
+    audio_history=1,
+    framepack=False,
+    zero_init=False,
+)
+SETTINGS = ForcingConfig(batch_size=2, latents=6)
+
+
+def make_clips(count=4, frames=9, seed=0):
+    rng = np.random.default_rng(seed)
+    reference = rng.standard_normal((count, 1, 4, 4, 4))
+    gap = rng.random((count, 4 * frames)).astype(np.float32)
+    mouth = np.zeros((count, frames, 4, 4), bool)
+    mouth[:, :, 2:4, 1:3] = True
+    change = np.zeros((count, frames, 4, 4, 4))
+    change[:, :, 2:4, 1:3] = gap.reshape(count, frames, 1, 1, 4)
+    return LatentClips(
+        latent=(reference + change).astype(np.float16),
+        reference=reference.astype(np.float16),
+        features=rng.standard_normal((count, 4 * frames, 2, 6)).astype(np.float16),
+        mouth=mouth,
+        lip_gap=gap,
+        person=np.arange(count),
+    )
+
+
+def test_the_loss_falls_on_one_batch():
+    settings = dataclasses.replace(SETTINGS, mouth_probe_weight=0.1)
+    task = ForcingTask(MODEL, settings, make_clips(2, 6))
+    loop = LoopConfig(num_steps=80, learning_rate=5e-3, warmup_steps=5)
+    state = start_state(task.init(jax.random.key(0)), make_optimiser(loop))
+    step, batch = make_step(task, loop), task.batches(0)
+    losses = []
+    for _ in range(loop.num_steps):
+        state, metrics = step(state, batch, jax.random.key(1))
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-10:]) < 0.3 * np.mean(losses[:10])
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+def test_noise_levels_are_equal_inside_a_block_and_shared_between_blocks_on_demand(shared):
+    task = ForcingTask(MODEL, dataclasses.replace(SETTINGS, shared_share=shared), make_clips())
+    sigma = np.asarray(task._sigmas(jax.random.key(3), 64, 6)).reshape(64, 2, 3)
+    assert (sigma == sigma[:, :, :1]).all()
+    assert ((sigma[:, 0] == sigma[:, 1]).all()) == bool(shared)
+    assert SETTINGS.smallest_sigma <= sigma.min() and sigma.max() <= 1
+    assert np.median(sigma) > 0.6  # shifted toward noise
+
+
+def test_before_training_the_clean_prediction_is_the_portrait():
+    task = ForcingTask(MODEL, SETTINGS, make_clips())
+    params, batch = task.init(jax.random.key(0)), task.batches(0)
+    clean, sigma = jnp.asarray(batch["latent"]), 0.7
+    noise = jax.random.normal(jax.random.key(1), clean.shape)
+    noisy = (1 - sigma) * clean + sigma * noise
+    portrait = jnp.broadcast_to(batch["reference"], clean.shape)
+    velocity = merge(task.graphdef, params).block_causal(
+        noisy,
+        jnp.full(clean.shape[:2], 1000 * sigma),
+        jnp.zeros((2, 1, 4)),
+        jnp.asarray(batch["reference"]),
+        None,
+        portrait,
+        jnp.asarray(batch["features"]),
+    )
+    np.testing.assert_allclose(noisy - sigma * velocity, portrait, atol=1e-5)
+
+
+def test_without_speech_the_features_do_not_matter():
+    silent = dataclasses.replace(SETTINGS, audio_dropout=1.0)
+    heard = dataclasses.replace(SETTINGS, audio_dropout=0.0)
+    for settings, is_same in ((silent, True), (heard, False)):
+        task = ForcingTask(MODEL, settings, make_clips())
+        params, batch = task.init(jax.random.key(0)), task.batches(0)
+        # The output layer starts at zero and would hide everything.
+        params["head"]["kernel"] = jax.random.normal(
+            jax.random.key(9), params["head"]["kernel"].shape
+        )
+        loss = jax.jit(task.loss)
+        first, _ = loss(params, batch, jax.random.key(2))
+        second, _ = loss(params, {**batch, "features": -batch["features"]}, jax.random.key(2))
+        assert bool(first == second) == is_same
+
+
+def test_every_clip_comes_once_per_epoch_and_batches_repeat():
+    clips = make_clips(6)
+    clips = dataclasses.replace(
+        clips, lip_gap=np.broadcast_to(np.arange(6.0)[:, None], clips.lip_gap.shape)
+    )
+    task = ForcingTask(MODEL, SETTINGS, clips)
+    seen = [task.batches(step)["lip_gap"][:, 0] for step in range(6)]
+    assert sorted(np.concatenate(seen[:3])) == sorted(np.concatenate(seen[3:])) == list(range(6))
+    for name, value in task.batches(4).items():
+        np.testing.assert_array_equal(value, task.batches(4)[name])
+
+
+def test_speech_and_picture_of_a_window_belong_together():
+    clips = make_clips()
+    task = ForcingTask(MODEL, SETTINGS, clips)
+    starts = set()
+    for step in range(12):
+        batch = task.batches(step)
+        opening = (batch["latent"] - batch["reference"])[:, :, 2, 1]
+        np.testing.assert_allclose(opening.reshape(2, -1), batch["lip_gap"], atol=5e-3)
+        starts.add(float(batch["lip_gap"][0, 0]))
+    assert len(starts) > len(clips)  # windows start at different latents of a clip
+
+
+def test_the_mouth_reader_finds_a_linear_mouth():
+    clips = make_clips(8)
+    reader = fit_mouth_reader(clips, ridge=1e-3)
+    other = make_clips(8, seed=5)
+    gap = reader(
+        jnp.asarray(other.latent, jnp.float32),
+        jnp.asarray(other.reference, jnp.float32),
+        jnp.asarray(other.mouth, jnp.float32),
+    )
+    assert np.corrcoef(gap.ravel(), other.lip_gap.ravel())[0, 1] > 0.99
+
+
+def test_mouth_cells_cover_the_boxes_of_all_four_frames():
+    boxes = np.array([[17, 17, 23, 23]] * 3 + [[25, 17, 31, 23]] + [[9, 9, 15, 15]] * 4, float)
+    cells = mouth_cells(boxes, (4, 4), 8, margin=0.0)
+    expected = np.zeros((2, 4, 4), bool)
+    expected[0, 2, 2:4] = True
+    expected[1, 1, 1] = True
+    np.testing.assert_array_equal(cells, expected)
+
+
+def test_settings_that_do_not_fit_the_clips_are_named():
+    with pytest.raises(ValueError, match="latents=5: clips have 9 and a block has 3"):
+        ForcingTask(MODEL, dataclasses.replace(SETTINGS, latents=5), make_clips())
+    with pytest.raises(ValueError, match=r"model\.audio_layers"):
+        ForcingTask(MODEL.replace(audio_layers=3), SETTINGS, make_clips())
