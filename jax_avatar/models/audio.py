@@ -9,6 +9,7 @@ and chunk by chunk are the same computation.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,9 +69,9 @@ class SpeechConfig:
     min_hz: float = 50.0
     max_hz: float = 7600.0
     width: int = 96
-    dilations: tuple[int, ...] = (1, 2, 4, 4)
+    dilations: Sequence[int] = (1, 2, 4, 4)
     kernel: int = 5
-    units: tuple[str, ...] = (
+    units: Sequence[str] = (
         "jawOpen",
         "mouthFunnel",
         "mouthPucker",
@@ -83,8 +84,8 @@ class SpeechConfig:
         "mouthSmileLeft",
         "tongueOut",
     )
-    mel_mean: tuple[float, ...] = ()
-    mel_std: tuple[float, ...] = ()
+    mel_mean: Sequence[float] = ()
+    mel_std: Sequence[float] = ()
 
     def __post_init__(self):
         for name in ("dilations", "units", "mel_mean", "mel_std"):
