@@ -42,11 +42,12 @@ def _vae() -> dict:
     return {
         "data": "data/people",
         "model": {"z_dim": 32},
-        "task": {"batch_size": 4, "frames": 9},
+        "task": {"batch_size": 1, "frames": 9, "latent_noise": 0.1},
         "loop": {
             "num_steps": 4000,
-            "learning_rate": 1e-3,
+            "learning_rate": 1.5e-3,
             "warmup_steps": 100,
+            "ema_decay": 0.998,
             "log_every": 50,
             "evaluate_every": 500,
             "checkpoint_every": 500,
@@ -72,11 +73,12 @@ def _dit() -> dict:
             "audio_layers": 5,
             "audio_inject_layers": [0, 2, 4],
             "audio_history": 1,
+            "ring_blocks": 3,
             "framepack": False,
             "zero_init": False,
             "unroll": 6,
         },
-        "task": {"batch_size": 4, "mouth_probe_weight": 0.0},
+        "task": {"batch_size": 4, "latents": 9, "mouth_probe_weight": 0.0},
         "loop": {
             "num_steps": 3000,
             "learning_rate": 1e-3,
