@@ -3,8 +3,8 @@
 `python launch/prepare_data.py portraits --out jax_avatar/assets/portraits` draws the portraits that
 come with the package; none of these people is in the training data.
 
-The default set (320 people, 1,600 clips of three seconds at 96x96) takes about 20 minutes on two
-CPU cores and 2 GB. A run that was stopped goes on where it was when the command is repeated.
+The default set (320 people, 1,600 clips of three seconds at 96x96) takes half an hour on two
+busy CPU cores and 0.7 GB. A run that was stopped goes on where it was when the command is repeated.
 """
 
 import argparse
