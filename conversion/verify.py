@@ -16,12 +16,27 @@ from pathlib import Path
 import jax
 
 from conversion.cases import Case, Check, Kind
+from conversion.cases_dit import (
+    DiTCases,
+    DiTManifests,
+    RotaryCases,
+    RoutingCases,
+    SamplerTables,
+)
 from conversion.cases_vae import VAECases, VAEManifests
 from conversion.readers import SafetensorsFile
 
 __all__ = ["CASES", "main", "verify"]
 
-CASES: tuple[Kind, ...] = (VAECases(), VAEManifests())
+CASES: tuple[Kind, ...] = (
+    VAECases(),
+    VAEManifests(),
+    DiTCases(),
+    DiTManifests(),
+    RotaryCases(),
+    RoutingCases(),
+    SamplerTables(),
+)
 """The kinds of golden cases; a new one is added here."""
 
 Emit = Callable[[str, str, Check], None]

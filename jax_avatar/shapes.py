@@ -18,6 +18,7 @@ p         prompt tokens
 ========  ==========================================================
 """
 
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 Latent = Float[Array, "b t h w c"]
@@ -35,8 +36,10 @@ AudioFeatures = Float[Array, "b u T k a"]
 TextStates = Float[Array, "b p f"]
 """Prompt-encoder states before padding to the text length."""
 
-Scalar = Float[Array, ""] | float
-IntScalar = Int[Array, ""] | int
+Scalar = Float[Array, ""] | np.floating | float
+"""One number, on the device or on the host."""
+
+IntScalar = Int[Array, ""] | np.integer | int
 
 __all__ = [
     "Array",

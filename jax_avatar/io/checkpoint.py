@@ -108,7 +108,7 @@ def load_weights(
         with safe_open(path, "np") as file:
             header = file.metadata() or {}
             # bfloat16 is not a NumPy type of its own; ml_dtypes makes it one.
-            flat = {key: _widened(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+            flat = {key: _widened(file.get_tensor(key)) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); copy or convert it again."

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_avatar.models.layers import RMSNorm, linear
-from jax_avatar.shapes import Array, Float, Int, Tokens
+from jax_avatar.shapes import Array, Float, IntScalar, Tokens
 
 __all__ = ["Attention", "attend", "block_causal_mask"]
 
@@ -18,7 +18,7 @@ def attend(
     value: Float[Array, "b s m e"],
     *,
     mask: Array | None = None,
-    key_length: Int[Array, ""] | None = None,
+    key_length: IntScalar | None = None,
 ) -> Float[Array, "b n m e"]:
     """Softmax attention, scale `1/sqrt(e)`.
 

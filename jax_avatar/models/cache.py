@@ -7,6 +7,7 @@ Filled slots are always a prefix, so attention needs a length and no mask.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,6 @@ import numpy as np
 
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.rope import Rotation, frame_rotation
-from jax_avatar.shapes import Array
 
 __all__ = ["BlockPosition", "KVCache", "Sink", "block_position", "empty_cache"]
 
@@ -28,10 +28,10 @@ class Sink:
     block is decided at every call (Rolling RoPE).
     """
 
-    key: Array  # l b c m e, c sink tokens, not rotated
-    value: Array  # l b c m e
-    text_key: Array  # l b p m e
-    text_value: Array  # l b p m e
+    key: Any  # l b c m e, c sink tokens, not rotated
+    value: Any  # l b c m e
+    text_key: Any  # l b p m e
+    text_value: Any  # l b p m e
 
 
 @jax.tree_util.register_dataclass
@@ -39,8 +39,8 @@ class Sink:
 class KVCache:
     """Sink slots, then a rolling window, of one denoising step."""
 
-    key: Array  # l b s m e, rotated
-    value: Array  # l b s m e
+    key: Any  # l b s m e, rotated
+    value: Any  # l b s m e
 
 
 @jax.tree_util.register_dataclass
@@ -50,8 +50,8 @@ class BlockPosition:
 
     frame: Rotation  # frames_per_block pairs
     reference: Rotation  # 1 pairs
-    slot: Array | np.integer | int  # block slot of the window that this block overwrites
-    filled: Array | np.integer | int  # block slots valid after the write
+    slot: Any  # block slot of the window that this block overwrites
+    filled: Any  # block slots valid after the write
 
 
 def block_position(

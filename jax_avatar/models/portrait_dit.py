@@ -16,6 +16,7 @@ from jax_avatar.models.audio_tokens import AudioTokens, CausalAudioEncoder
 from jax_avatar.models.cache import BlockPosition, KVCache, Sink
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT, Motion, Portrait, SpeakerMask, Tap
+from jax_avatar.models.layers import layer_norm
 from jax_avatar.shapes import Array, AudioFeatures, Float, IntScalar, Latent, TextStates
 
 __all__ = ["BlockAudioEncoder", "PortraitDiT"]
@@ -24,7 +25,10 @@ _SMALLEST_SIGMA = 0.1  # below, the division by sigma would amplify what the net
 
 
 class BlockAudioEncoder(CausalAudioEncoder):
-    """Audio tokens of every block from that block's features alone, as a stream makes them."""
+    """Audio tokens of every block from that block's features alone, as a stream makes them.
+
+    Hidden states are normalised first: those of a residual encoder grow from layer to layer.
+    """
 
     def __call__(self, features: AudioFeatures) -> AudioTokens:
         """Tokens of the latent frames; see `CausalAudioEncoder`."""
@@ -35,6 +39,7 @@ class BlockAudioEncoder(CausalAudioEncoder):
                 f"blocks; pass a multiple of {frames} frames."
             )
         b = features.shape[0]
+        features = layer_norm(features, self.config.eps)
         blocks = rearrange(features, "b u (g T) k a -> (b g) u T k a", T=frames)
         local, overall = super().__call__(blocks)
         return (

@@ -65,8 +65,10 @@ def parse_layout(mesh: str, num_steps: int) -> Layout:
             f"--mesh {mesh}: expected a number of slices such as 5, or STAGESxDEVICES+VAE such as "
             "4x2+1."
         )
-    stages, devices, vae = (int(group) if group else None for group in match.groups())
-    devices, vae = devices or 1, vae or 0
+    stages, devices, vae = (int(group) if group is not None else None for group in match.groups())
+    devices, vae = 1 if devices is None else devices, vae or 0
+    if devices < 1:
+        raise ValueError(f"--mesh {mesh}: a slice needs at least one device; write x1 or more.")
     if vae > 1:
         raise ValueError(f"--mesh {mesh}: the VAE runs on one device; write +1 or leave it out.")
     if stages < 1 or num_steps % stages:

@@ -23,7 +23,7 @@ from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.vae import WanVAE
 from jax_avatar.shapes import PyTree
 
-__all__ = ["SMALL", "AvatarModel", "Network", "StreamSettings", "load_model"]
+__all__ = ["SMALL", "AvatarModel", "Network", "StreamSettings", "load_model", "load_settings"]
 
 SMALL = Path(__file__).parents[1] / "assets" / "small"
 """Folder of the small model that ships with the package."""
@@ -111,6 +111,23 @@ class AvatarModel:
     settings: StreamSettings
 
 
+def load_settings(folder: str | Path = SMALL, **changes: Any) -> StreamSettings:
+    """How the model in a folder wants to be streamed, without reading its weights.
+
+    Arguments and errors as in `load_model`.
+    """
+    folder = Path(folder)
+    content = load_json(folder / "config.json")
+    missing = [key for key in ("name", "dit", "vae", "speech", "stream") if key not in content]
+    if missing:
+        raise ValueError(f"{folder / 'config.json'} lacks {missing}; is this a model folder?")
+    known = {field.name for field in dataclasses.fields(StreamSettings)}
+    unknown = sorted(set(content["stream"]) - known)
+    if unknown:
+        raise ValueError(f"{folder / 'config.json'}: stream settings {unknown} are unknown.")
+    return StreamSettings(**(content["stream"] | changes))
+
+
 def load_model(folder: str | Path = SMALL, **changes: Any) -> AvatarModel:
     """Reads a model folder.
 
@@ -122,15 +139,8 @@ def load_model(folder: str | Path = SMALL, **changes: Any) -> AvatarModel:
         ValueError: something is missing, of an unknown kind, or does not fit its config.
     """
     folder = Path(folder)
+    settings = load_settings(folder, **changes)
     content = load_json(folder / "config.json")
-    missing = [key for key in ("name", "dit", "vae", "speech", "stream") if key not in content]
-    if missing:
-        raise ValueError(f"{folder / 'config.json'} lacks {missing}; is this a model folder?")
-    known = {field.name for field in dataclasses.fields(StreamSettings)}
-    unknown = sorted(set(content["stream"]) - known)
-    if unknown:
-        raise ValueError(f"{folder / 'config.json'}: stream settings {unknown} are unknown.")
-    settings = StreamSettings(**(content["stream"] | changes))
     networks = {name: _load_network(folder, name, content[name]) for name in _KINDS}
     model = AvatarModel(content["name"], settings=settings, **networks)
     _check_fit(model, folder)

@@ -132,7 +132,7 @@ class PipelinedStream:
         self._following = [0] * self.stages  # the block that each slice waits for
         self._next_block = 0
 
-    def push(self, audio: AudioFeatures) -> list[Latent]:
+    def push(self, audio: AudioFeatures | np.ndarray) -> list[Latent]:
         """Feeds the next block's audio; returns the blocks that have come out, oldest first.
 
         Nothing waits for the devices: a returned latent is a promise on the last slice.

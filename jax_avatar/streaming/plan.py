@@ -6,6 +6,7 @@ seed, never on the layout of devices, so every layout makes the same stream.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax_avatar.diffusion.step import euler_step
 from jax_avatar.models.cache import BlockPosition, KVCache, Sink, block_position
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
-from jax_avatar.shapes import Array, PyTree
+from jax_avatar.shapes import Array, PyTree, Scalar
 
 __all__ = ["Conditions", "StreamPlan", "denoise", "make_prefill"]
 
@@ -33,10 +34,10 @@ class Conditions:
         pose: pose latents of one block, `b t h w c`, used for every block.
     """
 
-    text: Array
-    reference: Array
-    motion: Array | None
-    pose: Array
+    text: Any
+    reference: Any
+    motion: Any
+    pose: Any
 
     def with_reference(self, reference: Array) -> "Conditions":
         """The same with another reference latent."""
@@ -117,8 +118,8 @@ def denoise(
     cache: KVCache,
     sink: Sink,
     position: BlockPosition,
-    sigma: Array,
-    next_sigma: Array,
+    sigma: Scalar,
+    next_sigma: Scalar,
     speaker_mask: Array | None = None,
 ) -> tuple[Array, KVCache]:
     """One denoising step of one block; the inner line of Algorithms 3 and 4.

@@ -82,7 +82,7 @@ class SequentialStream:
         self._first_latent = None
         self._next_block = 0
 
-    def push(self, audio: AudioFeatures) -> list[Latent]:
+    def push(self, audio: AudioFeatures | np.ndarray) -> list[Latent]:
         """Generates the next block; returns it in a list (see `PipelinedStream.push`).
 
         Args:

@@ -1,0 +1,25 @@
+"""Streaming: what the flags of `launch/stream.py` do not say.
+
+    python launch/stream.py --mesh 5 --config.stream.aas_after_blocks=1
+
+None keeps what the model folder says. Runs on a laptop CPU with the model that ships: 96x96 pixels
+at 16 frames per second.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """Settings of a stream; see `jax_avatar.streaming.model.StreamSettings`."""
+    return ConfigDict(
+        {
+            "stream": {
+                "sigmas": placeholder(tuple),
+                "aas_after_blocks": placeholder(int),
+                "sink_distance": placeholder(tuple),
+                "warmup_latents": placeholder(int),
+            },
+            "in_flight": 2,
+        }
+    )

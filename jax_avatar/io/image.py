@@ -1,0 +1,157 @@
+"""Image files -> the RGB portrait that a stream starts from."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from jax_avatar.shapes import Float
+
+__all__ = ["fit_size", "load_image", "prepare_reference", "resized_size"]
+
+_SMALLEST = 16  # pixels per side, below which there is no face to see
+_LARGEST = 2048  # sides are reduced to this while decoding; no stream is larger
+_MOST_PIXELS = 400_000_000  # a compressed file may claim any size
+_BACKGROUND = (200, 200, 200)  # behind transparent pixels
+
+
+def load_image(path: str | Path) -> np.ndarray:
+    """Reads an image as 8-bit RGB `[H W 3]`, upright, at most 2048 pixels per side.
+
+    Any mode is understood: grey, palette, CMYK, 16-bit; transparency is laid over light grey; of
+    an animation the first frame counts.
+
+    Raises:
+        ValueError: the file is missing, not an image, cut off, or too small or large to use.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"image {path} {kind}; expected a file such as portrait.png.")
+    if not path.stat().st_size:
+        raise ValueError(f"image {path} is empty; expected PNG, JPEG, WebP or the like.")
+    previous, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if min(width, height) < _SMALLEST:
+                raise ValueError(
+                    f"image {path} has {width}x{height} pixels; at least {_SMALLEST} per side are "
+                    "needed to show a face."
+                )
+            if width * height > _MOST_PIXELS:
+                raise ValueError(
+                    f"image {path} has {width}x{height} pixels, more than {_MOST_PIXELS:,}; make "
+                    "it smaller first."
+                )
+            image.draft("RGB", (_LARGEST, _LARGEST))  # JPEG: decode straight to a smaller size
+            image.load()
+            return np.asarray(_to_rgb(image))
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{path} is not an image that can be read; expected PNG, JPEG, WebP or the like."
+        ) from None
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"image {path} is broken or cut off ({error}); save it again.") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = previous
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+        # Pillow would clip, not scale, what does not fit into 8 bits.
+        values = np.asarray(image, np.float64)
+        top = 65535.0 if image.mode != "F" else max(1.0, float(values.max()))
+        image = Image.fromarray(np.clip(values / top * 255, 0, 255).round().astype(np.uint8))
+    if max(image.size) > _LARGEST:
+        if image.mode == "P":
+            image = image.convert("RGBA")
+        image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    upright = ImageOps.exif_transpose(image)
+    has_alpha = upright.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in upright.info
+    if not has_alpha:
+        return upright.convert("RGB")
+    over = upright.convert("RGBA")
+    background = Image.new("RGBA", over.size, (*_BACKGROUND, 255))
+    return Image.alpha_composite(background, over).convert("RGB")
+
+
+def fit_size(
+    image_h: int, image_w: int, max_area: int, multiple: int = 64
+) -> tuple[int, int]:
+    """Height and width of a stream: the image's shape, at most `max_area` pixels.
+
+    Args:
+        image_h: pixel rows of the image.
+        image_w: pixel columns.
+        max_area: most pixels.
+        multiple: both sides are multiples of this.
+
+    Raises:
+        ValueError: not even one multiple fits the area.
+
+    Source: Wan2.2-S2V, size of the reference image.
+    """
+    if max_area < multiple * multiple:
+        raise ValueError(
+            f"an area of {max_area} pixels holds no {multiple}x{multiple}; pass a larger size."
+        )
+    if image_h * image_w <= max_area:
+        smallest, largest = 0.1, 1.0
+    else:
+        slack = multiple - 1
+        a, b, c = image_h * image_w, slack * (image_h + image_w), slack**2 - max_area
+        smallest = (-b + np.sqrt(b**2 - 2 * a * c)) / (2 * a)
+        largest = np.sqrt(max_area / a)
+    for i in range(100):
+        scale = largest - (largest - smallest) * i / 100
+        height, width = (
+            -(-int(side * scale) // multiple) * multiple for side in (image_h, image_w)
+        )
+        if height * width <= max_area and height and width:
+            return height, width
+    ratio = image_h / image_w
+    height = int(np.sqrt(max_area * ratio)) // multiple * multiple
+    width = int(np.sqrt(max_area / ratio)) // multiple * multiple
+    if height >= image_h or width >= image_w:
+        height, width = (side // multiple * multiple for side in (image_h, image_w))
+    return max(height, multiple), max(width, multiple)
+
+
+def resized_size(image_h: int, image_w: int, height: int, width: int) -> tuple[int, int]:
+    """Size of the image after the resize and before the centre crop to `height` x `width`.
+
+    The image's shorter side becomes the shorter of the two; the other is truncated.
+    """
+    short = min(height, width)
+    if image_h <= image_w:
+        return short, int(short * image_w / image_h)
+    return int(short * image_h / image_w), short
+
+
+def prepare_reference(
+    image: np.ndarray, height: int, width: int, *, cover: bool = False
+) -> Float[np.ndarray, "1 1 H W 3"]:
+    """Resizes and crops a portrait to the size of the stream.
+
+    Args:
+        image: 8-bit RGB `[H W 3]`.
+        height: pixel rows of the stream.
+        width: pixel columns.
+        cover: enlarge until the whole frame is filled; otherwise black fills what is missing,
+            as in the official preprocessing.
+
+    Returns:
+        One frame in [-1, 1].
+    """
+    image_h, image_w = image.shape[:2]
+    if cover:
+        scale = max(height / image_h, width / image_w)
+        size = max(height, round(image_h * scale)), max(width, round(image_w * scale))
+    else:
+        size = resized_size(image_h, image_w, height, width)
+    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+    top, left = (round((have - want) / 2) for have, want in zip(size, (height, width), strict=True))
+    # A crop that reaches beyond the image is filled with black.
+    cropped = resized.crop((left, top, left + width, top + height))
+    return (np.asarray(cropped, np.float32) / 127.5 - 1)[None, None]

@@ -1,0 +1,165 @@
+"""A portrait and a voice become a talking avatar, streamed over mesh slices.
+
+python launch/stream.py --mesh 5
+python launch/stream.py --mesh 5 --image portrait.png --audio speech.wav --out avatar.mp4
+arecord -q -t raw -f S16_LE -r 16000 | python launch/stream.py --audio - --out live.mp4
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+# More host threads than cores: collectives of many fake CPU devices must not starve each other.
+os.environ.setdefault("NPROC", "16")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from jax_avatar.io.audio import AudioReader, PcmReader
+from jax_avatar.io.image import fit_size, load_image, prepare_reference
+from jax_avatar.io.video import VideoWriter
+from jax_avatar.streaming.mesh import parse_layout
+from jax_avatar.streaming.model import SMALL, load_model, load_settings
+from jax_avatar.streaming.run import for_duration, stream_to_file
+from jax_avatar.streaming.session import AvatarSession, num_slices
+
+ASSETS = SMALL.parent
+flags.DEFINE_string("mesh", "5", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
+flags.DEFINE_string("image", str(ASSETS / "portraits" / "amara.png"), "portrait")
+flags.DEFINE_string("audio", str(ASSETS / "demo.flac"), 'speech, any format; "-" is raw PCM')
+flags.DEFINE_string("prompt", "", "description of the scene, for models with a prompt encoder")
+flags.DEFINE_string("out", "avatar.mp4", "video to write: .mp4, .mov or .mkv")
+flags.DEFINE_float("duration", None, "seconds: cuts the audio, or goes on in silence")
+flags.DEFINE_integer("seed", 420, "of the noise", lower_bound=0, upper_bound=2**32 - 1)
+flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
+flags.DEFINE_string("size", None, "HEIGHT*WIDTH; only the area counts for models of any size")
+flags.DEFINE_integer("pcm_rate", 16000, "samples per second of raw PCM", lower_bound=1000)
+flags.DEFINE_enum("pcm_format", "s16le", ["s16le", "f32le"], "of raw PCM")
+flags.DEFINE_integer("pcm_channels", 1, "of raw PCM", lower_bound=1)
+flags.DEFINE_bool("json", False, "print the report as one JSON line on standard output")
+config_flags.DEFINE_config_file("config", str(Path(__file__).parents[1] / "configs" / "stream.py"))
+FLAGS = flags.FLAGS
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def frame_size(settings, image_shape, asked: str | None) -> tuple[int, int]:
+    """Pixel height and width of the stream."""
+    area = settings.max_area
+    if asked:
+        try:
+            height, width = (int(side) for side in asked.split("*"))
+            area = height * width
+        except ValueError:
+            raise ValueError(
+                f"--size {asked}: expected HEIGHT*WIDTH, for example 704*384."
+            ) from None
+        if settings.size and (height, width) != settings.size:
+            raise ValueError(
+                f"--size {asked}: this model makes {settings.size[0]}*{settings.size[1]} only; "
+                "leave --size out."
+            )
+    return settings.size or fit_size(*image_shape[:2], area, settings.multiple)
+
+
+def open_audio(sample_rate: int, chunk: int):
+    if FLAGS.audio != "-":
+        return AudioReader(FLAGS.audio, sample_rate, chunk)
+    return PcmReader(
+        sys.stdin.buffer,
+        sample_rate,
+        chunk,
+        input_rate=FLAGS.pcm_rate,
+        sample_format=FLAGS.pcm_format,
+        channels=FLAGS.pcm_channels,
+    )
+
+
+def run() -> int:
+    changes = {k: v for k, v in FLAGS.config.stream.to_dict().items() if v is not None}
+    settings = load_settings(FLAGS.checkpoint, **changes)
+    layout = parse_layout(FLAGS.mesh, len(settings.sigmas) - 1)
+    if FLAGS.duration is not None and FLAGS.duration <= 0:
+        raise ValueError(f"--duration {FLAGS.duration}: expected a number of seconds above 0.")
+    image = load_image(FLAGS.image)
+    height, width = frame_size(settings, image.shape, FLAGS.size)
+    portrait = prepare_reference(image, height, width, cover=settings.size is not None)
+
+    # Fake devices for a CPU; other platforms do not look at it.
+    jax.config.update("jax_num_cpu_devices", num_slices(layout))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/jax_avatar")
+    jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    model = load_model(FLAGS.checkpoint, **changes)
+    speech = model.speech.config
+    chunk = 4 * model.dit.config.frames_per_block * speech.samples_per_frame
+    audio = open_audio(speech.sample_rate, chunk)
+    if FLAGS.prompt:
+        say(f"warning: {model.name} has no prompt encoder; --prompt is not used.")
+
+    with VideoWriter(FLAGS.out, width, height, settings.fps, speech.sample_rate) as writer:
+        began = time.perf_counter()
+        session = AvatarSession(
+            model, portrait, layout, seed=FLAGS.seed, in_flight=FLAGS.config.in_flight
+        )
+        if 0 < settings.portrait_error < session.portrait_error:
+            say(
+                f"warning: {FLAGS.image} is unlike the faces {model.name} was trained on "
+                f"(reconstruction error {session.portrait_error:.3f}, usual are up to "
+                f"{settings.portrait_error:.3f}); the face may not hold."
+            )
+        say(f"{model.name}: {height}x{width} at {settings.fps} fps, --mesh {FLAGS.mesh}; compiling")
+        session.warm_up()
+        compile_s = time.perf_counter() - began
+        wanted = None if FLAGS.duration is None else round(FLAGS.duration * speech.sample_rate)
+        seconds = FLAGS.duration or audio.duration_s
+        total = seconds and -(-round(seconds * speech.sample_rate) // speech.samples_per_frame)
+        with tqdm(total=total, unit="frame", desc="streaming") as bar:
+
+            def on_frames(count: int) -> None:
+                bar.update(count)
+                bar.set_postfix_str(f"{bar.n / settings.fps:.1f} s of video")
+
+            report = stream_to_file(session, for_duration(audio, wanted, chunk), writer, on_frames)
+
+    first = report.time_to_first_frame_s
+    say(
+        f"{FLAGS.out}: {report.frames} frames, {report.video_s:.2f} s; {report.fps:.1f} FPS, "
+        f"{report.real_time_factor:.2f}x real time, first frame after "
+        f"{'-' if first is None else f'{first:.2f} s'} (and {compile_s:.1f} s of start-up)"
+        + ("" if report.is_complete else "; stopped before the end")
+    )
+    if report.is_silent and report.frames:
+        say(f"warning: {FLAGS.audio} is silent, so the face does not speak.")
+    if FLAGS.json:
+        device = jax.devices()[0].device_kind
+        extra = {"out": FLAGS.out, "mesh": FLAGS.mesh, "model": model.name, "device": device}
+        print(json.dumps(report.to_dict() | extra | {"startup_s": compile_s}))
+    return 0 if report.is_complete else 130
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
+        return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run()
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("stopped before the first frame")
+        return 130
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,231 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_avatar.models.cache import block_position, empty_cache
+from jax_avatar.models.params import merge
+from tests.nano import CONFIG, GRID, make_audio, make_conditions, make_dit, make_latents
+
+GRAPHDEF, PARAMS = make_dit()
+CONDITIONS = make_conditions()
+FRAMES = CONFIG.frames_per_block
+
+
+@jax.jit
+def stream_block(params, latent, timestep, audio, cache, sink, position):
+    dit = merge(GRAPHDEF, params)
+    return dit.stream_block(latent, timestep, CONDITIONS.pose, audio, cache, sink, position)
+
+
+@jax.jit
+def prefill(params, reference):
+    return merge(GRAPHDEF, params).prefill(CONDITIONS.text, reference, CONDITIONS.motion)
+
+
+def causal(latents, timestep, audio, reference_frame=None):
+    @jax.jit
+    def run(params):
+        pose = jnp.tile(CONDITIONS.pose, (1, latents.shape[1] // FRAMES, 1, 1, 1))
+        return merge(GRAPHDEF, params).block_causal(
+            latents, timestep, CONDITIONS.text, CONDITIONS.reference, CONDITIONS.motion, pose,
+            audio, reference_frame=reference_frame,
+        )  # fmt: skip
+
+    return run(PARAMS)
+
+
+def constant_audio(blocks):
+    return jnp.broadcast_to(make_audio(1)[0][:, :, :1], (1, 1, 4 * FRAMES * blocks, 2, 6))
+
+
+def stream(blocks, latents, timestep, audio, distance, first_block=0):
+    sink, cache = prefill(PARAMS, CONDITIONS.reference), empty_cache(CONFIG, 1, *GRID)
+    velocities = []
+    for block in range(blocks):
+        frames = slice(block * FRAMES, (block + 1) * FRAMES)
+        position = block_position(CONFIG, first_block + block, distance)
+        features = audio[:, :, 4 * frames.start : 4 * frames.stop]
+        velocity, cache = stream_block(
+            PARAMS, latents[:, frames], timestep[:, frames], features, cache, sink, position
+        )
+        velocities.append(np.asarray(velocity))
+    return np.concatenate(velocities, axis=1)
+
+
+def test_streaming_equals_the_training_form():
+    """Same timesteps, constant audio, reference not yet rolling: the two forms must agree."""
+    latents, timestep = make_latents(12), jnp.full((1, 12), 600.0)
+    audio = constant_audio(4)
+    whole = causal(latents, timestep, audio)
+    np.testing.assert_allclose(stream(4, latents, timestep, audio, 21), whole, atol=2e-5)
+
+
+def test_a_rolled_window_equals_one_recomputed_from_its_blocks():
+    """After the ring has wrapped, only the last four blocks matter, in any slot order."""
+    audio, timestep = constant_audio(7), jnp.full((1, 21), 300.0)
+    latents = make_latents(21)
+    rolled = stream(7, latents, timestep, audio, 16)[:, -FRAMES:]
+    # In one layer keys do not depend on older blocks, so a fresh window gives the same.
+    one_layer = CONFIG.replace(num_layers=1)
+    graphdef, params = make_dit(one_layer)
+
+    def last_block(first):
+        sink = merge(graphdef, params).prefill(
+            CONDITIONS.text, CONDITIONS.reference, CONDITIONS.motion
+        )
+        cache = empty_cache(one_layer, 1, *GRID)
+        step = jax.jit(merge(graphdef, params).stream_block)
+        for block in range(first, 7):
+            frames = slice(block * FRAMES, (block + 1) * FRAMES)
+            position = block_position(one_layer, block, 16)
+            if first:  # slots in use from a later start: valid ones must still be a prefix
+                position = position.__class__(
+                    position.frame, position.reference, block - first, block - first + 1
+                )
+            velocity, cache = step(
+                latents[:, frames], timestep[:, frames], CONDITIONS.pose,
+                audio[:, :, : 4 * FRAMES], cache, sink, position,
+            )  # fmt: skip
+        return velocity
+
+    np.testing.assert_allclose(last_block(0), last_block(3), atol=2e-5)
+    assert np.abs(rolled).max() > 0.1
+
+
+def test_a_block_sees_earlier_blocks_but_not_later_ones():
+    latents, timestep = make_latents(9), jnp.full((1, 9), 500.0)
+    audio = jnp.concatenate([jnp.asarray(a) for a in make_audio(3)], axis=2)
+    before = np.asarray(causal(latents, timestep, audio))
+    changed = latents.at[:, 3:6].add(1.0)
+    after = np.asarray(causal(changed, timestep, audio))
+    np.testing.assert_array_equal(before[:, :3], after[:, :3])
+    assert np.abs(before[:, 6:] - after[:, 6:]).max() > 1e-3
+
+
+def test_later_audio_never_changes_earlier_frames():
+    latents, timestep = make_latents(9), jnp.full((1, 9), 500.0)
+    audio = jnp.concatenate([jnp.asarray(a) for a in make_audio(3)], axis=2)
+    before = np.asarray(causal(latents, timestep, audio))
+    after = np.asarray(causal(latents, timestep, audio.at[:, :, 24:].add(1.0)))
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert np.abs(before[:, 6:] - after[:, 6:]).max() > 1e-4
+
+
+@pytest.mark.parametrize("shift", [0, 10**7])
+def test_hour_100_equals_minute_1(shift):
+    """Positions are integers and angles float64: shifting everything changes nothing."""
+    config = CONFIG.replace(framepack=False)  # packed motion frames stay behind by design
+    graphdef, params = make_dit(config)
+    dit = merge(graphdef, params)
+    latents, audio = make_latents(18), constant_audio(6)
+
+    @jax.jit
+    def step(latent, features, cache, sink, position):
+        timestep = jnp.full((1, FRAMES), 400.0)
+        return dit.stream_block(latent, timestep, CONDITIONS.pose, features, cache, sink, position)
+
+    def run(first_frame):
+        sink = dit.prefill(CONDITIONS.text, CONDITIONS.reference, None)
+        cache, out = empty_cache(config, 1, *GRID), []
+        for block in range(6):
+            frames = slice(block * FRAMES, (block + 1) * FRAMES)
+            position = block_position(config, block, 16, first_frame=first_frame)
+            velocity, cache = step(
+                latents[:, frames], audio[:, :, : 4 * FRAMES], cache, sink, position
+            )
+            out.append(np.asarray(velocity))
+        return np.stack(out)
+
+    np.testing.assert_allclose(run(shift), run(3), atol=1e-5)
+
+
+def test_the_reference_rolls_ahead_of_the_block():
+    position = block_position(CONFIG, 100, 16)
+    first = block_position(CONFIG, 0, 16)
+    turned = block_position(CONFIG, 316 // 3, 1)  # frame 315, reference 316
+    np.testing.assert_allclose(position.reference.cos, turned.reference.cos, atol=1e-6)
+    assert np.abs(np.asarray(first.reference.cos) - position.reference.cos).max() > 1e-3
+
+
+def test_speakers_reach_only_their_mask():
+    latents, timestep = make_latents(FRAMES), jnp.full((1, FRAMES), 500.0)
+    sink = prefill(PARAMS, CONDITIONS.reference)
+    audio = jnp.asarray(make_audio(1, speakers=2)[0])
+    left = jnp.zeros((1, 2, FRAMES, 4, 4)).at[:, 0, :, :, :2].set(1).at[:, 1, :, :, 2:].set(1)
+    one_layer = CONFIG.replace(num_layers=1)
+    graphdef, params = make_dit(one_layer)
+    dit = merge(graphdef, params)
+    sink = dit.prefill(CONDITIONS.text, CONDITIONS.reference, CONDITIONS.motion)
+
+    @jax.jit
+    def run(audio):
+        cache, position = empty_cache(one_layer, 1, *GRID), block_position(one_layer, 0, 30)
+        return dit.stream_block(
+            latents, timestep, CONDITIONS.pose, audio, cache, sink, position, speaker_mask=left
+        )[0]
+
+    # One layer, audio injected after it: the second speaker's words stay on the right.
+    before, after = run(audio), run(audio.at[:, 1].add(1.0))
+    np.testing.assert_array_equal(before[..., :4, :], after[..., :4, :])
+    assert np.abs(before[..., 4:, :] - after[..., 4:, :]).max() > 1e-4
+
+
+def test_several_speakers_need_a_mask():
+    sink = prefill(PARAMS, CONDITIONS.reference)
+    with pytest.raises(ValueError, match=r"2 speakers.*speaker_mask"):
+        merge(GRAPHDEF, PARAMS).stream_block(
+            make_latents(FRAMES),
+            jnp.zeros((1, FRAMES)),
+            CONDITIONS.pose,
+            jnp.asarray(make_audio(1, speakers=2)[0]),
+            empty_cache(CONFIG, 1, *GRID),
+            sink,
+            block_position(CONFIG, 0, 30),
+        )
+
+
+def test_wrong_audio_length_and_prompt_are_named():
+    dit = merge(GRAPHDEF, PARAMS)
+    with pytest.raises(ValueError, match="need 12"):
+        dit.stream_block(
+            make_latents(FRAMES), jnp.zeros((1, FRAMES)), CONDITIONS.pose,
+            jnp.zeros((1, 1, 8, 2, 6)), empty_cache(CONFIG, 1, *GRID),
+            prefill(PARAMS, CONDITIONS.reference), block_position(CONFIG, 0, 30),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="at most 3 rows of 4"):
+        dit.prefill(jnp.zeros((1, 5, 4)), CONDITIONS.reference, CONDITIONS.motion)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 5}, "head size"),
+        ({"audio_inject_layers": (1, 0)}, "ascending"),
+        ({"audio_inject_layers": (7,)}, "within"),
+        ({"width": 26, "num_heads": 1}, "multiple of 4"),
+        ({"freq_width": 9}, "even"),
+    ],
+)
+def test_impossible_sizes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        CONFIG.replace(**change)
+
+
+def test_gradients_reach_every_parameter():
+    latents, timestep = make_latents(6), jnp.full((1, 6), 500.0)
+    audio = jnp.concatenate([jnp.asarray(a) for a in make_audio(2)], axis=2)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        pose = jnp.tile(CONDITIONS.pose, (1, 2, 1, 1, 1))
+        out = merge(GRAPHDEF, params).block_causal(
+            latents, timestep, CONDITIONS.text, CONDITIONS.reference, CONDITIONS.motion, pose, audio
+        )
+        return jnp.sum(out**2)
+
+    leaves = jax.tree_util.tree_leaves_with_path(gradient(PARAMS))
+    silent = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.abs(leaf).max() > 0]
+    # A key's bias shifts all scores alike only before the norm; nothing else may be silent.
+    assert not silent

@@ -1,0 +1,134 @@
+"""The pipelined stream equals the plain loop, on every layout."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jax_avatar.streaming.mesh import make_mesh, parse_layout
+from jax_avatar.streaming.pipeline import PipelinedStream
+from jax_avatar.streaming.plan import StreamPlan
+from jax_avatar.streaming.sampler import SequentialStream
+from tests.nano import CONFIG, make_audio, make_conditions, make_dit
+
+BLOCKS = 9  # the window of four blocks wraps twice, the sink is renewed, the pipe fills and drains
+CONFIG = CONFIG.replace(framepack=False)
+GRAPHDEF, PARAMS = make_dit(CONFIG)
+CONDITIONS = make_conditions(CONFIG)
+AUDIO = make_audio(BLOCKS, CONFIG)
+
+
+def run(stream, blocks=BLOCKS):
+    latents = [latent for audio in AUDIO[:blocks] for latent in stream.push(audio)]
+    return np.concatenate([np.asarray(x) for x in latents + stream.finish()])
+
+
+@functools.cache
+def sequential(aas):
+    plan = StreamPlan(aas_after_blocks=aas)
+    return run(SequentialStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS))
+
+
+def pipelined(mesh, aas):
+    mesh, _ = make_mesh(parse_layout(mesh, 4))
+    plan = StreamPlan(aas_after_blocks=aas)
+    return PipelinedStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS, mesh)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "aas"),
+    [
+        ("5", 4),
+        ("5", 1),
+        ("5", 0),
+        ("4", 4),
+        ("3", 4),
+        ("3", 1),
+        ("2", 4),
+        ("4x2", 4),
+        ("2x2+1", 1),
+        ("1+1", 4),
+    ],
+)
+def test_every_layout_makes_the_same_latents(mesh, aas):
+    np.testing.assert_allclose(run(pipelined(mesh, aas)), sequential(aas), atol=1e-5)
+
+
+def test_a_stream_can_start_again():
+    stream = pipelined("5", 1)
+    first = run(stream, 3)
+    stream.reset()
+    np.testing.assert_array_equal(run(stream, 3), first)
+
+
+def test_renewing_the_sink_changes_the_stream_from_that_block_on():
+    kept, after_one, after_four = sequential(0), sequential(1), sequential(4)
+    np.testing.assert_array_equal(kept[:1], after_one[:1])
+    np.testing.assert_array_equal(kept[:4], after_four[:4])
+    assert np.abs(kept[1] - after_one[1]).max() > 1e-4
+    assert np.abs(kept[4] - after_four[4]).max() > 1e-4
+
+
+def test_only_the_latent_moves_between_slices():
+    """One collective permute per tick, of the latent's size, and no other communication."""
+    stream = pipelined("5", 4)
+    numbers = [0] * 4
+    positions = [[stream.plan.position(CONFIG, 0, stage) for stage in range(4)]]
+    positions = [jax.tree.map(lambda *parts: np.stack(parts), *step) for step in positions]
+    text = stream._tick.lower(
+        stream.params, stream._noise(0), stream._latents, np.stack([AUDIO[n] for n in numbers]),
+        stream.conditions.pose, stream._caches, stream._sinks, positions, stream._levels,
+    ).compile().as_text()  # fmt: skip
+    permutes = [line for line in text.splitlines() if " collective-permute(" in line]
+    assert len(permutes) == 1
+    shape = ",".join(map(str, stream._shape))
+    assert f"f32[{shape}]" in permutes[0] or f"f32[1,{shape}]" in permutes[0]
+    for other in ("all-reduce", "all-gather", "all-to-all"):
+        assert f" {other}(" not in text
+
+
+def test_every_slice_has_its_own_weights_windows_and_sink():
+    stream = pipelined("5", 4)
+    for leaf in jax.tree.leaves((stream._caches, stream._sinks)):
+        assert leaf.shape[0] == 4
+        assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {1}
+    for leaf in jax.tree.leaves(stream.params):
+        assert len(leaf.addressable_shards) == 4 and leaf.is_fully_replicated
+
+
+def test_a_slice_of_two_devices_holds_half_of_the_heads_on_each():
+    stream = pipelined("4x2", 4)
+    key = stream._caches[0].key
+    assert {shard.data.shape[4] for shard in key.addressable_shards} == {CONFIG.num_heads // 2}
+    kernel = stream.params["blocks"]["ffn_in"]["kernel"]
+    halves = {shard.data.shape[-1] for shard in kernel.addressable_shards}
+    assert halves == {CONFIG.ffn_width // 2}
+
+
+def test_devices_that_do_not_divide_the_heads_are_refused():
+    mesh, _ = make_mesh(parse_layout("2x3", 4))
+    with pytest.raises(ValueError, match="do not divide 2 heads"):
+        PipelinedStream(GRAPHDEF, PARAMS, CONFIG, StreamPlan(), CONDITIONS, mesh)
+
+
+def test_seeds_make_streams():
+    def first(seed):
+        plan = StreamPlan(seed=seed)
+        return run(SequentialStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS), 1)
+
+    np.testing.assert_array_equal(first(1), first(1))
+    assert np.abs(first(1) - first(2)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sink_distance": (5, 4)}, "the smaller first"),
+        ({"aas_after_blocks": -1}, "give 4"),
+        ({"seed": -1}, "within 0"),
+    ],
+)
+def test_impossible_plans_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        StreamPlan(**fields)
