@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax_avatar.io.image import fit_size, resized_size
 
 from conversion.cases import Case, Check, compare
 from conversion.readers import SafetensorsFile
 from conversion.rules import check, convert
 from conversion.wan_dit import TABLE, config_from_official, lora_shapes, merge_lora
 from jax_avatar.diffusion.schedule import Schedule, euler_schedule
+from jax_avatar.io.image import fit_size, resized_size
 from jax_avatar.models.attention import block_causal_mask
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.config import DiTConfig, wan_s2v_14b

@@ -6,6 +6,7 @@ from typing import BinaryIO
 
 import av
 import numpy as np
+import soxr
 
 from jax_avatar.shapes import Float
 
@@ -39,7 +40,9 @@ class AudioReader:
             kind = "is a folder" if self.path.is_dir() else "does not exist"
             raise ValueError(f"audio {path} {kind}; expected a file such as speech.wav.")
         if not self.path.stat().st_size:
-            raise ValueError(f"audio {path} is empty; expected wav, flac, mp3, ogg, m4a or the like.")
+            raise ValueError(
+                f"audio {path} is empty; expected wav, flac, mp3, ogg, m4a or the like."
+            )
         self.sample_rate, self._chunk = sample_rate, chunk
         self.num_samples = 0
         self._ended_early: Exception | None = None
@@ -92,15 +95,14 @@ class AudioReader:
         return self._container.duration / av.time_base if self._container.duration else None
 
     def _decode(self) -> Iterator[np.ndarray]:
-        # FFmpeg's resampler, with its filter doubled from 32 to 64 taps.
-        layout = _Downmix(self.sample_rate)
+        resample = _Resampler(self.sample_rate)
         try:
             for frame in self._container.decode(audio=0):
-                yield from layout(frame)
+                yield from resample(_mono(frame), frame.sample_rate)
         except (av.FFmpegError, OSError) as error:
             self._ended_early = error
         finally:
-            yield from layout(None)
+            yield from resample(None)
             self._container.close()
 
     def _checked(self, samples: np.ndarray) -> np.ndarray:
@@ -113,40 +115,36 @@ class AudioReader:
         return samples
 
 
-class _Downmix:
-    """Any layout, type and rate -> mono float32 at one rate, keeping the filter's state."""
+class _Resampler:
+    """Mono samples of any rate -> one rate, chunk by chunk, with the filter's state in between."""
 
     def __init__(self, sample_rate: int):
         self._rate = sample_rate
-        self._resampler: av.AudioResampler | None = None
-        self._input_rate = sample_rate
+        self._stream: soxr.ResampleStream | None = None
 
-    def __call__(self, frame: av.AudioFrame | None) -> Iterator[np.ndarray]:
-        if frame is not None:
-            frame = self._mono(frame)
-        if self._resampler is None:
-            if frame is None:
+    def __call__(self, mono: np.ndarray | None, rate: int = 0) -> Iterator[np.ndarray]:
+        """Resamples a chunk; None ends the stream and gives what is left."""
+        if self._stream is None:
+            if mono is None:
                 return
-            self._resampler = av.AudioResampler("flt", "mono", self._rate)
-        for out in self._resampler.resample(frame):
-            if out.samples:
-                yield out.to_ndarray().reshape(-1)[: out.samples].astype(np.float32)
+            self._stream = soxr.ResampleStream(rate, self._rate, 1, "float32", quality="HQ")
+        is_last = mono is None
+        samples = np.zeros(0, np.float32) if is_last else mono
+        out = self._stream.resample_chunk(samples, last=is_last)
+        if len(out):
+            yield out
 
-    def _mono(self, frame: av.AudioFrame) -> av.AudioFrame:
-        # FFmpeg's own down-mix weighs channels by layout; the mean is what the reference uses.
-        data = frame.to_ndarray()
-        channels = frame.layout.nb_channels
-        if not frame.format.is_planar:
-            data = data.reshape(-1, channels).T
-        if data.dtype.kind == "u":
-            data = (data.astype(np.float32) - 128) / 128
-        elif data.dtype.kind == "i":
-            data = data.astype(np.float64) / -float(np.iinfo(data.dtype).min)
-        mono = data.astype(np.float32).mean(0, keepdims=True)
-        made = av.AudioFrame.from_ndarray(np.ascontiguousarray(mono), "flt", "mono")
-        made.sample_rate = frame.sample_rate
-        made.pts = None
-        return made
+
+def _mono(frame: av.AudioFrame) -> np.ndarray:
+    """Mean of the channels, in [-1, 1]; FFmpeg's own down-mix would weigh them by layout."""
+    data = frame.to_ndarray()
+    if not frame.format.is_planar:
+        data = data.reshape(-1, frame.layout.nb_channels).T
+    if data.dtype.kind == "u":
+        data = (data.astype(np.float32) - 128) / 128
+    elif data.dtype.kind == "i":
+        data = data / -float(np.iinfo(data.dtype).min)
+    return data.mean(0, dtype=np.float64).astype(np.float32)
 
 
 class PcmReader:
@@ -199,7 +197,7 @@ class PcmReader:
         Raises:
             ValueError: the pipe ended without a sample.
         """
-        resample = _Downmix(self.sample_rate)
+        resample = _Resampler(self.sample_rate)
         width = self._type.itemsize * self._channels
         # A tenth of a second at a time, so that a chunk is complete when its last sample is.
         size = max(1, self._input_rate // 10) * width
@@ -210,7 +208,9 @@ class PcmReader:
             whole = len(data) // width * width
             left = data[whole:]
             if whole:
-                waiting = np.concatenate([waiting, *resample(self._frame(data[:whole]))])
+                waiting = np.concatenate(
+                    [waiting, *resample(self._mono(data[:whole]), self._input_rate)]
+                )
             while len(waiting) >= self._chunk:
                 yield self._counted(waiting[: self._chunk])
                 waiting = waiting[self._chunk :]
@@ -220,14 +220,11 @@ class PcmReader:
         if not self.num_samples:
             raise ValueError("no audio came on standard input; pipe raw PCM samples into it.")
 
-    def _frame(self, data: bytes) -> av.AudioFrame:
+    def _mono(self, data: bytes) -> np.ndarray:
         samples = np.frombuffer(data, self._type).reshape(-1, self._channels)
         if self._type.kind == "i":
-            samples = samples.astype(np.float32) / 32768
-        mono = np.nan_to_num(samples.astype(np.float32)).mean(1)[None]
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(mono), "flt", "mono")
-        frame.sample_rate = self._input_rate
-        return frame
+            samples = samples / np.float32(32768)
+        return np.nan_to_num(samples.astype(np.float32)).mean(1)
 
     def _counted(self, samples: np.ndarray) -> np.ndarray:
         self.num_samples += len(samples)

@@ -76,9 +76,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(background, over).convert("RGB")
 
 
-def fit_size(
-    image_h: int, image_w: int, max_area: int, multiple: int = 64
-) -> tuple[int, int]:
+def fit_size(image_h: int, image_w: int, max_area: int, multiple: int = 64) -> tuple[int, int]:
     """Height and width of a stream: the image's shape, at most `max_area` pixels.
 
     Args:
