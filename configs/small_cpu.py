@@ -78,14 +78,14 @@ def _dit() -> dict:
             "zero_init": False,
             "unroll": 6,
         },
-        "task": {"batch_size": 4, "latents": 9, "mouth_probe_weight": 0.0},
+        "task": {"batch_size": 4, "latents": 9, "mouth_probe_weight": 0.1},
         "loop": {
-            "num_steps": 3000,
+            "num_steps": 4000,
             "learning_rate": 1e-3,
             "warmup_steps": 100,
             "ema_decay": 0.998,
             "log_every": 20,
-            "evaluate_every": 0,
-            "checkpoint_every": 250,
+            "evaluate_every": 400,
+            "checkpoint_every": 200,
         },
     }

@@ -6,6 +6,9 @@ Repeating the command continues where the run stopped. Settings are changed as
 
 import signal
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from absl import app, flags
 from ml_collections import config_flags

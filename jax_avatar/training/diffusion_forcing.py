@@ -86,7 +86,7 @@ class MouthReader:
         return gap.reshape(gap.shape[0], -1)
 
 
-def fit_mouth_reader(clips: LatentClips, ridge: float = 1.0) -> MouthReader:
+def fit_mouth_reader(clips: LatentClips, ridge: float = 10.0) -> MouthReader:
     """Ridge regression of the lip gap on how the mouth differs from the portrait's."""
     x = _mouth_features(
         clips.latent.astype(np.float32),
@@ -150,7 +150,8 @@ class ForcingTask:
         self.model, self.settings, self.clips, self.seed = model, settings, clips, seed
         self.start_from = start_from
         self.graphdef, _ = split(nnx.eval_shape(lambda: PortraitDiT(model, rngs=nnx.Rngs(0))))
-        self.reader = fit_mouth_reader(clips) if settings.mouth_probe_weight else None
+        few = clips.take(slice(None, None, max(1, len(clips) // 800)))
+        self.reader = fit_mouth_reader(few) if settings.mouth_probe_weight else None
         self._gap_scale = float(clips.lip_gap.std()) + 1e-6
         if evaluate:
             self.evaluate = evaluate

@@ -71,36 +71,40 @@ def encode_clips(
     encode_speech: Callable[[Array, int], Array],
     *,
     stride: int = 8,
-    first_frame: int = 0,
+    phases: int = 1,
 ) -> LatentClips:
     """Encodes clips one after the other.
+
+    A latent stands for four frames. Encoding a clip again from its second, third and fourth frame
+    gives other latents of the same motion, up to four times as many.
 
     Args:
         clips: of equal length, `1 + 4n` frames.
         encode_video: `[1 T H W 3] -> [1 t h w c]`, weights bound.
         encode_speech: `(wave [1 1 N], frames) -> [1 1 frames k a]`, weights bound.
         stride: pixels per latent cell.
-        first_frame: frames left out at the start; another phase gives other latents.
+        phases: 1 to 4, how often every clip is encoded, each time from one frame later.
     """
     encode_video = jax.jit(encode_video)
     encode_speech = jax.jit(encode_speech, static_argnums=1)
     rows = {name: [] for name in LatentClips.__annotations__}
     for clip in clips:
-        total = len(clip.frames)
-        used = 1 + (total - 1 - first_frame) // 4 * 4
-        window = slice(first_frame, first_frame + used)
-        video = clip.frames[None, window].astype(np.float32) / 127.5 - 1
+        frames = (len(clip.frames) - phases) // 4 * 4
+        size = (clip.frames.shape[1] // stride, clip.frames.shape[2] // stride)
         portrait = clip.portrait[None, None].astype(np.float32) / 127.5 - 1
+        reference = np.asarray(encode_video(portrait))[0].astype(np.float16)
         # The wave is heard from its start, as in a stream.
         wave = clip.wave[None, None].astype(np.float32) / 32768
-        features = np.asarray(encode_speech(wave, total))[0, 0, window][1:]
-        rows["latent"].append(np.asarray(encode_video(video))[0, 1:].astype(np.float16))
-        rows["reference"].append(np.asarray(encode_video(portrait))[0].astype(np.float16))
-        rows["features"].append(features.astype(np.float16))
-        size = (video.shape[2] // stride, video.shape[3] // stride)
-        rows["mouth"].append(mouth_cells(clip.mouth_box[window][1:], size, stride))
-        rows["lip_gap"].append(clip.lip_gap[window][1:].astype(np.float32))
-        rows["person"].append(clip.person_id)
+        features = np.asarray(encode_speech(wave, len(clip.frames)))[0, 0].astype(np.float16)
+        for phase in range(phases):
+            video = clip.frames[None, phase : phase + 1 + frames].astype(np.float32) / 127.5 - 1
+            moving = slice(phase + 1, phase + 1 + frames)
+            rows["latent"].append(np.asarray(encode_video(video))[0, 1:].astype(np.float16))
+            rows["reference"].append(reference)
+            rows["features"].append(features[moving])
+            rows["mouth"].append(mouth_cells(clip.mouth_box[moving], size, stride))
+            rows["lip_gap"].append(clip.lip_gap[moving].astype(np.float32))
+            rows["person"].append(clip.person_id)
     return LatentClips(**{name: np.stack(values) for name, values in rows.items()})
 
 

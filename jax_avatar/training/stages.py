@@ -17,13 +17,20 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
+from jax_avatar.training.evaluate import ClipSampler, HeldOut, fit_probe, score
 from jax_avatar.training.latents import LatentClips, encode_clips
 from jax_avatar.training.loop import LoopConfig, Task
 from jax_avatar.training.speech import SpeechTask, SpeechTaskConfig
 from jax_avatar.training.state import build_section
 from jax_avatar.training.vae import FaceWindows, VAELossConfig, VAETask
 
-__all__ = ["build_stage", "load_encoders", "load_latents"]
+__all__ = ["SHOWN_SPLIT", "SIGMAS", "build_stage", "load_encoders", "load_latents"]
+
+SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
+"""Noise levels of the small model's sampler: evenly spaced, then shifted by 3."""
+
+SHOWN_SPLIT = "held_out_person"
+"""Clips that are scored during training."""
 
 _KEYS = {
     "speech": {"stage", "seed", "model", "task", "loop"},
@@ -85,7 +92,11 @@ def load_latents(settings: Mapping[str, Any], split: str) -> LatentClips:
     path = Path(settings["latents"]) / f"{split}.npz"
     if not path.exists():
         vae, speech = load_encoders(settings["weights"])
-        clips = encode_clips(read_clips(settings["data"], split), vae.encode, speech.encode)
+        source = read_clips(settings["data"], split)
+        phases = 4 if split == "train" else 1
+        clips = encode_clips(
+            (source[i] for i in range(len(source))), vae.encode, speech.encode, phases=phases
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         clips.save(path)
     return LatentClips.load(path)
@@ -105,4 +116,29 @@ def _vae(settings, model, task) -> Task:
 
 
 def _dit(settings, model, task) -> Task:
-    return ForcingTask(model, task, load_latents(settings, "train"), seed=settings["seed"])
+    train = load_latents(settings, "train")
+    built = ForcingTask(model, task, train, seed=settings["seed"])
+    built.evaluate = _Evaluation(settings, built)
+    return built
+
+
+class _Evaluation:
+    """Scores of a few held-out clips during training, set up at the first call."""
+
+    def __init__(self, settings, task: ForcingTask, num_clips: int = 8):
+        self.settings, self.task, self.num_clips = settings, task, num_clips
+        self._ready = None
+
+    def __call__(self, params, step: int) -> dict[str, float]:
+        self._ready = self._ready or self._set_up()
+        sampler, truth, probe = self._ready
+        return score(sampler(params, truth.encoded.reference, truth.encoded.features), truth, probe)
+
+    def _set_up(self):
+        vae, _ = load_encoders(self.settings["weights"])
+        train, held_out = (read_clips(self.settings["data"], s) for s in ("train", SHOWN_SPLIT))
+        probe = fit_probe([train[i] for i in range(0, len(train), max(1, len(train) // 150))])
+        encoded = load_latents(self.settings, SHOWN_SPLIT).take(slice(0, self.num_clips))
+        clips = [held_out[i] for i in range(self.num_clips)]
+        truth = HeldOut.from_clips(clips, encoded, 4 * self.task.settings.latents)
+        return ClipSampler(self.task.graphdef, vae, sigmas=SIGMAS), truth, probe

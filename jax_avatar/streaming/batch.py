@@ -1,0 +1,83 @@
+"""Many portraits stream side by side on one device: the sampler of `session`, for evaluation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from jax_avatar.diffusion.schedule import Schedule
+from jax_avatar.models.params import merge
+from jax_avatar.shapes import Float
+from jax_avatar.streaming.model import AvatarModel
+from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.sampler import SequentialStream
+
+__all__ = ["BatchStream"]
+
+_DROPPED_FRAMES = 3  # as in a session: the first latent's frames before the audio begins
+
+
+class BatchStream:
+    """Waves in, whole videos out; frame `j` shows time `j / fps`, as in `AvatarSession`."""
+
+    def __init__(self, model: AvatarModel, *, seed: int = 420):
+        """Binds a model whose pose input is the portrait and that has no motion packer."""
+        if model.settings.pose != "reference" or model.settings.motion != "none":
+            raise ValueError(
+                f"model {model.name} has pose {model.settings.pose!r} and motion "
+                f"{model.settings.motion!r}; batches are streamed for reference and none only."
+            )
+        self.model, settings = model, model.settings
+        self._plan = StreamPlan(
+            schedule=Schedule(settings.sigmas),
+            aas_after_blocks=settings.aas_after_blocks,
+            sink_distance=settings.sink_distance,
+            seed=seed,
+        )
+        vae, speech = model.vae.graphdef, model.speech.graphdef
+        self._encode = jax.jit(lambda p, video: merge(vae, p).encode(video))
+        self._first = jax.jit(lambda p, latent: merge(vae, p).decode_first(latent))
+        self._next = jax.jit(lambda p, state, latent: merge(vae, p).decode_next(state, latent))
+        self._features = jax.jit(
+            lambda p, wave, frames: merge(speech, p).encode(wave, frames), static_argnums=2
+        )
+
+    def __call__(
+        self,
+        portraits: UInt8[np.ndarray, "b H W 3"],
+        waves: Float[np.ndarray, "b N"],
+        num_frames: int,
+    ) -> UInt8[np.ndarray, "b T H W 3"]:
+        """Streams `num_frames` video frames.
+
+        Args:
+            portraits: stills in the size of the stream.
+            waves: mono in [-1, 1] at the speech encoder's rate; silence follows the end.
+            num_frames: video frames wanted.
+        """
+        model, dit = self.model, self.model.dit
+        block = 4 * dit.config.frames_per_block
+        total = -(-(num_frames + _DROPPED_FRAMES) // block) * block
+        silence = _DROPPED_FRAMES * model.speech.config.samples_per_frame
+        heard = jnp.pad(jnp.asarray(waves, jnp.float32), ((0, 0), (silence, 0)))[:, None]
+        features = self._features(model.speech.params, heard, total)
+        still = jnp.asarray(portraits, jnp.float32)[:, None] / 127.5 - 1
+        reference = self._encode(model.vae.params, still)
+        b, _, *grid = reference.shape
+        pose = jnp.broadcast_to(reference, (b, dit.config.frames_per_block, *grid))
+        text = jnp.zeros((b, 1, dit.config.text_width))
+        stream = SequentialStream(
+            dit.graphdef,
+            dit.params,
+            dit.config,
+            self._plan,
+            Conditions(text, reference, None, pose),
+        )
+        _, state = self._first(model.vae.params, reference)
+        parts = []
+        for start in range(0, total, block):
+            for latent in stream.push(features[:, :, start : start + block]):
+                video, state = self._next(model.vae.params, state, latent)
+                parts.append(np.asarray(jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5), np.uint8))
+        frames = np.concatenate(parts, axis=1)
+        return frames[:, _DROPPED_FRAMES : _DROPPED_FRAMES + num_frames]

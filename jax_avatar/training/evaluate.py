@@ -1,0 +1,232 @@
+"""Scores of generated talking people against the renderer's truth, through the real sampler.
+
+portraits, features of held-out clips --SequentialStream--> latents --VAE--> frames --> scores
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jax_avatar.data.records import ClipRecord
+from jax_avatar.diffusion.step import euler_step
+from jax_avatar.models.light_vae import LightVAE
+from jax_avatar.models.params import merge, split
+from jax_avatar.shapes import PyTree
+from jax_avatar.training.latents import LatentClips
+from jax_avatar.training.mouth_probe import MouthProbe
+
+__all__ = ["ClipSampler", "HeldOut", "contact_sheet", "fit_probe", "score", "score_stream"]
+
+Frames = UInt8[np.ndarray, "b T H W 3"]
+_LAGS = range(-6, 7)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Clips to compare with: the truth as pictures, and the same clips encoded."""
+
+    frames: Frames  # frames 1..T-1 of the clips, those of the moving latents
+    portrait: np.ndarray  # b H W 3, uint8
+    resting_box: np.ndarray  # b 4, where the mouth usually is
+    encoded: LatentClips
+
+    @classmethod
+    def from_clips(
+        cls, clips: Sequence[ClipRecord], encoded: LatentClips, frames: int
+    ) -> "HeldOut":
+        """Joins records with what `encode_clips` made of them, in the same order.
+
+        Args:
+            clips: records.
+            encoded: the same clips.
+            frames: how many moving frames to use, whole latents.
+        """
+        encoded = dataclasses.replace(
+            encoded,
+            latent=encoded.latent[:, : frames // 4],
+            mouth=encoded.mouth[:, : frames // 4],
+            features=encoded.features[:, :frames],
+            lip_gap=encoded.lip_gap[:, :frames],
+        )
+        return cls(
+            frames=np.stack([clip.frames[1 : 1 + frames] for clip in clips]),
+            portrait=np.stack([clip.portrait for clip in clips]),
+            resting_box=np.stack([np.median(clip.mouth_box, axis=0) for clip in clips]),
+            encoded=encoded,
+        )
+
+
+class ClipSampler:
+    """Generates whole clips at once, compiled once for many weights.
+
+    All blocks go through the noise levels side by side in the training form of the transformer,
+    which for clips no longer than its window computes what the stream does.
+    """
+
+    def __init__(self, graphdef, vae: LightVAE, *, sigmas: Sequence[float], seed: int = 0):
+        """Binds everything but the weights of the transformer.
+
+        Args:
+            graphdef: structure of the transformer.
+            vae: decodes.
+            sigmas: noise levels, falling to 0.
+            seed: of the noise.
+        """
+        structure, self._vae_params = split(vae)
+
+        def generate(params, vae_params, reference, features):
+            dit, decoder = merge(graphdef, params), merge(structure, vae_params)
+            b, t = reference.shape[0], features.shape[1] // 4
+            pose = jnp.broadcast_to(reference, (b, t, *reference.shape[2:]))
+            text = jnp.zeros((b, 1, dit.config.text_width))
+
+            def velocity_fn(latent, sigma, cache):
+                timestep = jnp.full((b, t), 1000.0 * sigma)
+                velocity = dit.block_causal(
+                    latent, timestep, text, reference, None, pose, features[:, None]
+                )
+                return velocity, cache
+
+            latent = jax.random.normal(jax.random.key(seed), pose.shape)
+            for sigma, next_sigma in itertools.pairwise(sigmas):
+                latent, _ = euler_step(velocity_fn, latent, sigma, next_sigma, None)
+            _, state = decoder.decode_first(reference)
+            video, _ = decoder.decode_next(state, latent)
+            return jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+        self._generate = jax.jit(generate)
+
+    def __call__(
+        self,
+        params: PyTree,
+        reference: Float[np.ndarray, "b 1 h w c"],
+        features: Float[np.ndarray, "b T k a"],
+    ) -> Frames:
+        """Frames of clips that follow the still portrait and say what the features say."""
+        reference, features = (jnp.asarray(x, jnp.float32) for x in (reference, features))
+        return np.asarray(self._generate(params, self._vae_params, reference, features))
+
+
+def fit_probe(clips: Sequence[ClipRecord], num_steps: int = 1200) -> MouthProbe:
+    """A probe of the mouth's opening that looks where the mouth usually is.
+
+    A generated head moves its own way, so the place of the true mouth may not be used.
+    """
+    boxes = [np.median(clip.mouth_box, axis=0) for clip in clips]
+    return MouthProbe.fit(
+        np.concatenate([clip.frames for clip in clips]),
+        np.concatenate(
+            [
+                np.repeat(box[None], len(clip.frames), 0)
+                for box, clip in zip(boxes, clips, strict=True)
+            ]
+        ).astype(np.float32),
+        np.concatenate([clip.lip_gap for clip in clips]),
+        num_steps=num_steps,
+    )
+
+
+def score(frames: Frames, truth: HeldOut, probe: MouthProbe) -> dict[str, float]:
+    """Scores of generated clips.
+
+    Returns:
+        `lip_r`: Pearson correlation of the opening of the generated mouth with the truth, mean of
+        the clips; `lip_r_other`: with the truth of another clip, which should be near zero;
+        `lip_lag_frames`: shift at which the mean correlation is highest, positive if the picture
+        is late; `lip_r_best`: there; `lip_amplitude`: deviation of the opening over the truth's;
+        `identity`: distance of the mean picture from the portrait's own person over that from
+        other people, 0 is perfect and 1 a stranger; `motion`: change from frame to frame over the
+        truth's; `border`: change at borders of blocks over the change elsewhere.
+    """
+    opening = _openings(frames, truth, probe)
+    true = truth.encoded.lip_gap
+    curve = {lag: _mean_correlation(opening, true, lag) for lag in _LAGS}
+    best = max(curve, key=curve.get)
+    other = np.roll(true, 1, axis=0)
+    change = np.abs(np.diff(frames.astype(np.float32), axis=1)).mean((2, 3, 4))
+    true_change = np.abs(np.diff(truth.frames.astype(np.float32), axis=1)).mean((2, 3, 4))
+    at_border = np.arange(1, frames.shape[1]) % 12 == 0
+    return {
+        "lip_r": curve[0],
+        "lip_r_best": curve[best],
+        "lip_lag_frames": float(best),
+        "lip_r_other": _mean_correlation(opening, other, 0),
+        "lip_amplitude": float(np.median(opening.std(1) / (true.std(1) + 1e-6))),
+        "identity": _identity(frames, truth),
+        "motion": float(change.mean() / true_change.mean()),
+        "border": float(change[:, at_border].mean() / change[:, ~at_border].mean()),
+    }
+
+
+def score_stream(
+    frames: Frames, portrait: UInt8[np.ndarray, "b H W 3"], window: int
+) -> dict[str, float]:
+    """What a long stream does to the picture: last `window` frames against the first.
+
+    Returns:
+        `colour_drift`: change of the mean colour in grey levels; `sharpness`: gradient energy over
+        the first window's; `portrait_distance_first` and `_last`: mean absolute difference of the
+        windows' mean pictures from the portrait, in grey levels.
+    """
+    frames = frames.astype(np.float32)
+    first, last = frames[:, :window], frames[:, -window:]
+    still = portrait.astype(np.float32)
+
+    def sharpness(part):
+        return np.abs(np.diff(part, axis=2)).mean() + np.abs(np.diff(part, axis=3)).mean()
+
+    return {
+        "colour_drift": float(np.abs(last.mean((1, 2, 3)) - first.mean((1, 2, 3))).mean()),
+        "sharpness": float(sharpness(last) / sharpness(first)),
+        "portrait_distance_first": float(np.abs(first.mean(1) - still).mean()),
+        "portrait_distance_last": float(np.abs(last.mean(1) - still).mean()),
+    }
+
+
+def contact_sheet(
+    frames: Frames, truth: HeldOut, rows: int = 6, columns: int = 12
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Pairs of rows, truth above generated; the portrait comes first."""
+    shown = np.linspace(0, frames.shape[1] - 1, columns).astype(int)
+    lines = []
+    for i in range(min(rows, len(frames))):
+        for source in (truth.frames, frames):
+            lines.append(np.concatenate([truth.portrait[i], *source[i, shown]], axis=1))
+    return np.concatenate(lines, axis=0)
+
+
+def _openings(frames: Frames, truth: HeldOut, probe: MouthProbe) -> Float[np.ndarray, "b T"]:
+    boxes = truth.resting_box.astype(np.float32)
+    return np.stack(
+        [
+            probe.predict(clip, np.repeat(box[None], len(clip), 0))
+            for clip, box in zip(frames, boxes, strict=True)
+        ]
+    )
+
+
+def _mean_correlation(opening: np.ndarray, true: np.ndarray, lag: int) -> float:
+    """Mean over clips of the correlation of `opening[t + lag]` with `true[t]`."""
+    count = true.shape[1]
+    found = []
+    for ours, theirs in zip(opening, true, strict=True):
+        a, b = ours[max(0, lag) : count + min(0, lag)], theirs[max(0, -lag) : count - max(0, lag)]
+        if b.std() > 1e-4:  # a clip of silence says nothing
+            found.append(np.corrcoef(a, b)[0, 1] if a.std() > 1e-6 else 0.0)
+    return float(np.mean(found))
+
+
+def _identity(frames: Frames, truth: HeldOut) -> float:
+    """Own distance over the mean distance to other people, between mean pictures and portraits."""
+    mean = frames.astype(np.float32).mean(1)
+    portrait = truth.portrait.astype(np.float32)
+    distance = np.abs(mean[:, None] - portrait[None]).mean((2, 3, 4))
+    person = truth.encoded.person
+    is_other = person[:, None] != person[None]
+    return float(np.diag(distance).mean() / distance[is_other].mean())
