@@ -5,6 +5,7 @@ corpus (flite, once) -> crop -> augment -> wave ------> SpeechEncoder -> units
 """
 
 import dataclasses
+import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -152,19 +153,22 @@ def correlations(encoder: SpeechEncoder, utterances: list[Utterance]) -> dict[st
     for row, utterance in zip(waves, utterances, strict=True):
         row[: len(utterance.wave)] = utterance.wave[: len(row)]
     graphdef, params = split(encoder)
-
-    @jax.jit
-    def read(params, wave):
-        encoder = merge(graphdef, params)
-        return encoder.units(encoder.encode(wave[None, None], longest))[0, 0]
-
-    predicted = [np.asarray(read(params, wave))[:n] for wave, n in zip(waves, frames, strict=True)]
+    predicted = [
+        np.asarray(_read_units(graphdef, longest, params, wave))[:n]
+        for wave, n in zip(waves, frames, strict=True)
+    ]
     true = [target_units(u, config, n) for u, n in zip(utterances, frames, strict=True)]
     predicted, true = np.concatenate(predicted), np.concatenate(true)
     return {
         unit: float(np.corrcoef(predicted[:, i], true[:, i])[0, 1])
         for i, unit in enumerate(config.units)
     }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read_units(graphdef, num_frames, params, wave):
+    encoder = merge(graphdef, params)
+    return encoder.units(encoder.encode(wave[None, None], num_frames))[0, 0]
 
 
 def load_corpus(task: SpeechTaskConfig) -> tuple[list[Utterance], dict[str, list[Utterance]]]:
