@@ -3,7 +3,6 @@
 portraits, features of held-out clips --SequentialStream--> latents --VAE--> frames --> scores
 """
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,54 +10,51 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from jax_avatar.data.records import ClipRecord
 from jax_avatar.diffusion.step import euler_step
 from jax_avatar.models.light_vae import LightVAE
 from jax_avatar.models.params import merge, split
 from jax_avatar.shapes import PyTree
-from jax_avatar.training.latents import LatentClips
 from jax_avatar.training.mouth_probe import MouthProbe
 
-__all__ = ["ClipSampler", "HeldOut", "contact_sheet", "fit_probe", "score", "score_stream"]
+__all__ = [
+    "ClipSampler",
+    "Truth",
+    "contact_sheet",
+    "fit_probe",
+    "reconstruct",
+    "score",
+    "score_stream",
+]
 
 Frames = UInt8[np.ndarray, "b T H W 3"]
 _LAGS = range(-6, 7)
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Clips to compare with: the truth as pictures, and the same clips encoded."""
+class Truth:
+    """What clips really look like."""
 
-    frames: Frames  # frames 1..T-1 of the clips, those of the moving latents
-    portrait: np.ndarray  # b H W 3, uint8
-    resting_box: np.ndarray  # b 4, where the mouth usually is
-    encoded: LatentClips
+    frames: Frames
+    portrait: UInt8[np.ndarray, "b H W 3"]
+    resting_box: Float[np.ndarray, "b 4"]  # where the mouth usually is
+    lip_gap: Float[np.ndarray, "b T"]
+    person: Int[np.ndarray, " b"]
 
     @classmethod
     def from_clips(
-        cls, clips: Sequence[ClipRecord], encoded: LatentClips, frames: int
-    ) -> "HeldOut":
-        """Joins records with what `encode_clips` made of them, in the same order.
-
-        Args:
-            clips: records.
-            encoded: the same clips.
-            frames: how many moving frames to use, whole latents.
-        """
-        encoded = dataclasses.replace(
-            encoded,
-            latent=encoded.latent[:, : frames // 4],
-            mouth=encoded.mouth[:, : frames // 4],
-            features=encoded.features[:, :frames],
-            lip_gap=encoded.lip_gap[:, :frames],
-        )
+        cls, clips: Sequence[ClipRecord], start: int = 0, stop: int | None = None
+    ) -> "Truth":
+        """Frames `start` to `stop` of clips of equal length."""
+        part = slice(start, stop)
         return cls(
-            frames=np.stack([clip.frames[1 : 1 + frames] for clip in clips]),
+            frames=np.stack([clip.frames[part] for clip in clips]),
             portrait=np.stack([clip.portrait for clip in clips]),
             resting_box=np.stack([np.median(clip.mouth_box, axis=0) for clip in clips]),
-            encoded=encoded,
+            lip_gap=np.stack([clip.lip_gap[part] for clip in clips]),
+            person=np.array([clip.person_id for clip in clips]),
         )
 
 
@@ -113,6 +109,19 @@ class ClipSampler:
         return np.asarray(self._generate(params, self._vae_params, reference, features))
 
 
+def reconstruct(vae: LightVAE, frames: Frames) -> Frames:
+    """Encoded and decoded again: what remains of the truth in the latents."""
+    structure, params = split(vae)
+
+    @jax.jit
+    def again(params, video):
+        vae = merge(structure, params)
+        decoded = vae.decode(vae.encode(video.astype(jnp.float32) / 127.5 - 1))
+        return jnp.round((jnp.clip(decoded, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+    return np.concatenate([np.asarray(again(params, clip[None])) for clip in frames])
+
+
 def fit_probe(clips: Sequence[ClipRecord], num_steps: int = 1200) -> MouthProbe:
     """A probe of the mouth's opening that looks where the mouth usually is.
 
@@ -132,7 +141,7 @@ def fit_probe(clips: Sequence[ClipRecord], num_steps: int = 1200) -> MouthProbe:
     )
 
 
-def score(frames: Frames, truth: HeldOut, probe: MouthProbe) -> dict[str, float]:
+def score(frames: Frames, truth: Truth, probe: MouthProbe) -> dict[str, float]:
     """Scores of generated clips.
 
     Returns:
@@ -145,7 +154,7 @@ def score(frames: Frames, truth: HeldOut, probe: MouthProbe) -> dict[str, float]
         truth's; `border`: change at borders of blocks over the change elsewhere.
     """
     opening = _openings(frames, truth, probe)
-    true = truth.encoded.lip_gap
+    true = truth.lip_gap
     curve = {lag: _mean_correlation(opening, true, lag) for lag in _LAGS}
     best = max(curve, key=curve.get)
     other = np.roll(true, 1, axis=0)
@@ -190,7 +199,7 @@ def score_stream(
 
 
 def contact_sheet(
-    frames: Frames, truth: HeldOut, rows: int = 6, columns: int = 12
+    frames: Frames, truth: Truth, rows: int = 6, columns: int = 12
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Pairs of rows, truth above generated; the portrait comes first."""
     shown = np.linspace(0, frames.shape[1] - 1, columns).astype(int)
@@ -201,7 +210,7 @@ def contact_sheet(
     return np.concatenate(lines, axis=0)
 
 
-def _openings(frames: Frames, truth: HeldOut, probe: MouthProbe) -> Float[np.ndarray, "b T"]:
+def _openings(frames: Frames, truth: Truth, probe: MouthProbe) -> Float[np.ndarray, "b T"]:
     boxes = truth.resting_box.astype(np.float32)
     return np.stack(
         [
@@ -222,11 +231,11 @@ def _mean_correlation(opening: np.ndarray, true: np.ndarray, lag: int) -> float:
     return float(np.mean(found))
 
 
-def _identity(frames: Frames, truth: HeldOut) -> float:
+def _identity(frames: Frames, truth: Truth) -> float:
     """Own distance over the mean distance to other people, between mean pictures and portraits."""
     mean = frames.astype(np.float32).mean(1)
     portrait = truth.portrait.astype(np.float32)
     distance = np.abs(mean[:, None] - portrait[None]).mean((2, 3, 4))
-    person = truth.encoded.person
+    person = truth.person
     is_other = person[:, None] != person[None]
     return float(np.diag(distance).mean() / distance[is_other].mean())

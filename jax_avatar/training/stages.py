@@ -17,7 +17,7 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
-from jax_avatar.training.evaluate import ClipSampler, HeldOut, fit_probe, score
+from jax_avatar.training.evaluate import ClipSampler, Truth, fit_probe, score
 from jax_avatar.training.latents import LatentClips, encode_clips
 from jax_avatar.training.loop import LoopConfig, Task
 from jax_avatar.training.speech import SpeechTask, SpeechTaskConfig
@@ -131,14 +131,16 @@ class _Evaluation:
 
     def __call__(self, params, step: int) -> dict[str, float]:
         self._ready = self._ready or self._set_up()
-        sampler, truth, probe = self._ready
-        return score(sampler(params, truth.encoded.reference, truth.encoded.features), truth, probe)
+        sampler, conditions, truth, probe = self._ready
+        return score(sampler(params, *conditions), truth, probe)
 
     def _set_up(self):
         vae, _ = load_encoders(self.settings["weights"])
         train, held_out = (read_clips(self.settings["data"], s) for s in ("train", SHOWN_SPLIT))
         probe = fit_probe([train[i] for i in range(0, len(train), max(1, len(train) // 150))])
-        encoded = load_latents(self.settings, SHOWN_SPLIT).take(slice(0, self.num_clips))
         clips = [held_out[i] for i in range(self.num_clips)]
-        truth = HeldOut.from_clips(clips, encoded, 4 * self.task.settings.latents)
-        return ClipSampler(self.task.graphdef, vae, sigmas=SIGMAS), truth, probe
+        frames = 4 * self.task.settings.latents
+        encoded = load_latents(self.settings, SHOWN_SPLIT).take(slice(0, self.num_clips))
+        conditions = (encoded.reference, encoded.features[:, :frames])
+        sampler = ClipSampler(self.task.graphdef, vae, sigmas=SIGMAS)
+        return sampler, conditions, Truth.from_clips(clips, 1, 1 + frames), probe

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from jax_avatar.training.evaluate import HeldOut, score, score_stream
-from jax_avatar.training.latents import LatentClips
+from jax_avatar.training.evaluate import Truth, score, score_stream
 from jax_avatar.training.mouth_probe import MouthProbe
 
 
@@ -21,18 +20,9 @@ def make_truth(count=5, frames=48):
     gap = np.cumsum(rng.standard_normal((count, frames)), axis=1).astype(np.float32)
     gap -= gap.mean(1, keepdims=True)
     portrait = rng.integers(60, 190, (count, 8, 8, 3)).astype(np.uint8)
-    zeros = np.zeros((count, 12, 1, 1, 1), np.float16)
-    encoded = LatentClips(
-        latent=zeros,
-        reference=zeros[:, :1],
-        features=np.zeros((count, frames, 1, 1), np.float16),
-        mouth=zeros[..., 0] > 0,
-        lip_gap=gap,
-        person=np.arange(count),
-    )
     moving = portrait[:, None] + 3 * gap[..., None, None, None]
     video = np.clip(moving, 0, 255).astype(np.uint8)
-    return HeldOut(video, portrait, np.zeros((count, 4)), encoded)
+    return Truth(video, portrait, np.zeros((count, 4)), gap, np.arange(count))
 
 
 def test_the_truth_scores_perfectly_and_other_clips_do_not():

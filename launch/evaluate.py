@@ -1,0 +1,114 @@
+"""Scores a model folder on people and voices it has never met.
+
+    python launch/evaluate.py --checkpoint jax_avatar/assets/small --data data/people --out eval
+
+Streams every held-out clip from its portrait and its wave, compares lips, identity and motion with
+the renderer's truth, streams a minute to look for drift, and writes `scores.json`, contact sheets
+and videos.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+from absl import app, flags
+from PIL import Image
+from tqdm import tqdm
+
+from jax_avatar.data.records import read_clips
+from jax_avatar.io.video import VideoWriter
+from jax_avatar.models.params import merge
+from jax_avatar.streaming.batch import BatchStream
+from jax_avatar.streaming.model import SMALL, load_model
+from jax_avatar.training.evaluate import (
+    Truth,
+    contact_sheet,
+    fit_probe,
+    reconstruct,
+    score,
+    score_stream,
+)
+
+flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
+flags.DEFINE_string("data", "data/people", "folder written by launch/prepare_data.py people")
+flags.DEFINE_string("out", "eval", "folder to write to")
+flags.DEFINE_list("splits", ["held_out_person", "held_out_voice", "held_out_both"], "to score")
+flags.DEFINE_integer("clips", 24, "clips per split", lower_bound=2)
+flags.DEFINE_integer("batch", 8, "portraits streamed side by side", lower_bound=1)
+flags.DEFINE_integer("long_s", 60, "seconds of the long stream; 0 for none", lower_bound=0)
+flags.DEFINE_integer("seed", 420, "of the noise", lower_bound=0)
+FLAGS = flags.FLAGS
+
+
+def stream_split(stream, clips):
+    frames = len(clips[0].frames)
+    parts = []
+    for start in tqdm(range(0, len(clips), FLAGS.batch)):
+        part = [clips[i % len(clips)] for i in range(start, start + FLAGS.batch)]
+        waves = np.stack([clip.wave for clip in part]).astype(np.float32) / 32768
+        parts.append(stream(np.stack([clip.portrait for clip in part]), waves, frames))
+    return np.concatenate(parts)[: len(clips)]
+
+
+def stream_long(stream, clips, seconds):
+    """A few people who say everything after one another, over and over."""
+    count = FLAGS.batch
+    said = np.concatenate([clip.wave for clip in clips]).astype(np.float32) / 32768
+    fps, samples = stream.model.settings.fps, seconds * stream.model.speech.config.sample_rate
+    waves = np.stack(
+        [np.resize(np.roll(said, -i * len(said) // count), samples) for i in range(count)]
+    )
+    portraits = np.stack([clips[i % len(clips)].portrait for i in range(count)])
+    frames = stream(portraits, waves, seconds * fps)
+    return score_stream(frames, portraits, window=5 * fps), frames, waves
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1:]}: only --flags are expected")
+    out = Path(FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        model = load_model(FLAGS.checkpoint)
+        stream = BatchStream(model, seed=FLAGS.seed)
+        train = read_clips(FLAGS.data, "train")
+        probe = fit_probe([train[i] for i in range(0, len(train), max(1, len(train) // 200))])
+        scores = {"checkpoint": FLAGS.checkpoint, "clips": FLAGS.clips, "seed": FLAGS.seed}
+        for split in FLAGS.splits:
+            source = read_clips(FLAGS.data, split)
+            clips = [source[i] for i in range(min(FLAGS.clips, len(source)))]
+            truth = Truth.from_clips(clips)
+            frames = stream_split(stream, clips)
+            decoded = reconstruct(merge(model.vae.graphdef, model.vae.params), truth.frames)
+            scores[split] = {
+                "generated": score(frames, truth, probe),
+                "decoded_truth": score(decoded, truth, probe),
+            }
+            Image.fromarray(contact_sheet(frames, truth)).save(out / f"{split}.png")
+            for i in range(min(3, len(clips))):
+                pair = np.concatenate([truth.frames[i], frames[i]], axis=2)
+                write(out / f"{split}_{i}.mp4", pair, clips[i].wave / 32768, model)
+            print(split, json.dumps(scores[split]), flush=True)
+        if FLAGS.long_s:
+            scores["long"], frames, waves = stream_long(stream, clips, FLAGS.long_s)
+            write(out / "long.mp4", frames[0], waves[0], model)
+            print("long", json.dumps(scores["long"]), flush=True)
+    except ValueError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(1)
+    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def write(path, frames, wave, model):
+    rate = model.speech.config.sample_rate
+    height, width = frames.shape[1:3]
+    with VideoWriter(path, width, height, model.settings.fps, rate) as video:
+        video.write_audio(np.asarray(wave, np.float32))
+        video.write_frames(frames.astype(np.uint8))
+
+
+if __name__ == "__main__":
+    app.run(main)
