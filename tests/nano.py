@@ -62,3 +62,37 @@ def make_latents(frames: int, config: DiTConfig = CONFIG, batch: int = 1, seed: 
     """Random latents of a clip."""
     shape = (batch, frames, *GRID, config.latent_channels)
     return jnp.asarray(jax.random.normal(jax.random.key(seed), shape))
+
+
+def save_model(folder, *, name="nano", **stream):
+    """Writes a model folder of random nano networks, 16x16... pixels as `GRID` says."""
+    import dataclasses
+
+    from jax_avatar.io.checkpoint import save_json, save_weights
+    from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
+    from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
+
+    speech = SpeechConfig(bands=8, width=6, dilations=(1,))
+    vae = LightVAEConfig(
+        z_dim=4, latent_width=8, frame_width=8, stem_width=8, latent_blocks=1, frame_blocks=1
+    )
+    config = CONFIG.replace(framepack=False)
+    fields = dataclasses.asdict(config) | {"dtype": "float32", "param_dtype": "float32"}
+    _, params = make_dit(config)
+    save_weights(folder, "dit", params, fields)
+    _, params = split(LightVAE(vae, rngs=nnx.Rngs(5)))
+    save_weights(folder, "vae", params, dataclasses.asdict(vae))
+    _, params = split(SpeechEncoder(speech, rngs=nnx.Rngs(6)))
+    save_weights(folder, "speech", params, dataclasses.asdict(speech))
+    settings = {
+        "fps": 16,
+        "size": [8 * GRID[0], 8 * GRID[1]],
+        "sigmas": [1.0, 0.75, 0.5, 0.25, 0.0],
+        "aas_after_blocks": 4,
+        "sink_distance": [16, 16],
+        "pose": "reference",
+        "warmup_latents": 2,
+    }
+    kinds = {"name": name, "dit": "wan_s2v", "vae": "light", "speech": "mel"}
+    save_json(folder / "config.json", kinds | {"stream": settings | stream})
+    return folder

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import av
 import numpy as np
@@ -159,7 +159,7 @@ class PcmReader:
 
     def __init__(
         self,
-        stream: BinaryIO,
+        stream: Any,
         sample_rate: int = 16_000,
         chunk: int = 12_000,
         *,

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+from jaxtyping import UInt8
 
-from jax_avatar.shapes import Float, Int
+from jax_avatar.shapes import Float
 
 __all__ = ["VideoWriter", "read_video"]
 
@@ -77,7 +78,7 @@ class VideoWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def write_frames(self, frames: Int[np.ndarray, "T H W 3"]) -> None:
+    def write_frames(self, frames: UInt8[np.ndarray, "T H W 3"]) -> None:
         """Appends 8-bit RGB frames."""
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")

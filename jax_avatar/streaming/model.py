@@ -125,7 +125,7 @@ def load_settings(folder: str | Path = SMALL, **changes: Any) -> StreamSettings:
     unknown = sorted(set(content["stream"]) - known)
     if unknown:
         raise ValueError(f"{folder / 'config.json'}: stream settings {unknown} are unknown.")
-    return StreamSettings(**(content["stream"] | changes))
+    return StreamSettings(**_tuples(content["stream"] | changes))
 
 
 def load_model(folder: str | Path = SMALL, **changes: Any) -> AvatarModel:
@@ -154,7 +154,13 @@ def _load_network(folder: Path, name: str, kind: str) -> Network:
         )
     build, config_class = _KINDS[name][kind]
     params, fields, metadata = load_weights(folder, name)
-    config = config_class(**fields)
+    try:
+        config = config_class(**_tuples(fields))
+    except TypeError as error:
+        raise ValueError(
+            f"weights of '{name}' in {folder} are not those of a {kind} {name} ({error}); pass the "
+            "folder of a whole model."
+        ) from error
     graphdef, expected = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
     got = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
     want = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
@@ -166,6 +172,11 @@ def _load_network(folder: Path, name: str, kind: str) -> Network:
             "again:\n  " + "\n  ".join(lines)
         )
     return Network(graphdef, params, config, metadata)
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples, configs have no lists."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
 
 
 def _check_fit(model: AvatarModel, folder: Path) -> None:

@@ -1,0 +1,201 @@
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jax_avatar.io.audio import AudioReader, PcmReader, is_silent, load_audio
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "audio" / "resample.safetensors"
+
+
+def tone(seconds=1.0, rate=16_000, hertz=440.0):
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def write(path, samples, rate, codec, sample_format, layout="mono"):
+    channels = av.AudioLayout(layout).nb_channels
+    kind = {"s16": (np.int16, 32767), "s32": (np.int32, 2**31 - 1), "flt": (np.float32, 1),
+            "fltp": (np.float32, 1), "s16p": (np.int16, 32767), "u8": (np.uint8, 127)}  # fmt: skip
+    dtype, scale = kind[sample_format]
+    scaled = samples * scale + (128 if sample_format == "u8" else 0)
+    planes = np.tile(scaled.astype(dtype), (channels, 1))
+    if not sample_format.endswith("p"):
+        planes = np.ascontiguousarray(planes.T.reshape(1, -1))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        stream.format = sample_format
+        frame = av.AudioFrame.from_ndarray(planes, sample_format, layout)
+        frame.sample_rate = rate
+        fifo = av.AudioFifo()
+        fifo.write(frame)
+        while (part := fifo.read(stream.frame_size or 4096, partial=True)) is not None:
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    return path
+
+
+def correlation(samples, expected):
+    size = min(len(samples), len(expected))
+    return np.corrcoef(samples[:size], expected[:size])[0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "codec", "sample_format", "layout"),
+    [
+        ("a.wav", 16_000, "pcm_s16le", "s16", "mono"),
+        ("a.wav", 8_000, "pcm_u8", "u8", "mono"),
+        ("a.wav", 192_000, "pcm_s32le", "s32", "stereo"),
+        ("a.wav", 44_100, "pcm_f32le", "flt", "5.1"),
+        ("a.flac", 48_000, "flac", "s16", "stereo"),
+        ("a.mp3", 44_100, "libmp3lame", "s16p", "stereo"),
+        ("a.ogg", 48_000, "libopus", "flt", "stereo"),
+        ("a.opus", 48_000, "libopus", "flt", "mono"),
+        ("a.m4a", 22_050, "aac", "fltp", "mono"),
+    ],
+)
+def test_every_format_rate_and_layout(tmp_path, name, rate, codec, sample_format, layout):
+    path = write(tmp_path / name, tone(1.0, rate), rate, codec, sample_format, layout)
+    samples = load_audio(path)
+    assert samples.dtype == np.float32 and abs(len(samples) - 16_000) < 1600
+    spectrum = np.abs(np.fft.rfft(samples[2000:14_000]))
+    peak = spectrum.argmax() * 16_000 / 12_000
+    assert abs(peak - 440) < 3
+    assert 0.4 < np.abs(samples[4000:12_000]).max() < 0.6
+
+
+def test_resampling_equals_the_reference(tmp_path):
+    golden = load_file(GOLDEN)
+    pcm = golden["resample.in_pcm16_44100_stereo"].astype(np.int16)
+    with av.open(str(tmp_path / "a.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=44_100, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(pcm.reshape(1, -1), "s16", "stereo")
+        frame.sample_rate = 44_100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    expected = golden["resample.out_16000_mono"]
+    np.testing.assert_allclose(load_audio(tmp_path / "a.wav")[: len(expected)], expected, atol=1e-5)
+
+
+def test_chunks_of_any_size_are_the_whole(tmp_path):
+    path = write(tmp_path / "a.wav", tone(2.0, 44_100), 44_100, "pcm_s16le", "s16")
+    whole = load_audio(path)
+    for size in (100, 7777, 10**6):
+        reader = AudioReader(path, chunk=size)
+        chunks = list(reader)
+        np.testing.assert_array_equal(np.concatenate(chunks), whole)
+        assert {len(c) for c in chunks[:-1]} <= {size} and reader.num_samples == len(whole)
+    assert reader.duration_s == pytest.approx(2.0, abs=0.01)
+
+
+def test_three_hours_are_read_piece_by_piece(tmp_path):
+    """The first chunk of a long file comes without the rest being decoded."""
+    path = tmp_path / "long.wav"
+    header = write(tmp_path / "a.wav", tone(0.1), 16_000, "pcm_s16le", "s16").read_bytes()
+    samples = 3 * 3600 * 16_000
+    start = header.index(b"data")
+    with open(path, "wb") as file:
+        file.write(header[: start + 4] + (2 * samples).to_bytes(4, "little"))
+        file.truncate(start + 8 + 2 * samples)  # a sparse file: silence
+    reader = AudioReader(path)
+    assert reader.duration_s == pytest.approx(3 * 3600, rel=1e-3)
+    first = next(iter(reader))
+    assert len(first) == 12_000 and reader.num_samples == 12_000
+    assert is_silent(first)
+
+
+def test_fifty_milliseconds_are_enough(tmp_path):
+    path = write(tmp_path / "a.wav", tone(0.05), 16_000, "pcm_s16le", "s16")
+    assert len(load_audio(path)) == 800
+
+
+def test_the_sound_of_a_video_is_found(tmp_path):
+    from jax_avatar.io.video import VideoWriter
+
+    with VideoWriter(tmp_path / "a.mp4", 32, 32, 16, 16_000) as writer:
+        writer.write_audio(tone().astype(np.float32))
+        writer.write_frames(np.zeros((16, 32, 32, 3), np.uint8))
+    assert correlation(load_audio(tmp_path / "a.mp4")[1024:15_000], tone()[1024:15_000]) > 0.99
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"gone\.wav does not exist"):
+        load_audio(tmp_path / "gone.wav")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_audio(tmp_path)
+    (tmp_path / "empty.wav").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        load_audio(tmp_path / "empty.wav")
+    (tmp_path / "text.wav").write_text("not audio" * 100)
+    with pytest.raises(ValueError, match=r"not an audio file|holds no samples"):
+        load_audio(tmp_path / "text.wav")
+    header = write(tmp_path / "a.wav", tone(0.1), 16_000, "pcm_s16le", "s16").read_bytes()
+    start = header.index(b"data")
+    (tmp_path / "none.wav").write_bytes(header[: start + 4] + bytes(4))
+    with pytest.raises(ValueError, match="holds no samples"):
+        load_audio(tmp_path / "none.wav")
+    from jax_avatar.io.video import VideoWriter
+
+    with VideoWriter(tmp_path / "mute.mp4", 32, 32, 16) as writer:
+        writer.write_frames(np.zeros((4, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match="no audio track"):
+        load_audio(tmp_path / "mute.mp4")
+
+
+def test_values_that_are_no_numbers_are_refused(tmp_path):
+    samples = tone()
+    samples[8000] = np.nan
+    path = write(tmp_path / "a.wav", samples, 16_000, "pcm_f32le", "flt")
+    with pytest.raises(ValueError, match=r"no numbers around 0\.\d+ s"):
+        load_audio(path)
+
+
+def test_silence_is_told_from_speech():
+    assert is_silent(np.zeros(100, np.float32)) and is_silent(np.zeros(0, np.float32))
+    assert not is_silent(tone().astype(np.float32))
+
+
+class Pipe(io.RawIOBase):
+    """Gives a few bytes at a time, as a slow microphone does."""
+
+    def __init__(self, data, piece):
+        self.data, self.piece, self.reads = data, piece, 0
+
+    def read1(self, size):
+        self.reads += 1
+        part, self.data = self.data[: min(size, self.piece)], self.data[min(size, self.piece) :]
+        return part
+
+
+@pytest.mark.parametrize("piece", [3, 1001, 10**6])
+def test_raw_pcm_comes_through_a_pipe(piece):
+    samples = tone().astype(np.float32)
+    data = (samples * 32767).astype("<i2").tobytes() + b"x"  # half a sample too many
+    out = np.concatenate(list(PcmReader(Pipe(data, piece), chunk=3000)))
+    assert len(out) == 16_000
+    np.testing.assert_allclose(out, samples, atol=1e-3)
+
+
+def test_pcm_is_given_out_before_the_pipe_ends():
+    data = np.zeros(16_000, "<i2").tobytes()
+    pipe = Pipe(data, 3200)
+    next(iter(PcmReader(pipe, chunk=4000)))
+    assert pipe.reads <= 4 and len(pipe.data) > 10_000
+
+
+def test_pcm_of_another_rate_and_layout():
+    samples = tone(1.0, 48_000).astype(np.float32)
+    data = np.repeat(samples[:, None], 2, 1).astype("<f4").tobytes()
+    reader = PcmReader(Pipe(data, 5000), input_rate=48_000, sample_format="f32le", channels=2)
+    assert correlation(np.concatenate(list(reader)), tone()) > 0.99
+
+
+def test_bad_pcm_settings_and_empty_pipes_are_named():
+    with pytest.raises(ValueError, match="'mp3'; expected one of"):
+        PcmReader(io.BytesIO(), sample_format="mp3")
+    with pytest.raises(ValueError, match="5 Hz and 1 channels"):
+        PcmReader(io.BytesIO(), input_rate=5)
+    with pytest.raises(ValueError, match="no audio came on standard input"):
+        list(PcmReader(io.BytesIO()))

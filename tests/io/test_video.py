@@ -1,0 +1,81 @@
+import shutil
+
+import numpy as np
+import pytest
+
+from jax_avatar.io.video import VideoWriter, read_video
+
+FPS, RATE = 16, 16_000
+
+
+def flash_and_click(at, seconds=3):
+    frames = np.zeros((seconds * FPS, 32, 48, 3), np.uint8)
+    frames[round(at * FPS)] = 255
+    samples = np.zeros(seconds * RATE, np.float32)
+    samples[round(at * RATE) - 40 : round(at * RATE) + 40] = 0.9
+    return frames, samples
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+def test_a_click_and_a_flash_stay_together(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    frames, samples = flash_and_click(2.0)
+    with VideoWriter(path, 48, 32, FPS, RATE) as writer:
+        for start in range(0, len(frames), 12):
+            writer.write_audio(samples[start * 1000 : (start + 12) * 1000])
+            writer.write_frames(frames[start : start + 12])
+    seen, fps, heard, rate = read_video(path)
+    assert seen.shape == frames.shape and fps == FPS and rate == RATE
+    assert seen.mean((1, 2, 3)).argmax() / fps == 2.0
+    assert abs(np.abs(heard).argmax() / rate - 2.0) < 0.5 / FPS
+    assert abs(len(heard) / rate - 3.0) < 0.08
+
+
+def test_sound_is_cut_or_padded_to_the_picture(tmp_path):
+    for seconds in (0.5, 3.0):
+        with VideoWriter(tmp_path / "a.mp4", 32, 32, FPS, RATE) as writer:
+            writer.write_audio(np.full(round(seconds * RATE), 0.1, np.float32))
+            writer.write_frames(np.zeros((24, 32, 32, 3), np.uint8))
+        _, _, heard, rate = read_video(tmp_path / "a.mp4")
+        assert abs(len(heard) / rate - 1.5) < 0.08
+
+
+def test_a_file_that_was_never_closed_plays(tmp_path):
+    frames, samples = flash_and_click(1.0)
+    writer = VideoWriter(tmp_path / "a.mp4", 48, 32, FPS, RATE)
+    writer.write_audio(samples)
+    writer.write_frames(frames)
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "killed.mp4")
+    writer.close()
+    seen, _, heard, _ = read_video(tmp_path / "killed.mp4")
+    assert len(frames) - FPS <= len(seen) < len(frames)
+    assert seen.mean((1, 2, 3)).argmax() == FPS and len(heard) > RATE
+
+
+def test_a_silent_film_has_no_audio_track(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", 32, 32, 25) as writer:
+        writer.write_frames(np.zeros((5, 32, 32, 3), np.uint8))
+        writer.write_audio(np.zeros(100, np.float32))
+    frames, fps, heard, rate = read_video(tmp_path / "a.mp4")
+    assert len(frames) == 5 and fps == 25 and heard is None and rate is None
+
+
+def test_bad_outputs_are_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match=r"ending in \.mp4"):
+        VideoWriter(tmp_path / "a.avi", 32, 32, 16)
+    with pytest.raises(ValueError, match="even sides"):
+        VideoWriter(tmp_path / "a.mp4", 33, 32, 16)
+    with pytest.raises(ValueError, match="folder that does not exist"):
+        VideoWriter(tmp_path / "no" / "a.mp4", 32, 32, 16)
+    (tmp_path / "b.mp4").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        VideoWriter(tmp_path / "b.mp4", 32, 32, 16)
+    assert not (tmp_path / "a.mp4").exists()
+
+
+def test_an_exception_still_closes_the_file(tmp_path):
+    with pytest.raises(RuntimeError), VideoWriter(tmp_path / "a.mp4", 32, 32, 16, RATE) as writer:
+        writer.write_frames(np.zeros((8, 32, 32, 3), np.uint8))
+        raise RuntimeError
+    frames, _, heard, rate = read_video(tmp_path / "a.mp4")
+    assert len(frames) == 8 and abs(len(heard) / rate - 0.5) < 0.08
