@@ -1,5 +1,6 @@
 """Image files -> the RGB portrait that a stream starts from."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ _SMALLEST = 16  # pixels per side, below which there is no face to see
 _LARGEST = 2048  # sides are reduced to this while decoding; no stream is larger
 _MOST_PIXELS = 400_000_000  # a compressed file may claim any size
 _BACKGROUND = (200, 200, 200)  # behind transparent pixels
+_EIGHT_OF_SIXTEEN_BITS = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
 def load_image(path: str | Path) -> np.ndarray:
@@ -25,8 +27,8 @@ def load_image(path: str | Path) -> np.ndarray:
         ValueError: the file is missing, not an image, cut off, or too small or large to use.
     """
     path = Path(path)
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):
+        kind = "is a folder" if os.path.isdir(path) else "does not exist"
         raise ValueError(f"image {path} {kind}; expected a file such as portrait.png.")
     if not path.stat().st_size:
         raise ValueError(f"image {path} is empty; expected PNG, JPEG, WebP or the like.")
@@ -34,35 +36,32 @@ def load_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            if min(width, height) < _SMALLEST:
-                raise ValueError(
-                    f"image {path} has {width}x{height} pixels; at least {_SMALLEST} per side are "
-                    "needed to show a face."
-                )
-            if width * height > _MOST_PIXELS:
-                raise ValueError(
-                    f"image {path} has {width}x{height} pixels, more than {_MOST_PIXELS:,}; make "
-                    "it smaller first."
-                )
-            image.draft("RGB", (_LARGEST, _LARGEST))  # JPEG: decode straight to a smaller size
-            image.load()
-            return np.asarray(_to_rgb(image))
+            if min(width, height) >= _SMALLEST and width * height <= _MOST_PIXELS:
+                image.draft("RGB", (_LARGEST, _LARGEST))  # JPEG: decode straight to a smaller size
+                image.load()
+                return np.asarray(_to_rgb(image))
     except UnidentifiedImageError:
         raise ValueError(
             f"{path} is not an image that can be read; expected PNG, JPEG, WebP or the like."
         ) from None
-    except (OSError, SyntaxError, EOFError) as error:
+    except Exception as error:  # Pillow's readers raise nearly anything on a broken file
         raise ValueError(f"image {path} is broken or cut off ({error}); save it again.") from error
     finally:
         Image.MAX_IMAGE_PIXELS = previous
+    expected = (
+        f"expected at least {_SMALLEST} per side, to show a face, and {_MOST_PIXELS:,} in all"
+    )
+    raise ValueError(f"image {path} has {width}x{height} pixels; {expected}; resize it.")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-        # Pillow would clip, not scale, what does not fit into 8 bits.
-        values = np.asarray(image, np.float64)
-        top = 65535.0 if image.mode != "F" else max(1.0, float(values.max()))
-        image = Image.fromarray(np.clip(values / top * 255, 0, 255).round().astype(np.uint8))
+    # Pillow would clip, not scale, what does not fit into 8 bits.
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(_EIGHT_OF_SIXTEEN_BITS[np.asarray(image)])
+    elif image.mode in ("I", "F"):
+        values = np.nan_to_num(np.array(image, np.float32))
+        values *= 255 / (65535.0 if image.mode == "I" else max(1.0, float(values.max())))
+        image = Image.fromarray(np.clip(values, 0, 255).round().astype(np.uint8))
     if max(image.size) > _LARGEST:
         if image.mode == "P":
             image = image.convert("RGBA")
@@ -149,7 +148,12 @@ def prepare_reference(
     else:
         size = resized_size(image_h, image_w, height, width)
     resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-    top, left = (round((have - want) / 2) for have, want in zip(size, (height, width), strict=True))
+    top, left = (_margin(have, want) for have, want in zip(size, (height, width), strict=True))
     # A crop that reaches beyond the image is filled with black.
     cropped = resized.crop((left, top, left + width, top + height))
     return (np.asarray(cropped, np.float32) / 127.5 - 1)[None, None]
+
+
+def _margin(have: int, want: int) -> int:
+    """Where the centre crop starts; negative where black is missing, the smaller half of it."""
+    return round((have - want) / 2) if have >= want else -((want - have) // 2)

@@ -81,15 +81,44 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(ValueError, match="not an image"):
         load_image(tmp_path / "text.png")
-    whole = save(tmp_path / "whole.png", size=(200, 200)).read_bytes()
     noisy = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
     Image.fromarray(noisy).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="broken or cut off"):
         load_image(tmp_path / "cut.png")
-    with pytest.raises(ValueError, match="1x1 pixels; at least 16"):
+    with pytest.raises(ValueError, match="1x1 pixels; expected at least 16"):
         load_image(save(tmp_path / "dot.png", size=(1, 1)))
+    with pytest.raises(ValueError, match="does not exist"):
+        load_image(tmp_path / ("long" * 100))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.tif", "a.bmp", "a.ppm"])
+@pytest.mark.filterwarnings("ignore")
+def test_damage_of_any_kind_is_told_with_the_file(tmp_path, name):
+    rng = np.random.default_rng(0)
+    pixels = Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8))
+    pixels.save(tmp_path / name)
+    whole = np.frombuffer((tmp_path / name).read_bytes(), np.uint8)
+    refused = 0
+    for trial in range(60):
+        damaged = whole.copy()
+        damaged[rng.integers(0, 40, 3)] = rng.integers(0, 256, 3)
+        end = len(whole) if trial % 3 else rng.integers(1, len(whole))
+        (tmp_path / name).write_bytes(damaged[:end].tobytes())
+        try:
+            load_image(tmp_path / name)
+        except ValueError as error:
+            refused += 1
+            assert str(tmp_path / name) in str(error)
+    assert refused > 5
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3, 10, 11, 12, 13])
+def test_of_odd_black_columns_the_left_has_the_fewer(missing):
+    row = prepare_reference(np.full((100, 100, 3), 255, np.uint8), 100, 100 + missing)[0, 0, 50]
+    black = row[:, 0] == -1
+    assert black.sum() == missing and black[: 100 // 2].sum() == missing // 2
 
 
 def test_sizes_are_those_of_the_official_code():
