@@ -1,0 +1,117 @@
+"""The command as a user runs it, with a nano model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jax_avatar.io.video import VideoWriter, read_video
+from tests.nano import save_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "model")
+    pixels = np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "face.png")
+    speech = 0.1 * np.random.default_rng(1).normal(size=32_000).astype(np.float32)
+    with VideoWriter(folder / "speech.mp4", 32, 32, 16, 16_000) as writer:
+        writer.write_audio(speech)
+        writer.write_frames(np.zeros((32, 32, 32, 3), np.uint8))
+    return folder
+
+
+def command(inputs, *flags, out="out.mp4", audio="speech.mp4"):
+    return [
+        sys.executable,
+        str(ROOT / "launch" / "stream.py"),
+        f"--checkpoint={inputs / 'model'}",
+        f"--image={inputs / 'face.png'}",
+        f"--audio={inputs / audio if audio != '-' else '-'}",
+        f"--out={inputs / out}",
+        *flags,
+    ]
+
+
+def environment(inputs):
+    drop = {"XLA_FLAGS"}  # the command makes its own fake devices
+    kept = {key: value for key, value in os.environ.items() if key not in drop}
+    return kept | {"JAX_COMPILATION_CACHE_DIR": str(inputs / "cache"), "JAX_PLATFORMS": "cpu"}
+
+
+def run(inputs, *flags, data=None, **options):
+    return subprocess.run(
+        command(inputs, *flags, **options),
+        input=data,
+        capture_output=True,
+        env=environment(inputs),
+        timeout=500,
+    )
+
+
+def test_five_slices_make_a_video_with_sound_and_a_report(inputs):
+    done = run(inputs, "--mesh=5", "--json")
+    assert done.returncode == 0, done.stderr.decode()
+    frames, fps, sound, rate = read_video(inputs / "out.mp4")
+    assert frames.shape[1:] == (64, 64, 3) and abs(len(frames) / fps - 2.0) <= 1 / fps + 0.07
+    assert np.abs(sound).max() > 0.05 and abs(len(sound) / rate - len(frames) / fps) < 0.1
+    report = json.loads(done.stdout)
+    assert report["frames"] == len(frames) and report["mesh"] == "5" and report["is_complete"]
+    assert report["real_time_factor"] > 0 and report["time_to_first_frame_s"] > 0
+    assert b"real time" in done.stderr
+
+
+def test_raw_pcm_on_standard_input_and_a_duration(inputs):
+    data = (3000 * np.random.default_rng(2).normal(size=8000)).astype("<i2").tobytes()
+    done = run(inputs, "--mesh=1", "--duration=1.5", data=data, audio="-", out="pipe.mp4")
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(read_video(inputs / "pipe.mp4")[0]) == 24
+
+
+def test_an_interrupt_leaves_a_playable_file(inputs):
+    process = subprocess.Popen(
+        command(inputs, "--mesh=1", audio="-", out="cut.mp4"),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(inputs),
+    )
+    process.stdin.write((3000 * np.ones(48_000)).astype("<i2").tobytes())
+    process.stdin.flush()
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if (inputs / "cut.mp4").exists() and (inputs / "cut.mp4").stat().st_size > 2000:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors.decode()
+    assert b"stopped before the end" in errors
+    assert len(read_video(inputs / "cut.mp4")[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mesh=7"], "--mesh 7: 4 timesteps"),
+        (["--image=gone.png"], "gone.png does not exist"),
+        (["--size=640*480"], "this model makes 64*64 only"),
+        (["--audio=gone.wav"], "gone.wav does not exist"),
+        (["--out=film.avi"], "ending in .mp4"),
+    ],
+)
+def test_wrong_flags_get_one_clear_line(inputs, flags, message):
+    done = run(inputs, *flags)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.decode().splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in done.stderr.decode()
