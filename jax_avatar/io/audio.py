@@ -1,5 +1,6 @@
 """Audio files and raw PCM -> mono samples, chunk by chunk, in bounded memory."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,14 @@ class AudioReader:
             ValueError: the file is missing, not audio, broken, or without a sample.
         """
         self.path = Path(path)
-        if not self.path.is_file():
-            kind = "is a folder" if self.path.is_dir() else "does not exist"
+        if not os.path.isfile(self.path):
+            kind = "is a folder" if os.path.isdir(self.path) else "does not exist"
             raise ValueError(f"audio {path} {kind}; expected a file such as speech.wav.")
         if not self.path.stat().st_size:
             raise ValueError(
                 f"audio {path} is empty; expected wav, flac, mp3, ogg, m4a or the like."
             )
+        _check_chunks(sample_rate, chunk)
         self.sample_rate, self._chunk = sample_rate, chunk
         self.num_samples = 0
         self._ended_early: Exception | None = None
@@ -120,14 +122,19 @@ class _Resampler:
 
     def __init__(self, sample_rate: int):
         self._rate = sample_rate
+        self._input_rate = 0
         self._stream: soxr.ResampleStream | None = None
 
     def __call__(self, mono: np.ndarray | None, rate: int = 0) -> Iterator[np.ndarray]:
         """Resamples a chunk; None ends the stream and gives what is left."""
+        if self._stream is not None and mono is not None and rate != self._input_rate:
+            yield from self(None)  # files joined end to end may change their rate
+            self._stream = None
         if self._stream is None:
             if mono is None:
                 return
             self._stream = soxr.ResampleStream(rate, self._rate, 1, "float32", quality="HQ")
+            self._input_rate = rate
         is_last = mono is None
         samples = np.zeros(0, np.float32) if is_last else mono
         out = self._stream.resample_chunk(samples, last=is_last)
@@ -187,6 +194,7 @@ class PcmReader:
                 f"PCM of {input_rate} Hz and {channels} channels; expected {_RATES[0]} to "
                 f"{_RATES[1]} Hz and at least one channel."
             )
+        _check_chunks(sample_rate, chunk)
         self._stream, self._type, self._channels = stream, _PCM_TYPES[sample_format], channels
         self._input_rate, self.sample_rate, self._chunk = input_rate, sample_rate, chunk
         self.num_samples = 0
@@ -195,7 +203,7 @@ class PcmReader:
         """Yields mono samples in [-1, 1] until the pipe ends; half a sample at its end is dropped.
 
         Raises:
-            ValueError: the pipe ended without a sample.
+            ValueError: the pipe ended without a sample, or floats are no numbers.
         """
         resample = _Resampler(self.sample_rate)
         width = self._type.itemsize * self._channels
@@ -224,7 +232,12 @@ class PcmReader:
         samples = np.frombuffer(data, self._type).reshape(-1, self._channels)
         if self._type.kind == "i":
             samples = samples / np.float32(32768)
-        return np.nan_to_num(samples.astype(np.float32)).mean(1)
+        elif not np.isfinite(samples).all():
+            raise ValueError(
+                f"PCM on standard input holds values that are no numbers around "
+                f"{self.num_samples / self.sample_rate:.2f} s; is it really f32le?"
+            )
+        return samples.mean(1, dtype=np.float32)
 
     def _counted(self, samples: np.ndarray) -> np.ndarray:
         self.num_samples += len(samples)
@@ -243,6 +256,13 @@ def load_audio(path: str | Path, sample_rate: int = 16_000) -> Float[np.ndarray,
 def is_silent(samples: Float[np.ndarray, " N"], level: float = 1e-4) -> bool:
     """Whether nothing can be heard."""
     return bool(np.abs(samples).max(initial=0) < level)
+
+
+def _check_chunks(sample_rate: int, chunk: int) -> None:
+    if sample_rate < 1 or chunk < 1:
+        raise ValueError(
+            f"chunks of {chunk} samples at {sample_rate} Hz; expected at least 1 of each."
+        )
 
 
 def _reason(error: Exception | None) -> str:

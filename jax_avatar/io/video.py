@@ -1,5 +1,6 @@
 """Frames and samples -> a video file that plays even if it is never closed."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -36,7 +37,8 @@ class VideoWriter:
             audio_rate: samples per second of the sound; None for a silent film.
 
         Raises:
-            ValueError: an unknown kind of file, an odd size, or a place that cannot be written.
+            ValueError: an unknown kind of file, an odd size, a rate that cannot be, or a place
+                that cannot be written.
         """
         self.path = Path(path)
         kind = _SUFFIXES.get(self.path.suffix.lower())
@@ -44,8 +46,14 @@ class VideoWriter:
             raise ValueError(f"output {path}: expected a name ending in {', '.join(_SUFFIXES)}.")
         if width % 2 or height % 2 or width < 2 or height < 2:
             raise ValueError(f"video of {width}x{height} pixels; H.264 needs even sides.")
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            wrong = "is a folder" if self.path.is_dir() else "lies in a folder that does not exist"
+        sound_rates = av.Codec("aac", "w").audio_rates
+        if audio_rate is not None and audio_rate not in sound_rates:
+            raise ValueError(f"sound of {audio_rate} Hz; AAC takes one of {sorted(sound_rates)}.")
+        if fps < 1:
+            raise ValueError(f"video of {fps} frames per second; expected at least 1.")
+        is_folder = os.path.isdir(self.path)
+        if is_folder or not os.path.isdir(self.path.parent):
+            wrong = "is a folder" if is_folder else "lies in a folder that does not exist"
             raise ValueError(
                 f"output {path} {wrong}; give the name of a file in an existing folder."
             )
@@ -79,7 +87,16 @@ class VideoWriter:
         self.close()
 
     def write_frames(self, frames: UInt8[np.ndarray, "T H W 3"]) -> None:
-        """Appends 8-bit RGB frames."""
+        """Appends 8-bit RGB frames.
+
+        Raises:
+            ValueError: they are not of the size of the video.
+        """
+        if frames.shape[1:3] != (self._video.height, self._video.width):
+            raise ValueError(
+                f"frames of {frames.shape[2]}x{frames.shape[1]} pixels for a video of "
+                f"{self._video.width}x{self._video.height}; resize them first."
+            )
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame.pts, frame.time_base = self.num_frames, Fraction(1, self.fps)

@@ -49,6 +49,7 @@ def correlation(samples, expected):
         ("a.wav", 8_000, "pcm_u8", "u8", "mono"),
         ("a.wav", 192_000, "pcm_s32le", "s32", "stereo"),
         ("a.wav", 44_100, "pcm_f32le", "flt", "5.1"),
+        ("a.wav", 96_000, "pcm_s24le", "s32", "stereo"),
         ("a.flac", 48_000, "flac", "s16", "stereo"),
         ("a.mp3", 44_100, "libmp3lame", "s16p", "stereo"),
         ("a.ogg", 48_000, "libopus", "flt", "stereo"),
@@ -152,6 +153,32 @@ def test_values_that_are_no_numbers_are_refused(tmp_path):
         load_audio(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "sample_format"),
+    [("a.flac", "flac", "s16"), ("a.mp3", "libmp3lame", "s16p"), ("a.m4a", "aac", "fltp")],
+)
+def test_a_file_cut_in_the_middle_is_short_or_named(tmp_path, name, codec, sample_format):
+    path = write(tmp_path / name, tone(2.0, 44_100), 44_100, codec, sample_format)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    try:
+        assert 0 < len(load_audio(path)) < 20_000
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+def test_files_of_two_rates_joined_keep_their_pitch(tmp_path):
+    parts = [
+        write(tmp_path / f"{rate}.aac", tone(1.0, rate), rate, "aac", "fltp").read_bytes()
+        for rate in (44_100, 22_050)
+    ]
+    (tmp_path / "a.aac").write_bytes(b"".join(parts))
+    samples = load_audio(tmp_path / "a.aac")
+    for start in (4000, 20_000):
+        heard = np.abs(np.fft.rfft(samples[start : start + 8000])).argmax() * 2
+        assert abs(heard - 440) < 4
+
+
 def test_silence_is_told_from_speech():
     assert is_silent(np.zeros(100, np.float32)) and is_silent(np.zeros(0, np.float32))
     assert not is_silent(tone().astype(np.float32))
@@ -197,5 +224,11 @@ def test_bad_pcm_settings_and_empty_pipes_are_named():
         PcmReader(io.BytesIO(), sample_format="mp3")
     with pytest.raises(ValueError, match="5 Hz and 1 channels"):
         PcmReader(io.BytesIO(), input_rate=5)
+    with pytest.raises(ValueError, match="chunks of 0 samples"):
+        PcmReader(io.BytesIO(), chunk=0)
     with pytest.raises(ValueError, match="no audio came on standard input"):
         list(PcmReader(io.BytesIO()))
+    for value in (np.nan, np.inf):
+        pipe = io.BytesIO(np.array([0.1, value, 0.1], "<f4").tobytes())
+        with pytest.raises(ValueError, match="no numbers around"):
+            list(PcmReader(pipe, sample_format="f32le"))

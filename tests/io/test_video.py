@@ -70,7 +70,21 @@ def test_bad_outputs_are_refused_before_any_work(tmp_path):
     (tmp_path / "b.mp4").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
         VideoWriter(tmp_path / "b.mp4", 32, 32, 16)
+    with pytest.raises(ValueError, match="cannot be written"):
+        VideoWriter(tmp_path / ("long" * 100 + ".mp4"), 32, 32, 16)
+    with pytest.raises(ValueError, match="sound of 12345 Hz; AAC takes one of"):
+        VideoWriter(tmp_path / "a.mp4", 32, 32, 16, 12_345)
+    with pytest.raises(ValueError, match="video of 0 frames per second"):
+        VideoWriter(tmp_path / "a.mp4", 32, 32, 0)
     assert not (tmp_path / "a.mp4").exists()
+
+
+def test_frames_of_another_size_are_refused_not_stretched(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", 48, 32, 16) as writer:
+        writer.write_frames(np.zeros((2, 32, 48, 3), np.uint8))
+        with pytest.raises(ValueError, match="frames of 32x48 pixels for a video of 48x32"):
+            writer.write_frames(np.zeros((2, 48, 32, 3), np.uint8))
+    assert read_video(tmp_path / "a.mp4")[0].shape == (2, 32, 48, 3)
 
 
 def test_an_exception_still_closes_the_file(tmp_path):
