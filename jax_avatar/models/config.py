@@ -1,6 +1,7 @@
 """Sizes and switches of the networks, checked when built; the published sizes by name."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,7 @@ class DiTConfig:
     audio_width: int = 1024
     audio_layers: int = 25
     num_audio_tokens: int = 4
-    audio_inject_layers: tuple[int, ...] = (0,)
+    audio_inject_layers: Sequence[int] = (0,)
     audio_history: int = 73
     frames_per_block: int = 3
     ring_blocks: int = 4
