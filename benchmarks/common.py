@@ -1,0 +1,252 @@
+"""What the benchmarks share: surroundings, statistics of times, random models, a voice."""
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jax_avatar.io.audio import AudioReader
+from jax_avatar.io.checkpoint import save_json, save_weights
+from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
+from jax_avatar.models.params import split
+from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.streaming.model import SMALL, AvatarModel, load_model
+
+__all__ = [
+    "NANO",
+    "SMALL_CONFIG",
+    "emit",
+    "environment",
+    "measure",
+    "open_model",
+    "quantiles",
+    "random_portrait",
+    "read_voice",
+    "resident_mib",
+    "save_random_model",
+    "slope",
+]
+
+ROOT = Path(__file__).parents[1]
+DEMO = SMALL.parent / "demo.flac"
+
+NANO = DiTConfig(
+    width=24,
+    ffn_width=32,
+    num_heads=2,
+    num_layers=2,
+    freq_width=8,
+    text_width=4,
+    text_len=3,
+    latent_channels=4,
+    pose_channels=4,
+    audio_width=6,
+    audio_layers=2,
+    num_audio_tokens=2,
+    audio_history=1,
+    framepack=False,
+    zero_init=False,
+)
+"""The smallest transformer with every part: 16 latent tokens a frame at 64x64 pixels."""
+
+SMALL_CONFIG = NANO.replace(
+    width=192,
+    ffn_width=768,
+    num_heads=4,
+    num_layers=6,
+    freq_width=256,
+    text_width=32,
+    text_len=8,
+    latent_channels=32,
+    pose_channels=32,
+    audio_width=96,
+    audio_layers=5,
+    num_audio_tokens=4,
+    audio_inject_layers=(0, 2, 4),
+    ring_blocks=3,
+    unroll=6,
+)
+"""The shape of the small model, for times without its weights."""
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    """Where a measurement was made: command, commit, device, versions."""
+    device = jax.devices()[0]
+    names = ("jax", "jaxlib", "flax", "numpy")
+    return {
+        "command": " ".join(["python", *map(shlex.quote, _relative(sys.argv))]),
+        "commit": _commit(),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "processor": _processor(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "load_1min": round(os.getloadavg()[0], 1),
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in names},
+        **more,
+    }
+
+
+def _relative(arguments: Sequence[str]) -> list[str]:
+    script = Path(arguments[0])
+    if script.is_absolute() and script.is_relative_to(ROOT):
+        script = script.relative_to(ROOT)
+    return [str(script), *arguments[1:]]
+
+
+def _commit() -> str | None:
+    """The commit, with a plus if what is measured differs from it; None outside a checkout."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", "jax_avatar", "benchmarks"
+        )
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def emit(record: dict[str, Any], out: str | Path | None = None) -> dict[str, Any]:
+    """Prints a record as one JSON line, and writes it indented to a file if one is given."""
+    print(json.dumps(record), flush=True)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def quantiles(seconds: Sequence[float], digits: int = 3) -> dict[str, float | int | None]:
+    """Median and 95th percentile of times, in milliseconds."""
+    if not len(seconds):
+        return {"median_ms": None, "p95_ms": None, "count": 0}
+    ms = 1000 * np.asarray(seconds, np.float64)
+    median, p95 = np.percentile(ms, [50, 95])
+    return {
+        "median_ms": round(float(median), digits),
+        "p95_ms": round(float(p95), digits),
+        "count": len(ms),
+    }
+
+
+def measure(function: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each call, until its result is there; the first call is the caller's."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Least-squares slope of `y` over `x`."""
+    return float(np.polyfit(np.asarray(x, np.float64), np.asarray(y, np.float64), 1)[0])
+
+
+def resident_mib() -> float:
+    """Memory of this process that is in RAM; the peak where the system tells no more."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20
+    except OSError:
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def open_model(checkpoint: str | Path | None, random: str | None, folder: str | Path):
+    """The model to measure: weights from a folder, or random ones made in `folder`.
+
+    Raises:
+        ValueError: there are no weights in `checkpoint`.
+    """
+    if random:
+        return load_model(save_random_model(folder, random))
+    checkpoint = Path(checkpoint or SMALL)
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(
+            f"{checkpoint} holds no model; pass --checkpoint FOLDER, or --nano or --small for "
+            "random weights."
+        )
+    return load_model(checkpoint)
+
+
+def save_random_model(folder: str | Path, size: str = "nano") -> Path:
+    """Writes a model folder of random weights: "nano" 64x64, or the shape of "small" 96x96."""
+    if size not in ("nano", "small"):
+        raise ValueError(f"random model {size!r} is unknown; nano or small are known.")
+    folder = Path(folder)
+    if size == "nano":
+        config, build, kind, pixels = NANO, DiT, "wan_s2v", 64
+        speech = SpeechConfig(bands=8, width=6, dilations=(1,))
+        vae = LightVAEConfig(
+            z_dim=4, latent_width=8, frame_width=8, stem_width=8, latent_blocks=1, frame_blocks=1
+        )
+    else:
+        config, build, kind, pixels = SMALL_CONFIG, PortraitDiT, "portrait", 96
+        speech, vae = SpeechConfig(), LightVAEConfig()
+    _, params = split(build(config, rngs=nnx.Rngs(0)))
+    # The head starts at zero, which would make the velocity independent of everything.
+    kernel = params["head"]["kernel"]
+    params["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
+    fields = dataclasses.asdict(config) | {"dtype": "float32", "param_dtype": "float32"}
+    save_weights(folder, "dit", params, fields)
+    _, params = split(LightVAE(vae, rngs=nnx.Rngs(1)))
+    save_weights(folder, "vae", params, dataclasses.asdict(vae))
+    _, params = split(SpeechEncoder(speech, rngs=nnx.Rngs(2)))
+    save_weights(folder, "speech", params, dataclasses.asdict(speech))
+    stream = {
+        "fps": 16,
+        "size": [pixels, pixels],
+        "sigmas": [1.0, 0.9, 0.75, 0.5, 0.0],
+        "pose": "reference",
+        "warmup_latents": 2,
+    }
+    content = {"name": f"random-{size}", "dit": kind, "vae": "light", "speech": "mel"}
+    save_json(folder / "config.json", content | {"stream": stream})
+    return folder
+
+
+def random_portrait(model: AvatarModel, seed: int = 0) -> np.ndarray:
+    """A smooth picture in [-1, 1], `[1 1 H W 3]`."""
+    height, width = model.settings.size or (384, 704)
+    coarse = np.random.default_rng(seed).uniform(-1, 1, (4, 4, 3))
+    fine = np.kron(coarse, np.ones((-(-height // 4), -(-width // 4), 1)))
+    return fine[None, None, :height, :width].astype(np.float32)
+
+
+def read_voice(path: str | Path, sample_rate: int) -> np.ndarray:
+    """All samples of an audio file."""
+    return np.concatenate(list(AudioReader(path, sample_rate, sample_rate)))

@@ -1,0 +1,269 @@
+"""Streams for hours of video and looks for growth: of memory, of time per block, of drift.
+
+    python benchmarks/long_stream.py --out benchmarks/results/long_stream.json
+    python benchmarks/long_stream.py --nano --seconds 200
+
+Speech features -> latents for every block; the VAE decodes all of them, or only the windows that
+are scored (`--decode scored`, the default), so that hours of video take minutes.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("NPROC", "16")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.common import (
+    DEMO,
+    emit,
+    environment,
+    open_model,
+    quantiles,
+    random_portrait,
+    read_voice,
+    resident_mib,
+    slope,
+)
+from jax_avatar.io.image import load_image, prepare_reference
+from jax_avatar.models.params import merge
+from jax_avatar.streaming.mesh import parse_layout
+from jax_avatar.streaming.model import SMALL
+from jax_avatar.streaming.session import AvatarSession, num_slices
+
+# Decoded before a scored window and thrown away, so that the decoder has forgotten its start.
+_CONTEXT_BLOCKS = 3
+_WINDOWS = ("first", "one_third", "two_thirds", "last")
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--checkpoint", default=str(SMALL), help="model folder")
+    add("--nano", dest="random", action="store_const", const="nano", help="random tiny model")
+    add("--small", dest="random", action="store_const", const="small", help="random, of that shape")
+    add("--seconds", type=float, default=10_000, help="of video")
+    add("--window", type=float, default=20, help="seconds of video in a scored window")
+    add("--decode", choices=("scored", "all"), default="scored", help="blocks that are decoded")
+    add("--mesh", default="1", help="slices, as in launch/stream.py")
+    add("--image", default=None, help="portrait; a random picture for random models")
+    add("--audio", default=str(DEMO), help="speech, repeated without end")
+    add("--seed", type=int, default=420, help="of the noise")
+    add("--out", default=None, help="JSON file to write")
+    return parser.parse_args(argv)
+
+
+def window_starts(blocks: int, size: int) -> list[int]:
+    """First blocks of the four scored windows."""
+    last = blocks - size
+    return [round(last * part) for part in (0, 1 / 3, 2 / 3, 1)]
+
+
+def speech_features(model, voice: np.ndarray):
+    """Yields the features of block after block of a voice that repeats, as a stream makes them."""
+    speech, frames = model.speech, 4 * model.dit.config.frames_per_block
+    start, stop = speech.config.sample_range(0, frames)
+    head, count = max(0, start), stop - start
+    network = merge(speech.graphdef, speech.params)
+    features = jax.jit(
+        lambda params, state, samples: merge(speech.graphdef, params).features(state, samples)
+    )
+    at = head
+    state = network.start(jnp.asarray(voice[None, None, :head]))
+    while True:
+        samples = voice[np.arange(at, at + count) % len(voice)]
+        block, state = features(speech.params, state, samples[None, None])
+        yield np.array(block)
+        at = (at + count) % len(voice)
+
+
+class Decoder:
+    """Latents of a run of blocks -> frames in [-1, 1]."""
+
+    def __init__(self, model):
+        vae = model.vae
+        self._params = jax.tree.map(jnp.asarray, vae.params)
+        self._first = jax.jit(lambda p, x: merge(vae.graphdef, p).decode_first(x))
+        self._next = jax.jit(lambda p, s, x: merge(vae.graphdef, p).decode_next(s, x))
+        self._state = None
+
+    def restart(self) -> None:
+        """Forgets what came before."""
+        self._state = None
+
+    def __call__(self, latent) -> np.ndarray:
+        """Frames of the next block, `[T H W 3]`."""
+        latent = jnp.asarray(latent)
+        if self._state is None:
+            _, self._state = self._first(self._params, latent[:, :1])
+        video, self._state = self._next(self._params, self._state, latent)
+        return np.clip(np.asarray(video)[0], -1, 1)
+
+
+def block_scores(latent: np.ndarray, video: np.ndarray) -> dict[str, np.ndarray]:
+    """Statistics of a block in which drift shows: contrast, colour, sharpness, motion."""
+    edges = np.abs(np.diff(video, axis=1)).mean() + np.abs(np.diff(video, axis=2)).mean()
+    return {
+        "latent_mean": latent.mean(),
+        "latent_std": latent.std(),
+        "latent_max": np.abs(latent).max(),
+        "colour_mean": video.mean((0, 1, 2)),
+        "colour_std": video.std((0, 1, 2)),
+        "sharpness": edges,
+        "motion": np.abs(np.diff(video, axis=0)).mean(),
+    }
+
+
+def mean_scores(scores: list[dict[str, np.ndarray]]) -> dict:
+    """The scores of a window, averaged over its blocks."""
+    mean = {name: np.mean([s[name] for s in scores], axis=0) for name in scores[0]}
+    return {name: np.round(value.astype(np.float64), 5).tolist() for name, value in mean.items()}
+
+
+def run(session, features, seconds: float, window: float, decode_all: bool, progress=True) -> dict:
+    """Streams and measures.
+
+    Args:
+        session: warmed up; its stream is used, its loop is not.
+        features: endless iterator of speech features, a block each.
+        seconds: of video.
+        window: seconds of video in each of the four scored windows.
+        decode_all: decode every block, not only those that are scored.
+        progress: show a bar.
+    """
+    model, stream = session.model, session.stream
+    block_s = session.block_frames / model.settings.fps
+    blocks = max(20, round(seconds / block_s))
+    size = max(1, min(round(window / block_s), blocks // 4))
+    starts = window_starts(blocks, size)
+    decoder = Decoder(model)
+    scores = [[] for _ in starts]
+    # Filled in place: a list that grows would look like a leak.
+    wall, cpu, means, stds = (np.zeros(blocks) for _ in range(4))
+    every = max(1, blocks // 1000)
+    memory = np.zeros((-(-blocks // every), 2))
+    number, finite = 0, True
+
+    def take(latent):
+        """Scores a finished block."""
+        nonlocal number, finite
+        value = np.array(latent[0], np.float32)
+        finite = finite and bool(np.isfinite(value).all())
+        means[number], stds[number] = value.mean(), value.std()
+        near = [s for s in starts if s - _CONTEXT_BLOCKS <= number < s + size]
+        if decode_all or near:
+            if not decode_all and number in (max(0, s - _CONTEXT_BLOCKS) for s in starts):
+                decoder.restart()
+            video = decoder(latent)
+            for start, window_scores in zip(starts, scores, strict=True):
+                if start <= number < start + size:
+                    window_scores.append(block_scores(value, video))
+        number += 1
+
+    arrays_before = None
+    stream.reset()
+    began = time.perf_counter()
+    for block in tqdm(range(blocks), unit="block", disable=not progress, mininterval=2):
+        audio = next(features)
+        clock, cpu_clock = time.perf_counter(), time.process_time()
+        finished = jax.block_until_ready(stream.push(audio))
+        wall[block] = time.perf_counter() - clock
+        cpu[block] = time.process_time() - cpu_clock
+        for latent in finished:
+            take(latent)
+        del finished
+        if block % every == 0:
+            memory[block // every] = block, resident_mib()
+        if block == blocks // 10:
+            arrays_before = len(jax.live_arrays())
+    arrays_after = len(jax.live_arrays())
+    for latent in stream.finish():
+        take(latent)
+    elapsed = time.perf_counter() - began
+
+    warm = [(b, m) for b, m in memory if b >= blocks // 10]
+    tenth = max(1, blocks // 10)
+    ends = {"first_tenth": slice(tenth // 5, tenth), "last_tenth": slice(-tenth, None)}
+    latency = {name: quantiles(wall[part]) for name, part in ends.items()}
+    cpu_ms = {name: quantiles(cpu[part]) for name, part in ends.items()}
+    ratio = latency["last_tenth"]["median_ms"] / latency["first_tenth"]["median_ms"]
+    cpu_ratio = cpu_ms["last_tenth"]["median_ms"] / max(cpu_ms["first_tenth"]["median_ms"], 1e-6)
+    video_ks = np.arange(blocks) * block_s / 1000
+    return {
+        "video_s": round(blocks * block_s, 2),
+        "blocks": blocks,
+        "elapsed_s": round(elapsed, 1),
+        "real_time_factor": round(blocks * block_s / elapsed, 2),
+        "finite": finite,
+        "memory": {
+            "first_mib": round(warm[0][1], 2),
+            "last_mib": round(warm[-1][1], 2),
+            "slope_mib_per_1000_blocks": round(1000 * slope(*zip(*warm, strict=True)), 4),
+            "samples": len(warm),
+            "live_arrays_after_a_tenth": arrays_before,
+            "live_arrays_at_the_end": arrays_after,
+        },
+        "block_latency": latency | {"last_over_first": round(ratio, 3)},
+        "block_cpu_time": cpu_ms | {"last_over_first": round(cpu_ratio, 3)},
+        "drift": {
+            "window_s": size * block_s,
+            "windows": {
+                name: {"start_s": start * block_s} | mean_scores(scores[i])
+                for i, (name, start) in enumerate(zip(_WINDOWS, starts, strict=True))
+            },
+            "latent_mean_slope_per_1000_s": round(slope(video_ks, means), 6),
+            "latent_std_slope_per_1000_s": round(slope(video_ks, stds), 6),
+        },
+    }
+
+
+def main(argv=None) -> dict:
+    arguments = parse_arguments(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        # Devices are counted before JAX makes them; nothing is loaded yet.
+        layout = parse_layout(arguments.mesh, 4)
+        jax.config.update("jax_num_cpu_devices", num_slices(layout))
+        model = open_model(arguments.checkpoint, arguments.random, folder)
+    layout = parse_layout(arguments.mesh, len(model.settings.sigmas) - 1)
+    if arguments.image:
+        size = model.settings.size or (384, 704)
+        portrait = prepare_reference(load_image(arguments.image), *size, cover=True)
+    else:
+        portrait = random_portrait(model)
+    session = AvatarSession(model, portrait, layout, seed=arguments.seed)
+    features = speech_features(model, read_voice(arguments.audio, session.speech.sample_rate))
+    began = time.perf_counter()
+    for _ in range(max(model.settings.aas_after_blocks, layout.stages) + 2):
+        jax.block_until_ready(session.stream.push(next(features)))
+    session.stream.finish()
+    compile_s = time.perf_counter() - began
+    results = run(session, features, arguments.seconds, arguments.window, arguments.decode == "all")
+    record = {
+        "benchmark": "long_stream",
+        "model": model.name,
+        "mesh": arguments.mesh,
+        "latent": list(session.reference.shape),
+        "dtype": str(model.dit.config.dtype),
+        "decode": arguments.decode,
+        "audio": Path(arguments.audio).name,
+        "warm_up_s": round(compile_s, 2),
+        **results,
+        **environment(),
+    }
+    return emit(record, arguments.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"long_stream.py: {error}", file=sys.stderr)
+        sys.exit(2)
