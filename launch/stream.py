@@ -86,7 +86,7 @@ def open_audio(sample_rate: int, chunk: int):
 def run() -> int:
     changes = {k: v for k, v in FLAGS.config.stream.to_dict().items() if v is not None}
     settings = load_settings(FLAGS.checkpoint, **changes)
-    layout = parse_layout(FLAGS.mesh, len(settings.sigmas) - 1)
+    layout = parse_layout(FLAGS.mesh, settings.num_steps)
     if FLAGS.duration is not None and FLAGS.duration <= 0:
         raise ValueError(f"--duration {FLAGS.duration}: expected a number of seconds above 0.")
     image = load_image(FLAGS.image)

@@ -82,6 +82,12 @@ class StreamSettings:
             raise ValueError(f"warmup_latents {self.warmup_latents} must be at least 1.")
 
 
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps."""
+        return len(self.sigmas) - 1
+
+
 @dataclass(frozen=True)
 class Network:
     """Structure, weights and size of one network."""
