@@ -208,6 +208,7 @@ def run(session, features, seconds: float, window: float, decode_all: bool, prog
             "last_mib": round(warm[-1][1], 2),
             "slope_mib_per_1000_blocks": round(1000 * slope(*zip(*warm, strict=True)), 4),
             "samples": len(warm),
+            "tenths_mib": [round(float(m), 1) for _, m in memory[:: max(1, len(memory) // 10)]],
             "live_arrays_after_a_tenth": arrays_before,
             "live_arrays_at_the_end": arrays_after,
         },
