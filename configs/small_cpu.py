@@ -78,7 +78,7 @@ def _dit() -> dict:
             "zero_init": False,
             "unroll": 6,
         },
-        "task": {"batch_size": 4, "latents": 9, "mouth_probe_weight": 0.1},
+        "task": {"batch_size": 4, "latents": 9, "still_share": 1.0, "mouth_probe_weight": 0.1},
         "loop": {
             "num_steps": 4000,
             "learning_rate": 1e-3,

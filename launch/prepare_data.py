@@ -39,6 +39,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     people.add_argument("--size", type=int, default=96, help="edge of the pictures in pixels")
     people.add_argument("--num_frames", type=int, default=49, help="frames per clip, 1 + 4n")
     people.add_argument("--fps", type=int, default=16, help="frames per second")
+    people.add_argument("--movement", type=float, default=1.0, help="scale of the head's movements")
     people.add_argument("--seed", type=int, default=0, help="another seed, other people")
     people.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes to render with"

@@ -4,7 +4,6 @@ Repeating the command continues where the run stopped. Settings are changed as
 `--config.loop.num_steps=100`; `--dry_run` prints them and checks without training.
 """
 
-import signal
 import sys
 from pathlib import Path
 
@@ -32,8 +31,6 @@ def main(argv):
         if DRY_RUN.value:
             print(CONFIG.value)
             return
-        # A polite kill saves like Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         state = train(build_task(), loop, WORKDIR.value, settings=settings, force=FORCE.value)
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -38,6 +38,8 @@ class ForcingConfig:
     Attributes:
         batch_size: clips per step.
         latents: latent frames per clip, whole blocks.
+        still_share: share of every person's windows to train on, those nearest to the portrait.
+            A small network trained for an hour blurs large movements of the head.
         shift: moves noise levels toward noise; uniform levels before the shift.
         shared_share: share of the clips whose blocks all have the same noise level.
         smallest_sigma: levels are drawn between this one and 1; a sampler of few steps never
@@ -53,6 +55,7 @@ class ForcingConfig:
 
     batch_size: int = 8
     latents: int = 12
+    still_share: float = 1.0
     shift: float = 2.0
     shared_share: float = 0.5
     smallest_sigma: float = 0.4
@@ -149,6 +152,7 @@ class ForcingTask:
             )
         self.model, self.settings, self.clips, self.seed = model, settings, clips, seed
         self.start_from = start_from
+        self.windows = _windows(clips, settings.latents, settings.still_share)
         self.graphdef, _ = split(nnx.eval_shape(lambda: PortraitDiT(model, rngs=nnx.Rngs(0))))
         few = clips.take(slice(None, None, max(1, len(clips) // 800)))
         self.reader = fit_mouth_reader(few) if settings.mouth_probe_weight else None
@@ -163,18 +167,17 @@ class ForcingTask:
         return split(PortraitDiT(self.model, rngs=nnx.Rngs(params=key)))[1]
 
     def batches(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step; every clip once per epoch, a window at a random latent."""
+        """The batch of a step; every window of the clips once per epoch."""
         settings, clips = self.settings, self.clips
-        size, count = settings.batch_size, len(clips)
+        size, count = settings.batch_size, len(self.windows)
         positions = np.arange(step * size, (step + 1) * size)
         orders = {
             epoch: np.random.default_rng([self.seed, 1, epoch]).permutation(count)
             for epoch in set(positions // count)
         }
-        index = np.array([orders[p // count][p % count] for p in positions])
-        rng = np.random.default_rng([self.seed, 2, step])
+        chosen = np.array([orders[p // count][p % count] for p in positions])
+        index, starts = self.windows[chosen].T
         frames = settings.latents
-        starts = rng.integers(0, clips.latent.shape[1] - frames + 1, size)
 
         def cut(array, rate=1):
             windows = zip(index, starts, strict=True)
@@ -260,6 +263,29 @@ class ForcingTask:
         low = settings.smallest_sigma
         sigma = low + (1 - low) * shift_sigma(level, settings.shift)
         return jnp.repeat(sigma, size, axis=1)
+
+
+def _windows(clips: LatentClips, latents: int, share: float) -> np.ndarray:
+    """Clip and first latent of the windows to train on, `[windows 2]`."""
+    starts = np.arange(clips.latent.shape[1] - latents + 1)
+    windows = np.stack(np.meshgrid(np.arange(len(clips)), starts, indexing="ij"), -1)
+    if share >= 1:
+        return windows.reshape(-1, 2)
+    moved = np.stack(
+        [
+            (np.square(np.float32(latent) - reference).mean(-1) * ~mouth).mean((1, 2))
+            for latent, reference, mouth in zip(
+                clips.latent, clips.reference, clips.mouth, strict=True
+            )
+        ]
+    )
+    moved = np.stack([moved[:, s : s + latents].mean(1) for s in starts], axis=1)
+    kept = []
+    for person in np.unique(clips.person):
+        own, distance = windows[clips.person == person], moved[clips.person == person]
+        order = np.argsort(distance, axis=None)[: max(1, round(share * distance.size))]
+        kept.append(own.reshape(-1, 2)[order])
+    return np.concatenate(kept)
 
 
 def _mouth_features(latent, reference, mouth: Bool[Any, "b t h w"] | Any, np_like):

@@ -6,8 +6,11 @@ A step depends on the seed, the step number and the state alone, so a resumed ru
 interrupted one bit by bit.
 """
 
+import contextlib
 import itertools
 import json
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -193,8 +196,9 @@ def train(
         _check_settings(manager, settings, force)
         state = _restore_or_start(manager, lambda: start_state(task.init(init_key), optimiser))
         try:
-            with _Log(workdir, int(state.step)) as log:
-                state = _run(task, config, state, root, manager, settings, log, progress)
+            with _Log(workdir, int(state.step)) as log, _until_interrupted() as interrupted:
+                run = (task, config, state, root, manager, settings, log, progress)
+                state = _run(*run, interrupted)
         finally:
             manager.wait_until_finished()
     if int(state.step) >= config.num_steps and hasattr(task, "export"):
@@ -228,7 +232,7 @@ def restore(workdir: str | Path, like: TrainState | None = None) -> tuple[TrainS
     return state, found["settings"]
 
 
-def _run(task, config, state, root, manager, settings, log, progress) -> TrainState:
+def _run(task, config, state, root, manager, settings, log, progress, interrupted) -> TrainState:
     step_fn = make_step(task, config)
     started, first = time.monotonic(), int(state.step)
     bar = tqdm(total=config.num_steps, initial=first, disable=not progress, desc=task.name)
@@ -243,7 +247,6 @@ def _run(task, config, state, root, manager, settings, log, progress) -> TrainSt
                 ),
             )
 
-    step = first
     try:
         for step, batch in _prefetch(task, first, config.num_steps):
             state, metrics = step_fn(state, batch, root)
@@ -262,14 +265,36 @@ def _run(task, config, state, root, manager, settings, log, progress) -> TrainSt
                 save(step, state)
             if config.max_minutes and time.monotonic() - started > 60 * config.max_minutes:
                 break
-    except KeyboardInterrupt:
-        # The step under way may or may not have finished; the state knows.
-        step = int(state.step)
-        bar.write(f"interrupted at step {step}: saved, the same command continues")
+            if interrupted():
+                break
     finally:
         bar.close()
     save(int(state.step), state)
     return state
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C or a polite kill has come; both let the step under way finish.
+
+    A second one interrupts at once. Raising in the middle of a step would lose the state, whose
+    buffers the step has been given.
+    """
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        for signal_number, handler in previous.items():
+            signal.signal(signal_number, handler)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for signal_number, handler in previous.items():
+            signal.signal(signal_number, handler)
 
 
 def _prefetch(task: Task, first: int, last: int) -> Iterator[tuple[int, Batch]]:

@@ -108,8 +108,8 @@ def test_without_speech_the_features_do_not_matter():
         assert bool(first == second) == is_same
 
 
-def test_every_clip_comes_once_per_epoch_and_batches_repeat():
-    clips = make_clips(6)
+def test_every_window_comes_once_per_epoch_and_batches_repeat():
+    clips = make_clips(6, 6)
     clips = dataclasses.replace(
         clips, lip_gap=np.broadcast_to(np.arange(6.0)[:, None], clips.lip_gap.shape)
     )
@@ -118,6 +118,16 @@ def test_every_clip_comes_once_per_epoch_and_batches_repeat():
     assert sorted(np.concatenate(seen[:3])) == sorted(np.concatenate(seen[3:])) == list(range(6))
     for name, value in task.batches(4).items():
         np.testing.assert_array_equal(value, task.batches(4)[name])
+
+
+def test_only_the_stillest_windows_of_every_person_are_kept():
+    clips = make_clips(4)
+    moved = clips.latent.copy()
+    moved[1::2] += 1  # one of two clips of each person has moved away
+    clips = dataclasses.replace(clips, latent=moved, person=np.array([7, 7, 9, 9]))
+    task = ForcingTask(MODEL, dataclasses.replace(SETTINGS, still_share=0.5), clips)
+    assert set(task.windows[:, 0]) == {0, 2}
+    assert len(task.windows) == 2 * 4
 
 
 def test_speech_and_picture_of_a_window_belong_together():

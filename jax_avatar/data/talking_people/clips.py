@@ -47,6 +47,8 @@ class PeopleConfig:
     """Frames of a clip: 1 + 4n, one for the first latent and four for each further one."""
     fps: int = 16
     texture_size: int = 512
+    movement: float = 1.0
+    """Scale of the head's movements; a third of them is still a person talking."""
     people_per_shard: int = 8
     seed: int = 0
 
@@ -207,7 +209,7 @@ def make_clip(config: PeopleConfig, split: str, index: int) -> ClipRecord:
     key = [config.seed, records.SPLITS.index(split), index]
     rng = np.random.default_rng(key)
     talk = make_talk(rng, voices(split), config.num_frames, config.fps)
-    motion = motion_lib.make_motion(rng, config.num_frames, config.fps)
+    motion = motion_lib.make_motion(rng, config.num_frames, config.fps).scaled(config.movement)
     units = combine_units(talk.mouth, motion.units)
     scene_seed = int(rng.integers(1 << 31))
     if split == "cartoon":

@@ -42,6 +42,12 @@ class Motion:
     gaze: np.ndarray  # [T 2] float32: right, down against the head, in radians
     actions: tuple[Action, ...]
 
+    def scaled(self, movement: float) -> "Motion":
+        """The same with larger or smaller movements of the head; the eyes still find the viewer."""
+        less = (1 - movement) * self.pose
+        gaze = np.clip(self.gaze + 0.7 * less[:, :2], -0.5, 0.5)
+        return dataclasses.replace(self, pose=self.pose - less, gaze=gaze)
+
     def pose_at(self, frame: int) -> Pose:
         """The head pose of one frame."""
         yaw, pitch, roll, *shift = (float(v) for v in self.pose[frame])
