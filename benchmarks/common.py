@@ -37,6 +37,7 @@ __all__ = [
     "open_model",
     "quantiles",
     "random_portrait",
+    "random_weights",
     "read_voice",
     "resident_mib",
     "save_random_model",
@@ -217,15 +218,15 @@ def save_random_model(folder: str | Path, size: str = "nano") -> Path:
     else:
         config, build, kind, pixels = SMALL_CONFIG, PortraitDiT, "portrait", 96
         speech, vae = SpeechConfig(), LightVAEConfig()
-    _, params = split(build(config, rngs=nnx.Rngs(0)))
+    params = random_weights(lambda: build(config, rngs=nnx.Rngs(0)))
     # The head starts at zero, which would make the velocity independent of everything.
     kernel = params["head"]["kernel"]
     params["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
     fields = dataclasses.asdict(config) | {"dtype": "float32", "param_dtype": "float32"}
     save_weights(folder, "dit", params, fields)
-    _, params = split(LightVAE(vae, rngs=nnx.Rngs(1)))
+    params = random_weights(lambda: LightVAE(vae, rngs=nnx.Rngs(1)))
     save_weights(folder, "vae", params, dataclasses.asdict(vae))
-    _, params = split(SpeechEncoder(speech, rngs=nnx.Rngs(2)))
+    params = random_weights(lambda: SpeechEncoder(speech, rngs=nnx.Rngs(2)))
     save_weights(folder, "speech", params, dataclasses.asdict(speech))
     stream = {
         "fps": 16,
@@ -237,6 +238,11 @@ def save_random_model(folder: str | Path, size: str = "nano") -> Path:
     content = {"name": f"random-{size}", "dit": kind, "vae": "light", "speech": "mel"}
     save_json(folder / "config.json", content | {"stream": stream})
     return folder
+
+
+def random_weights(build: Callable[[], nnx.Module]) -> dict[str, Any]:
+    """Parameters of a new module, as one compiled function."""
+    return jax.jit(lambda: split(build())[1])()
 
 
 def random_portrait(model: AvatarModel, seed: int = 0) -> np.ndarray:

@@ -28,10 +28,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.common import NANO, emit, environment
+from benchmarks.common import NANO, emit, environment, random_weights
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import split
+from jax_avatar.models.params import abstract
 from jax_avatar.streaming.mesh import make_mesh, parse_layout
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import Conditions, StreamPlan
@@ -62,7 +62,8 @@ def mid_size(width: int, layers: int) -> DiTConfig:
 
 def make_stream(kind: str, config: DiTConfig, grid: int):
     """A stream of random weights, four steps."""
-    graphdef, params = split(DiT(config, rngs=nnx.Rngs(0)))
+    build = lambda: DiT(config, rngs=nnx.Rngs(0))  # noqa: E731
+    graphdef, params = abstract(build)[0], random_weights(build)
     kernel = params["head"]["kernel"]
     params["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
     latent = (1, 1, grid, grid, config.latent_channels)
