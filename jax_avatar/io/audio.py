@@ -9,12 +9,15 @@ import av
 import numpy as np
 import soxr
 
+from jax_avatar.io.media import open_media
 from jax_avatar.shapes import Float
 
 __all__ = ["AudioReader", "PcmReader", "is_silent", "load_audio"]
 
 _PCM_TYPES = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 _RATES = (1000, 768_000)
+_NOTHING = np.zeros(0, np.float32)
+_FILE_STARTS = {b"RIFF": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3"}
 
 
 class AudioReader:
@@ -29,7 +32,8 @@ class AudioReader:
         """Opens the file and decodes its first samples, so that a bad file fails here.
 
         Args:
-            path: wav, flac, mp3, ogg, opus, m4a, or anything else FFmpeg knows.
+            path: wav, flac, mp3, ogg, opus, m4a, or anything else FFmpeg knows; may be a pipe such
+                as /dev/stdin.
             sample_rate: of the chunks.
             chunk: samples per chunk; the last one may be shorter.
 
@@ -37,10 +41,11 @@ class AudioReader:
             ValueError: the file is missing, not audio, broken, or without a sample.
         """
         self.path = Path(path)
-        if not os.path.isfile(self.path):
+        is_file = os.path.isfile(self.path)
+        if os.path.isdir(self.path) or not os.path.exists(self.path):
             kind = "is a folder" if os.path.isdir(self.path) else "does not exist"
             raise ValueError(f"audio {path} {kind}; expected a file such as speech.wav.")
-        if not self.path.stat().st_size:
+        if is_file and not self.path.stat().st_size:  # a pipe has no size
             raise ValueError(
                 f"audio {path} is empty; expected wav, flac, mp3, ogg, m4a or the like."
             )
@@ -49,7 +54,7 @@ class AudioReader:
         self.num_samples = 0
         self._ended_early: Exception | None = None
         try:
-            self._container = av.open(str(self.path))
+            self._container = open_media(self.path)
         except (av.FFmpegError, OSError) as error:
             raise ValueError(
                 f"{path} is not an audio file that can be read ({_reason(error)}); expected wav, "
@@ -58,6 +63,9 @@ class AudioReader:
         if not self._container.streams.audio:
             self._container.close()
             raise ValueError(f"{path} has no audio track; pass a file with sound.")
+        if self._container.streams.audio[0].codec_context is None:
+            self._container.close()
+            raise ValueError(f"{path} has sound of a kind that FFmpeg cannot decode.")
         self.duration_s = self._duration()
         self._parts = self._decode()
         self._first = next(self._parts, None)
@@ -98,13 +106,35 @@ class AudioReader:
 
     def _decode(self) -> Iterator[np.ndarray]:
         resample = _Resampler(self.sample_rate)
+        packets = self._container.demux(self._container.streams.audio[0])
+        count, lost_s, error = 0, 0.0, None
         try:
-            for frame in self._container.decode(audio=0):
-                yield from resample(_mono(frame), frame.sample_rate)
-        except (av.FFmpegError, OSError) as error:
-            self._ended_early = error
+            while True:
+                packet = None
+                try:
+                    if (packet := next(packets, None)) is None:
+                        break
+                    frames = packet.decode()
+                except (av.FFmpegError, OSError) as caught:
+                    error = caught
+                    if packet is None:  # no more can be read
+                        lost_s = np.inf
+                        break
+                    lost_s += float((packet.duration or 0) * (packet.time_base or 0))
+                    continue  # a damaged packet amid good ones is left out
+                for frame in frames:
+                    lost_s, error = 0.0, None
+                    if len(samples := resample(_mono(frame), frame.sample_rate)):
+                        count += len(samples)
+                        yield samples
+            if len(samples := resample.finish()):
+                count += len(samples)
+                yield samples
+            # A little rubbish after the end of a whole file does no harm.
+            missing_s = (self.duration_s or np.inf) - count / self.sample_rate
+            if max(missing_s, lost_s) > 0.25:
+                self._ended_early = error
         finally:
-            yield from resample(None)
             self._container.close()
 
     def _checked(self, samples: np.ndarray) -> np.ndarray:
@@ -121,25 +151,24 @@ class _Resampler:
     """Mono samples of any rate -> one rate, chunk by chunk, with the filter's state in between."""
 
     def __init__(self, sample_rate: int):
-        self._rate = sample_rate
-        self._input_rate = 0
+        self._rate, self._input_rate = sample_rate, 0
         self._stream: soxr.ResampleStream | None = None
 
-    def __call__(self, mono: np.ndarray | None, rate: int = 0) -> Iterator[np.ndarray]:
-        """Resamples a chunk; None ends the stream and gives what is left."""
-        if self._stream is not None and mono is not None and rate != self._input_rate:
-            yield from self(None)  # files joined end to end may change their rate
-            self._stream = None
-        if self._stream is None:
-            if mono is None:
-                return
+    def __call__(self, mono: np.ndarray, rate: int) -> np.ndarray:
+        """Resamples a chunk; what the filter still holds comes with the next one."""
+        before = _NOTHING
+        if rate != self._input_rate:  # files joined end to end may change their rate
+            before = self.finish()
             self._stream = soxr.ResampleStream(rate, self._rate, 1, "float32", quality="HQ")
             self._input_rate = rate
-        is_last = mono is None
-        samples = np.zeros(0, np.float32) if is_last else mono
-        out = self._stream.resample_chunk(samples, last=is_last)
-        if len(out):
-            yield out
+        return np.concatenate([before, self._stream.resample_chunk(mono)])
+
+    def finish(self) -> np.ndarray:
+        """What is left."""
+        if self._stream is None:
+            return _NOTHING
+        stream, self._stream, self._input_rate = self._stream, None, 0
+        return stream.resample_chunk(_NOTHING, last=True)
 
 
 def _mono(frame: av.AudioFrame) -> np.ndarray:
@@ -203,26 +232,29 @@ class PcmReader:
         """Yields mono samples in [-1, 1] until the pipe ends; half a sample at its end is dropped.
 
         Raises:
-            ValueError: the pipe ended without a sample, or floats are no numbers.
+            ValueError: the pipe ended without a sample, holds a file instead of raw samples, or
+                floats are no numbers.
         """
         resample = _Resampler(self.sample_rate)
         width = self._type.itemsize * self._channels
         # A tenth of a second at a time, so that a chunk is complete when its last sample is.
         size = max(1, self._input_rate // 10) * width
         read = getattr(self._stream, "read1", self._stream.read)
-        left, waiting = b"", np.zeros(0, np.float32)
+        left, waiting, is_first = b"", _NOTHING, True
         while data := read(size):
+            if is_first:
+                _check_is_raw(data)
+                is_first = False
             data = left + data
             whole = len(data) // width * width
             left = data[whole:]
             if whole:
-                waiting = np.concatenate(
-                    [waiting, *resample(self._mono(data[:whole]), self._input_rate)]
-                )
+                samples = resample(self._mono(data[:whole]), self._input_rate)
+                waiting = np.concatenate([waiting, samples])
             while len(waiting) >= self._chunk:
                 yield self._counted(waiting[: self._chunk])
                 waiting = waiting[self._chunk :]
-        waiting = np.concatenate([waiting, *resample(None)])
+        waiting = np.concatenate([waiting, resample.finish()])
         for start in range(0, len(waiting), self._chunk):
             yield self._counted(waiting[start : start + self._chunk])
         if not self.num_samples:
@@ -256,6 +288,15 @@ def load_audio(path: str | Path, sample_rate: int = 16_000) -> Float[np.ndarray,
 def is_silent(samples: Float[np.ndarray, " N"], level: float = 1e-4) -> bool:
     """Whether nothing can be heard."""
     return bool(np.abs(samples).max(initial=0) < level)
+
+
+def _check_is_raw(data: bytes) -> None:
+    for start, kind in _FILE_STARTS.items():
+        if data.startswith(start):
+            raise ValueError(
+                f"standard input holds {kind} data, expected raw PCM samples; pass the name of "
+                "the file instead (/dev/stdin for a pipe)."
+            )
 
 
 def _check_chunks(sample_rate: int, chunk: int) -> None:

@@ -131,22 +131,30 @@ def save_orbax(
     """Writes a network's weights as an Orbax checkpoint, whole or not at all.
 
     Args:
-        folder: replaced if it exists.
+        folder: replaced if it exists, once the new one is complete.
         params: nested dictionary of arrays, sharded or not.
         config: fields of the network's config, plain values.
         metadata: history: command, data hash, licence.
     """
     folder = Path(folder).resolve()
-    if folder.exists():
-        shutil.rmtree(folder)
+    fresh, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    is_first_process = jax.process_index() == 0
+    if is_first_process:
+        for leftover in (fresh, old):  # of an interrupted save
+            shutil.rmtree(leftover, ignore_errors=True)
     header = {"config": dict(config), "metadata": dict(metadata or {})}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
-            folder,
+            fresh,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params), header=ocp.args.JsonSave(header)
             ),
         )
+    if is_first_process:
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def restore_orbax(

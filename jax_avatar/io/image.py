@@ -14,6 +14,8 @@ _SMALLEST = 16  # pixels per side, below which there is no face to see
 _LARGEST = 2048  # sides are reduced to this while decoding; no stream is larger
 _MOST_PIXELS = 400_000_000  # a compressed file may claim any size
 _BACKGROUND = (200, 200, 200)  # behind transparent pixels
+# What portraits come in; Pillow would hand PostScript to another program.
+_FORMATS = frozenset("AVIF BMP GIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI TGA TIFF WEBP".split())
 _EIGHT_OF_SIXTEEN_BITS = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
@@ -32,9 +34,11 @@ def load_image(path: str | Path) -> np.ndarray:
         raise ValueError(f"image {path} {kind}; expected a file such as portrait.png.")
     if not path.stat().st_size:
         raise ValueError(f"image {path} is empty; expected PNG, JPEG, WebP or the like.")
+    Image.init()
+    formats = sorted(_FORMATS & Image.OPEN.keys())
     previous, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats) as image:
             width, height = image.size
             if min(width, height) >= _SMALLEST and width * height <= _MOST_PIXELS:
                 image.draft("RGB", (_LARGEST, _LARGEST))  # JPEG: decode straight to a smaller size
@@ -55,11 +59,12 @@ def load_image(path: str | Path) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    # Pillow would clip, not scale, what does not fit into 8 bits.
+    # Pillow would clip, not scale, what does not fit into 8 bits. Arrays forget the orientation.
     if image.mode.startswith("I;16"):
+        image = ImageOps.exif_transpose(image)
         image = Image.fromarray(_EIGHT_OF_SIXTEEN_BITS[np.asarray(image)])
     elif image.mode in ("I", "F"):
-        values = np.nan_to_num(np.array(image, np.float32))
+        values = np.nan_to_num(np.array(ImageOps.exif_transpose(image), np.float32))
         values *= 255 / (65535.0 if image.mode == "I" else max(1.0, float(values.max())))
         image = Image.fromarray(np.clip(values, 0, 255).round().astype(np.uint8))
     if max(image.size) > _LARGEST:

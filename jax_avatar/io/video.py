@@ -1,21 +1,32 @@
 """Frames and samples -> a video file that plays even if it is never closed."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from jaxtyping import UInt8
 
+from jax_avatar.io.media import media_url, open_media
 from jax_avatar.shapes import Float
 
 __all__ = ["VideoWriter", "read_video"]
 
 _SUFFIXES = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-# One fragment per key frame and no index at the end: what is written is playable. The header
-# waits for the first fragment, so that it can say how many samples of AAC priming to skip.
-_FRAGMENTED = {"movflags": "frag_keyframe+delay_moov+default_base_moof", "flush_packets": "1"}
+# One fragment per key frame, so that what is written is playable. The header waits for the first
+# fragment, to say how many samples of AAC priming to skip. Closing makes a plain file of it, except
+# with FFmpeg up to 8.0, which would break the file there.
+_CLOSES_PLAIN = av.library_versions["libavformat"] >= (62, 12)
+_MOV = {
+    "movflags": "frag_keyframe+delay_moov+default_base_moof"
+    + ("+hybrid_fragmented" if _CLOSES_PLAIN else ""),
+    "flush_packets": "1",
+}
+_MATROSKA = {"cluster_time_limit": "1000", "flush_packets": "1"}
 
 
 class VideoWriter:
@@ -27,7 +38,7 @@ class VideoWriter:
     def __init__(
         self, path: str | Path, width: int, height: int, fps: int, audio_rate: int | None = None
     ):
-        """Creates the file.
+        """Checks that the file can be written; the first frame creates it.
 
         Args:
             path: ends in .mp4, .mov or .mkv; replaced if it exists.
@@ -41,8 +52,7 @@ class VideoWriter:
                 that cannot be written.
         """
         self.path = Path(path)
-        kind = _SUFFIXES.get(self.path.suffix.lower())
-        if kind is None:
+        if self.path.suffix.lower() not in _SUFFIXES:
             raise ValueError(f"output {path}: expected a name ending in {', '.join(_SUFFIXES)}.")
         if width % 2 or height % 2 or width < 2 or height < 2:
             raise ValueError(f"video of {width}x{height} pixels; H.264 needs even sides.")
@@ -58,24 +68,15 @@ class VideoWriter:
                 f"output {path} {wrong}; give the name of a file in an existing folder."
             )
         try:
-            with open(self.path, "wb"):
-                pass
-            options = _FRAGMENTED if kind != "matroska" else {"flush_packets": "1"}
-            self._container = av.open(str(self.path), "w", format=kind, options=options)
-        except (OSError, av.FFmpegError) as error:
+            is_new = not self.path.exists()
+            self.path.open("ab").close()  # an older video stays until there is a new one
+            if is_new:
+                self.path.unlink()
+        except OSError as error:
             raise ValueError(f"output {path} cannot be written ({error.strerror}).") from error
-        self.fps, self._audio_rate = fps, audio_rate
-        self._video = self._container.add_stream("libx264", rate=fps)
-        self._video.width, self._video.height, self._video.pix_fmt = width, height, "yuv420p"
-        self._video.time_base = Fraction(1, fps)
-        # No B-frames and no look-ahead: a frame leaves the encoder when it has come in.
-        self._video.options = {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}
-        self._video.gop_size = max(1, fps)
-        self._audio = None
-        if audio_rate is not None:
-            self._audio = self._container.add_stream("aac", rate=audio_rate, layout="mono")
-            self._audio.bit_rate = 96_000
+        self.width, self.height, self.fps, self._audio_rate = width, height, fps, audio_rate
         self.num_frames = 0
+        self._container = self._video = self._audio = None
         self._samples_written = 0
         self._waiting = np.zeros(0, np.float32)
         self._is_open = True
@@ -90,40 +91,79 @@ class VideoWriter:
         """Appends 8-bit RGB frames.
 
         Raises:
-            ValueError: they are not of the size of the video.
+            ValueError: they are not of the size of the video, or the disk is full.
         """
-        if frames.shape[1:3] != (self._video.height, self._video.width):
+        if frames.shape[1:3] != (self.height, self.width):
             raise ValueError(
                 f"frames of {frames.shape[2]}x{frames.shape[1]} pixels for a video of "
-                f"{self._video.width}x{self._video.height}; resize them first."
+                f"{self.width}x{self.height}; resize them first."
             )
+        if not self._is_open:
+            raise ValueError(f"output {self.path} is closed already; make another writer.")
+        if self._container is None:
+            self._create()
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame.pts, frame.time_base = self.num_frames, Fraction(1, self.fps)
-            self._container.mux(self._video.encode(frame))
+            self._encode(self._video, frame)
             self.num_frames += 1
         self._write_sound_up_to(self.num_frames)
 
     def write_audio(self, samples: Float[np.ndarray, " N"]) -> None:
         """Appends mono samples in [-1, 1]; they are written when their frames are."""
-        if self._audio is not None:
+        if self._audio_rate is not None:
             self._waiting = np.concatenate([self._waiting, samples.astype(np.float32)])
 
     def close(self) -> None:
-        """Ends the file; sound without frames is dropped, frames without sound are silent."""
+        """Ends the file; sound without frames is dropped, frames without sound are silent.
+
+        Without a single frame there is no file, and an older one of that name stays.
+        """
         if not self._is_open:
             return
         self._is_open = False
+        if self._container is None:
+            return
         try:
             if self._audio is not None:
                 missing = self._samples_until(self.num_frames) - self._samples_written
                 missing -= len(self._waiting)
                 self._waiting = np.pad(self._waiting, (0, max(0, missing)))
                 self._write_sound_up_to(self.num_frames)
-                self._container.mux(self._audio.encode(None))
-            self._container.mux(self._video.encode(None))
+                self._encode(self._audio, None)
+            self._encode(self._video, None)
         finally:
-            self._container.close()
+            with self._explained():
+                self._container.close()
+
+    def _create(self) -> None:
+        kind = _SUFFIXES[self.path.suffix.lower()]
+        options = _MATROSKA if kind == "matroska" else _MOV
+        with self._explained():
+            self._container = av.open(media_url(self.path), "w", format=kind, options=options)
+        self._video = self._container.add_stream("libx264", rate=self.fps)
+        self._video.width, self._video.height = self.width, self.height
+        self._video.pix_fmt, self._video.time_base = "yuv420p", Fraction(1, self.fps)
+        # No B-frames and no look-ahead: a frame leaves the encoder when it has come in.
+        self._video.options = {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}
+        self._video.gop_size = self.fps
+        if self._audio_rate is not None:
+            self._audio = self._container.add_stream("aac", rate=self._audio_rate, layout="mono")
+            self._audio.bit_rate = 96_000
+
+    def _encode(self, stream: Any, frame: Any) -> None:
+        with self._explained():
+            self._container.mux(stream.encode(frame))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, av.FFmpegError) as error:
+            raise ValueError(
+                f"output {self.path} cannot be written after {self.num_frames} frames "
+                f"({error.strerror}); free some space or choose another place."
+            ) from error
 
     def _samples_until(self, frame: int) -> int:
         return frame * self._audio_rate // self.fps
@@ -138,7 +178,7 @@ class VideoWriter:
         made = av.AudioFrame.from_ndarray(np.clip(samples, -1, 1)[None].copy(), "fltp", "mono")
         made.sample_rate = self._audio_rate
         made.pts, made.time_base = self._samples_written, Fraction(1, self._audio_rate)
-        self._container.mux(self._audio.encode(made))
+        self._encode(self._audio, made)
         self._samples_written += count
 
 
@@ -150,20 +190,38 @@ def read_video(
     Returns:
         8-bit RGB frames `[T H W 3]`, frames per second, mono samples by their time stamps (None
         without sound), and their rate.
+
+    Raises:
+        ValueError: the file is missing, cannot be read, or has no picture.
     """
-    with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        fps = float(container.streams.video[0].guessed_rate)
-    with av.open(str(path)) as container:
-        if not container.streams.audio:
-            return np.stack(frames), fps, None, None
-        rate = container.streams.audio[0].rate
-        samples = np.zeros(0, np.float32)
-        for frame in container.decode(audio=0):
-            part = frame.to_ndarray().astype(np.float32).mean(0)
-            start = round(float(frame.pts * frame.time_base) * rate)
-            if start < 0:  # the encoder's priming
-                part, start = part[-start:], 0
-            samples = np.pad(samples, (0, max(0, start + len(part) - len(samples))))
-            samples[start : start + len(part)] = part
-    return np.stack(frames), fps, samples, rate
+    try:
+        with open_media(path) as container:
+            frames, fps = [], 0.0
+            if container.streams.video:
+                fps = float(container.streams.video[0].guessed_rate or 0)
+                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        if not frames:
+            raise ValueError(f"{path} has no picture; expected a whole mp4, mov or mkv file.")
+        with open_media(path) as container:
+            if not container.streams.audio:
+                return np.stack(frames), fps, None, None
+            rate = container.streams.audio[0].rate
+            return np.stack(frames), fps, _samples_by_time(container, rate), rate
+    except (OSError, av.FFmpegError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a video ({error.strerror}); expected a whole mp4, mov or "
+            "mkv file."
+        ) from error
+
+
+def _samples_by_time(container: av.container.InputContainer, rate: int) -> np.ndarray:
+    parts = []
+    for frame in container.decode(audio=0):
+        part = frame.to_ndarray().astype(np.float32).mean(0)
+        start = round(float(frame.pts * frame.time_base) * rate)
+        # What lies before 0 is the encoder's priming.
+        parts.append((max(0, start), part[max(0, -start) :]))
+    samples = np.zeros(max((start + len(part) for start, part in parts), default=0), np.float32)
+    for start, part in parts:
+        samples[start : start + len(part)] = part
+    return samples

@@ -1,4 +1,8 @@
+import gc
 import io
+import os
+import sys
+import threading
 from pathlib import Path
 
 import av
@@ -232,3 +236,64 @@ def test_bad_pcm_settings_and_empty_pipes_are_named():
         pipe = io.BytesIO(np.array([0.1, value, 0.1], "<f4").tobytes())
         with pytest.raises(ValueError, match="no numbers around"):
             list(PcmReader(pipe, sample_format="f32le"))
+
+
+def test_a_file_in_place_of_raw_pcm_is_named(tmp_path):
+    path = write(tmp_path / "a.wav", tone(0.1), 16_000, "pcm_s16le", "s16")
+    with pytest.raises(ValueError, match="WAV data, expected raw PCM"):
+        list(PcmReader(io.BytesIO(path.read_bytes())))
+
+
+def test_a_pipe_is_read_like_a_file(tmp_path):
+    path = write(tmp_path / "a.wav", tone(0.5), 16_000, "pcm_s16le", "s16")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(path.read_bytes()))
+    writer.start()
+    np.testing.assert_array_equal(load_audio(tmp_path / "pipe"), load_audio(path))
+    writer.join()
+
+
+def test_a_colon_in_the_name_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("file:12:30.wav", tone(0.1), 16_000, "pcm_s16le", "s16")
+    assert len(load_audio("12:30.wav")) == 1600
+
+
+def test_a_title_that_is_not_utf8_does_no_harm(tmp_path):
+    data = write(tmp_path / "a.wav", tone(0.1), 16_000, "pcm_s16le", "s16").read_bytes()
+    info = b"INFOINAM" + (4).to_bytes(4, "little") + b"caf\xe9"
+    data += b"LIST" + len(info).to_bytes(4, "little") + info
+    (tmp_path / "a.wav").write_bytes(data[:4] + (len(data) - 8).to_bytes(4, "little") + data[8:])
+    assert len(load_audio(tmp_path / "a.wav")) == 1600
+
+
+def test_a_reader_may_be_left_in_the_middle(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.wav", tone(2.0, 44_100), 44_100, "pcm_s16le", "s16")
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    reader = AudioReader(path, chunk=1000)
+    chunks = iter(reader)
+    next(chunks)
+    del reader, chunks
+    gc.collect()
+    assert not complaints
+
+
+def test_damage_in_the_middle_costs_only_itself(tmp_path):
+    path = write(tmp_path / "a.mp3", tone(4.0, 44_100), 44_100, "libmp3lame", "s16p")
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 600] = np.random.default_rng(0).bytes(600)
+    path.write_bytes(data)
+    samples = load_audio(path)
+    assert 3.0 < len(samples) / 16_000 < 4.1
+    assert np.abs(np.fft.rfft(samples[-16_000:])).argmax() == 440
+
+
+def test_an_end_that_cannot_be_decoded_is_named(tmp_path):
+    path = write(tmp_path / "a.flac", tone(4.0), 16_000, "flac", "s16")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    chunks = iter(AudioReader(path, chunk=1000))
+    assert len(next(chunks)) == 1000  # what is whole comes first
+    with pytest.raises(ValueError, match=r"a\.flac breaks off after 2\.\d+ s"):
+        list(chunks)

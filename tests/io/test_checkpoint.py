@@ -86,3 +86,17 @@ def test_json_round_trip_and_errors(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         load_json(tmp_path / "broken.json")
+
+
+def test_a_failed_orbax_save_leaves_the_old_checkpoint(tmp_path):
+    save_orbax(tmp_path / "net", PARAMS, CONFIG)
+    with pytest.raises((TypeError, ValueError)):
+        save_orbax(tmp_path / "net", PARAMS, {"bad": object()})
+    assert_same(load_weights(tmp_path, "net")[0], PARAMS)
+
+
+def test_an_orbax_save_replaces_the_old_checkpoint_and_leaves_nothing_else(tmp_path):
+    for value in (1, 2):
+        save_orbax(tmp_path / "net", {"w": np.full(3, value, np.float32)}, CONFIG)
+    np.testing.assert_array_equal(load_weights(tmp_path, "net")[0]["w"], 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]

@@ -153,3 +153,20 @@ def test_the_reference_is_centred_black_where_missing_or_covers():
     assert bars[0, 0, :, 0].max() == -1 and bars[0, 0, :, 352].min() == 1
     covered = prepare_reference(np.full((400, 720, 3), 255, np.uint8), 384, 704, cover=True)
     assert covered.min() == 1
+
+
+def test_a_sideways_photo_of_sixteen_bits_is_turned_too(tmp_path):
+    values = np.zeros((32, 64), np.uint16)
+    values[:, :32] = 65535
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(values).save(tmp_path / "a.png", exif=exif)
+    image = load_image(tmp_path / "a.png")
+    assert image.shape == (64, 32, 3)
+    assert (image[:32] == 255).all() and (image[32:] == 0).all()
+
+
+def test_postscript_is_never_run(tmp_path):
+    Image.new("RGB", (64, 64), RED).save(tmp_path / "a.eps")
+    with pytest.raises(ValueError, match="not an image"):
+        load_image(tmp_path / "a.eps")

@@ -1,5 +1,6 @@
 import shutil
 
+import av
 import numpy as np
 import pytest
 
@@ -40,14 +41,15 @@ def test_sound_is_cut_or_padded_to_the_picture(tmp_path):
         assert abs(len(heard) / rate - 1.5) < 0.08
 
 
-def test_a_file_that_was_never_closed_plays(tmp_path):
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+def test_a_file_that_was_never_closed_plays(tmp_path, suffix):
     frames, samples = flash_and_click(1.0)
-    writer = VideoWriter(tmp_path / "a.mp4", 48, 32, FPS, RATE)
+    writer = VideoWriter(tmp_path / f"a.{suffix}", 48, 32, FPS, RATE)
     writer.write_audio(samples)
     writer.write_frames(frames)
-    shutil.copy(tmp_path / "a.mp4", tmp_path / "killed.mp4")
+    shutil.copy(tmp_path / f"a.{suffix}", tmp_path / f"killed.{suffix}")
     writer.close()
-    seen, _, heard, _ = read_video(tmp_path / "killed.mp4")
+    seen, _, heard, _ = read_video(tmp_path / f"killed.{suffix}")
     assert len(frames) - FPS <= len(seen) < len(frames)
     assert seen.mean((1, 2, 3)).argmax() == FPS and len(heard) > RATE
 
@@ -93,3 +95,69 @@ def test_an_exception_still_closes_the_file(tmp_path):
         raise RuntimeError
     frames, _, heard, rate = read_video(tmp_path / "a.mp4")
     assert len(frames) == 8 and abs(len(heard) / rate - 0.5) < 0.08
+
+
+def boxes(path):
+    """Names of the outermost boxes of an MP4 file."""
+    data, start, names = path.read_bytes(), 0, []
+    while start < len(data):
+        names.append(data[start + 4 : start + 8])
+        start += int.from_bytes(data[start : start + 4], "big")
+    return names
+
+
+def test_a_closed_file_says_how_long_it_is(tmp_path):
+    frames, samples = flash_and_click(1.0)
+    with VideoWriter(tmp_path / "a.mp4", 48, 32, FPS, RATE) as writer:
+        writer.write_audio(samples)
+        writer.write_frames(frames)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert abs(container.duration / av.time_base - 3.0) <= 1024 / RATE
+    is_plain = b"moof" not in boxes(tmp_path / "a.mp4")
+    assert is_plain == (av.library_versions["libavformat"] >= (62, 12))
+
+
+def test_without_a_frame_an_older_video_stays(tmp_path):
+    (tmp_path / "old.mp4").write_bytes(b"precious")
+    for name in ("old.mp4", "new.mp4"):
+        with VideoWriter(tmp_path / name, 32, 32, FPS, RATE) as writer:
+            writer.write_audio(np.zeros(100, np.float32))
+    assert (tmp_path / "old.mp4").read_bytes() == b"precious"
+    assert not (tmp_path / "new.mp4").exists()
+
+
+def test_a_colon_in_the_name_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with VideoWriter("12:30.mp4", 32, 32, FPS) as writer:
+        writer.write_frames(np.zeros((3, 32, 32, 3), np.uint8))
+    assert len(read_video("12:30.mp4")[0]) == 3
+
+
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "a.mp4").symlink_to("/dev/full")
+    with (
+        pytest.raises(ValueError, match=r"a\.mp4 cannot be written after \d+ frames"),
+        VideoWriter(tmp_path / "a.mp4", 32, 32, FPS) as writer,
+    ):
+        writer.write_frames(np.zeros((FPS * 2 + 1, 32, 32, 3), np.uint8))
+
+
+def test_a_closed_writer_takes_no_more(tmp_path):
+    writer = VideoWriter(tmp_path / "a.mp4", 32, 32, FPS)
+    writer.close()
+    with pytest.raises(ValueError, match="closed already"):
+        writer.write_frames(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_what_is_no_video_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"gone\.mp4 cannot be read as a video"):
+        read_video(tmp_path / "gone.mp4")
+    (tmp_path / "text.mp4").write_text("no video" * 50)
+    with pytest.raises(ValueError, match="cannot be read as a video"):
+        read_video(tmp_path / "text.mp4")
+    with av.open(str(tmp_path / "a.wav"), "w") as container:
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        frame.sample_rate = RATE
+        container.mux(container.add_stream("pcm_s16le", rate=RATE).encode(frame))
+    with pytest.raises(ValueError, match="has no picture"):
+        read_video(tmp_path / "a.wav")
