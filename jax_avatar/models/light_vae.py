@@ -12,6 +12,7 @@ convolutions learn what they miss. A linear encoder is fixed before any training
 valid while the decoder improves. A single frame is a group of four equal frames.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,8 +62,8 @@ class LightVAEConfig:
     encoder_blocks: int = 0
     latent_blocks: int = 2
     frame_blocks: int = 3
-    latent_mean: tuple[float, ...] = ()
-    latent_std: tuple[float, ...] = ()
+    latent_mean: Sequence[float] = ()
+    latent_std: Sequence[float] = ()
     spatial_stride: int = 8
     temporal_stride: int = 4
 

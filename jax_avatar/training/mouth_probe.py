@@ -92,7 +92,7 @@ class MouthProbe:
 
 
 def mouth_crops(
-    frames: _Frames, mouth_boxes: _Boxes, *, margin: int = 0
+    frames: _Frames, mouth_boxes: Float[np.ndarray, "boxes 4"], *, margin: int = 0
 ) -> Float[np.ndarray, "b r r 3"]:
     """Squares of a third of the frame around the mouth, as floats in [-1, 1].
 

@@ -3,7 +3,8 @@
     window of 1 + 4k frames -> colour jitter -> encode -> + noise -> decode -> weighted L1
 
 A picture can be good and still show no speech, so pixels near the mouth count several times.
-Noise on the latents teaches the decoder to take small errors of the diffusion gracefully.
+Noise on the latents teaches the decoder to take small errors of the diffusion gracefully. A
+discriminator of patches keeps the frames from being blurred.
 """
 
 from collections.abc import Iterable
@@ -17,15 +18,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from jax_avatar.io.checkpoint import save_weights
+from jax_avatar.io.checkpoint import load_weights, save_weights
 from jax_avatar.models.light_vae import (
     LightVAE,
     LightVAEConfig,
+    PatchBasis,
     principal_components,
     with_patch_basis,
 )
 from jax_avatar.models.params import merge, split
 from jax_avatar.shapes import Latent, Scalar, Video
+from jax_avatar.training.discriminator import discriminator_losses, init_discriminator
 
 __all__ = [
     "FaceWindows",
@@ -38,6 +41,7 @@ __all__ = [
 
 
 _BASIS_WINDOWS = 128
+_HINGE_WEIGHT = 0.1  # Adam does not mind; small, so that clipping by global norm spares the decoder
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,17 @@ class VAELossConfig:
     Attributes:
         mouth_weight: weight of pixels in the mouth box; all others have 1.
         basis_mouth_weight: the same for the principal components that training starts from.
+        square_weight: weight of the squared error next to the absolute one, whose optimum is a
+            median and makes rare mouth shapes too small.
         gradient_weight: weight of the error of horizontal and vertical differences.
         motion_weight: weight of the error of differences between neighbouring frames.
+        feature_weight: weight of the distance in the discriminator's features.
+        verdict_weight: weight of the discriminator's verdict.
+        discriminator_start: step from which the decoder minds the discriminator.
         latent_weight: weight of the mean square of the latents, which keeps them near zero.
         latent_noise: largest standard deviation of the noise added to the latents.
+        start_from: folder whose `vae.safetensors` training starts from; empty for random
+            convolutions and principal components.
         train_encoder: whether the encoder learns too; if not, it stays at the principal
             components, and the transformer can be trained before the decoder is.
         colour_jitter: largest relative change of brightness, contrast and each colour.
@@ -62,10 +73,15 @@ class VAELossConfig:
 
     mouth_weight: float = 6.0
     basis_mouth_weight: float = 24.0
-    gradient_weight: float = 1.0
+    square_weight: float = 4.0
+    gradient_weight: float = 0.5
     motion_weight: float = 0.5
+    feature_weight: float = 1.0
+    verdict_weight: float = 0.02
+    discriminator_start: int = 500
     latent_weight: float = 1e-4
-    latent_noise: float = 0.05
+    latent_noise: float = 0.1
+    start_from: str = ""
     train_encoder: bool = False
     colour_jitter: float = 0.15
     batch_size: int = 1
@@ -104,7 +120,11 @@ class FaceWindows:
 
 
 def mouth_weight(
-    mouth_box: Float[np.ndarray, "... 4"], height: int, width: int, weight: float, margin: float = 2
+    mouth_box: Float[np.ndarray, "... 4"],
+    height: int,
+    width: int,
+    weight: float,
+    margin: float = 2.0,
 ) -> Float[np.ndarray, "... H W"]:
     """Weight of every pixel: `weight` in the box widened by `margin` pixels, 1 elsewhere."""
     left, top, right, bottom = np.moveaxis(np.asarray(mouth_box, np.float32), -1, 0)
@@ -138,20 +158,47 @@ class VAETask:
         self.model, self.settings, self.train, self.held_out = model, loss, train, held_out
         self.seed = seed
         self.graphdef = split(nnx.eval_shape(lambda: LightVAE(model, rngs=nnx.Rngs(0))))[0]
+        # Made now and not when first needed, which may be inside a compiled function.
+        self._start_params = self._start(jax.random.key(seed))
         self._reconstruct = jax.jit(lambda params, video: self._apply(params, video))
 
     def init(self, key: Array) -> dict[str, Any]:
-        """Random convolutions; linear paths at the principal components of the training frames."""
-        _, params = split(LightVAE(self.model, rngs=nnx.Rngs(params=key)))
+        """Random convolutions; linear paths at the principal components of the training frames.
+
+        The key is for the discriminator; the VAE depends on the task's seed alone. An encoder
+        that is not trained is no parameter, lest weight decay change it.
+        """
+        params = {**self._start_params, "discriminator": init_discriminator(key)}
+        if not self.settings.train_encoder:
+            del params["encoder"]
+        return params
+
+    def model_params(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The VAE's weights alone, with the encoder also where it is not trained."""
+        trained = params if self.settings.train_encoder else self._start_params
+        return {"encoder": trained["encoder"], "decoder": params["decoder"]}
+
+    def _start(self, key: Array) -> dict[str, Any]:
+        if self.settings.start_from:
+            params, config, _ = load_weights(self.settings.start_from, "vae")
+            if LightVAEConfig(**config) != self.model:
+                raise ValueError(
+                    f"start_from={self.settings.start_from!r} holds a VAE of {config}, but "
+                    f"{self.model.to_dict()} is to be trained; make the model settings equal."
+                )
+            return params
+        build = jax.jit(lambda key: split(LightVAE(self.model, rngs=nnx.Rngs(params=key)))[1])
+        return with_patch_basis(build(key), self._fit_basis())
+
+    def _fit_basis(self) -> PatchBasis:
         rng = np.random.default_rng([self.seed, 1])
         sample = [self._window(rng, cropped=False) for _ in range(_BASIS_WINDOWS)]
         video, box = (np.stack(part) for part in zip(*sample, strict=True))
         weight = mouth_weight(box, *video.shape[2:4], self.settings.basis_mouth_weight)
-        basis = principal_components(video.astype(np.float32) / 127.5 - 1, weight, self.model.z_dim)
-        return with_patch_basis(params, basis)
+        return principal_components(video.astype(np.float32) / 127.5 - 1, weight, self.model.z_dim)
 
     def batches(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step: uint8 frames and the weight of every pixel."""
+        """The batch of a step: frames, the weight of every pixel, whether to judge them."""
         settings = self.settings
         rng = np.random.default_rng([self.seed, 2, step])
         cropped = bool(settings.crop) and rng.random() < settings.crop_share
@@ -162,7 +209,8 @@ class VAETask:
         sample = [self._window(rng, cropped) for _ in range(count)]
         video, box = (np.stack(part) for part in zip(*sample, strict=True))
         weight = mouth_weight(box, *video.shape[2:4], settings.mouth_weight)
-        return {"video": video, "weight": weight}
+        judged = np.float32(step >= settings.discriminator_start)
+        return {"video": video, "weight": weight, "judged": judged}
 
     def loss(
         self, params: dict[str, Any], batch: dict[str, Array], key: Array
@@ -172,15 +220,14 @@ class VAETask:
         jitter_key, level_key, noise_key = jax.random.split(key, 3)
         video = batch["video"].astype(jnp.float32) / 127.5 - 1.0
         video = _jitter(jitter_key, video, settings.colour_jitter)
-        model = merge(self.graphdef, params)
+        model = merge(self.graphdef, self.model_params(params))
         latent = model.encode(video)
-        if not settings.train_encoder:
-            latent = jax.lax.stop_gradient(latent)
         level = settings.latent_noise * jax.random.uniform(
             level_key, (latent.shape[0], latent.shape[1], 1, 1, 1)
         )
         noisy = latent + level * jax.random.normal(noise_key, latent.shape)
-        error = model.decode(noisy) - video
+        decoded = model.decode(noisy)
+        error = decoded - video
         weight = batch["weight"][..., None]
         pixel = _weighted_mean(jnp.abs(error), weight)
         gradient = _weighted_mean(
@@ -188,17 +235,25 @@ class VAETask:
         ) + _weighted_mean(jnp.abs(error[:, :, :, 1:] - error[:, :, :, :-1]), weight[:, :, :, 1:])
         motion = _weighted_mean(jnp.abs(error[:, 1:] - error[:, :-1]), weight[:, 1:])
         spread = jnp.mean(latent**2)
+        hinge, verdict, features = discriminator_losses(params["discriminator"], video, decoded)
+        square = _weighted_mean(error**2, weight)
         total = (
             pixel
+            + settings.square_weight * square
             + settings.gradient_weight * gradient
             + settings.motion_weight * motion
             + settings.latent_weight * spread
+            + batch["judged"]
+            * (settings.feature_weight * features + settings.verdict_weight * verdict)
+            + _HINGE_WEIGHT * hinge
         )
         metrics = {
             "l1": pixel,
             "gradient": gradient,
             "motion": motion,
             "latent_ms": spread,
+            "hinge": hinge,
+            "features": features,
             "psnr": 10 * jnp.log10(4.0 / jnp.mean(error**2)),
         }
         return total, metrics
@@ -217,6 +272,7 @@ class VAETask:
         self, params: dict[str, Any], video: UInt8[np.ndarray, "b T H W 3"]
     ) -> UInt8[np.ndarray, "b T H W 3"]:
         """Encodes and decodes clips of `1 + 4k` frames, one at a time."""
+        params = self.model_params(params)
         parts = [
             self._reconstruct(params, clip[None].astype(np.float32) / 127.5 - 1.0) for clip in video
         ]
@@ -229,19 +285,19 @@ class VAETask:
         If the encoder was trained, the normalisation of its latents is measured anew; a linear one
         already has it in its weights.
         """
-        config = self.model
+        config, weights = self.model, self.model_params(params)
         if self.settings.train_encoder:
             rng = np.random.default_rng([self.seed, 3])
             video = np.stack([self._window(rng, cropped=False)[0] for _ in range(64)])
             encode = jax.jit(lambda params, video: merge(self.graphdef, params).encode(video))
             video = video / np.float32(127.5) - 1
-            latent = np.concatenate([np.asarray(encode(params, clip[None])) for clip in video])
+            latent = np.concatenate([np.asarray(encode(weights, clip[None])) for clip in video])
             old_mean, old_std = np.asarray(config.latent_mean), np.asarray(config.latent_std)
             mean, std = latent_statistics(latent * old_std + old_mean)
             config = replace(config, latent_mean=mean, latent_std=std)
         scores = {name: round(value, 2) for name, value in self.evaluate(params, 0).items()}
         metadata = {**metadata, "task": asdict(self.settings), "held_out_scores": scores}
-        save_weights(folder, "vae", params, config.to_dict(), metadata, dtype="float16")
+        save_weights(folder, "vae", weights, config.to_dict(), metadata, dtype="float16")
 
     def _apply(self, params: dict[str, Any], video: Video) -> Video:
         model = merge(self.graphdef, params)
@@ -280,7 +336,7 @@ def reconstruction_scores(
 ) -> dict[str, float]:
     """Peak signal-to-noise ratio in dB over all pixels, and over those of the mouth box."""
     square = ((video.astype(np.float32) - decoded.astype(np.float32)) ** 2).mean(-1)
-    inside = mouth_weight(mouth_box, *video.shape[2:4], 2.0, margin=0) - 1.0
+    inside = mouth_weight(mouth_box, *video.shape[2:4], 2.0, margin=0.0) - 1.0
     mouth = (square * inside).sum() / max(inside.sum(), 1.0)
     return {
         "psnr": float(10 * np.log10(255.0**2 / max(square.mean(), 1e-9))),
@@ -289,7 +345,7 @@ def reconstruction_scores(
 
 
 def latent_statistics(
-    latent: Latent, *, whitening: float = 0.5
+    latent: Latent | Float[np.ndarray, "b t h w c"], *, whitening: float = 0.5
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and divisor per channel that make latents fit for diffusion.
 

@@ -94,10 +94,11 @@ def test_principal_components_restore_what_they_span():
     strength = rng.normal(size=(6, 1, 4)) * np.array([4.0, 2.0, 1.0, 0.5])
     video = np.einsum("btk,khwc->bthwc", np.repeat(strength, 5, axis=1), pictures)
     video = video.astype(np.float32)
+    frames = jnp.asarray(video)
     basis = principal_components(video, np.ones(video.shape[:4], np.float32), 5, whitening=0.5)
     graphdef, params = split(LightVAE(NANO, rngs=nnx.Rngs(0)))
     model = merge(graphdef, with_patch_basis(params, basis))
-    np.testing.assert_allclose(model.decode(model.encode(video)), video, atol=1e-2)
+    np.testing.assert_allclose(model.decode(model.encode(frames)), video, atol=1e-2)
     # Components are ordered, and the spread of channels is that of components, compressed.
     spread = np.asarray(model.encoder.patch(_patches(video))).reshape(-1, 5).std(0)
     assert np.all(np.diff(spread) < 0)
