@@ -41,7 +41,7 @@ from jax_avatar.shapes import Array, AudioFeatures, Float, IntScalar, Latent, Te
 __all__ = ["DiT"]
 
 Tap = Callable[[str, Array], None] | None
-SpeakerMask = Float[Array, "b u t h2 w2"]
+SpeakerMask = Float[Array, "b u mask_t h2 w2"]
 Portrait = Float[Array, "b 1 h w c"]
 Motion = Float[Array, "b past h w c"]
 
