@@ -84,6 +84,8 @@ def test_an_interrupt_leaves_a_playable_file(inputs):
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(inputs),
+        # Shells start background jobs with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdin.write((3000 * np.ones(48_000)).astype("<i2").tobytes())
     process.stdin.flush()
