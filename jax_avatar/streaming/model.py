@@ -81,7 +81,6 @@ class StreamSettings:
         if self.warmup_latents < 1:
             raise ValueError(f"warmup_latents {self.warmup_latents} must be at least 1.")
 
-
     @property
     def num_steps(self) -> int:
         """Denoising steps."""
