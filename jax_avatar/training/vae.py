@@ -3,8 +3,7 @@
     window of 1 + 4k frames -> colour jitter -> encode -> + noise -> decode -> weighted L1
 
 A picture can be good and still show no speech, so pixels near the mouth count several times.
-Noise on the latents teaches the decoder to take small errors of the diffusion gracefully. A
-discriminator of patches keeps the frames from being blurred.
+Noise on the latents teaches the decoder to take small errors of the diffusion gracefully.
 """
 
 from collections.abc import Iterable
@@ -28,7 +27,6 @@ from jax_avatar.models.light_vae import (
 )
 from jax_avatar.models.params import merge, split
 from jax_avatar.shapes import Latent, Scalar, Video
-from jax_avatar.training.discriminator import discriminator_losses, init_discriminator
 
 __all__ = [
     "FaceWindows",
@@ -41,7 +39,6 @@ __all__ = [
 
 
 _BASIS_WINDOWS = 128
-_HINGE_WEIGHT = 0.1  # Adam does not mind; small, so that clipping by global norm spares the decoder
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,6 @@ class VAELossConfig:
             median and makes rare mouth shapes too small.
         gradient_weight: weight of the error of horizontal and vertical differences.
         motion_weight: weight of the error of differences between neighbouring frames.
-        feature_weight: weight of the distance in the discriminator's features.
-        verdict_weight: weight of the discriminator's verdict.
-        discriminator_start: step from which the decoder minds the discriminator.
         latent_weight: weight of the mean square of the latents, which keeps them near zero.
         latent_noise: largest standard deviation of the noise added to the latents.
         start_from: folder whose `vae.safetensors` training starts from; empty for random
@@ -75,10 +69,7 @@ class VAELossConfig:
     basis_mouth_weight: float = 24.0
     square_weight: float = 4.0
     gradient_weight: float = 0.5
-    motion_weight: float = 0.5
-    feature_weight: float = 1.0
-    verdict_weight: float = 0.02
-    discriminator_start: int = 500
+    motion_weight: float = 2.0
     latent_weight: float = 1e-4
     latent_noise: float = 0.1
     start_from: str = ""
@@ -165,10 +156,11 @@ class VAETask:
     def init(self, key: Array) -> dict[str, Any]:
         """Random convolutions; linear paths at the principal components of the training frames.
 
-        The key is for the discriminator; the VAE depends on the task's seed alone. An encoder
-        that is not trained is no parameter, lest weight decay change it.
+        The key is not used, the task's seed is. An encoder that is not trained is no parameter,
+        lest weight decay change it.
         """
-        params = {**self._start_params, "discriminator": init_discriminator(key)}
+        del key
+        params = dict(self._start_params)
         if not self.settings.train_encoder:
             del params["encoder"]
         return params
@@ -198,7 +190,7 @@ class VAETask:
         return principal_components(video.astype(np.float32) / 127.5 - 1, weight, self.model.z_dim)
 
     def batches(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step: frames, the weight of every pixel, whether to judge them."""
+        """The batch of a step: uint8 frames and the weight of every pixel."""
         settings = self.settings
         rng = np.random.default_rng([self.seed, 2, step])
         cropped = bool(settings.crop) and rng.random() < settings.crop_share
@@ -209,8 +201,7 @@ class VAETask:
         sample = [self._window(rng, cropped) for _ in range(count)]
         video, box = (np.stack(part) for part in zip(*sample, strict=True))
         weight = mouth_weight(box, *video.shape[2:4], settings.mouth_weight)
-        judged = np.float32(step >= settings.discriminator_start)
-        return {"video": video, "weight": weight, "judged": judged}
+        return {"video": video, "weight": weight}
 
     def loss(
         self, params: dict[str, Any], batch: dict[str, Array], key: Array
@@ -226,8 +217,7 @@ class VAETask:
             level_key, (latent.shape[0], latent.shape[1], 1, 1, 1)
         )
         noisy = latent + level * jax.random.normal(noise_key, latent.shape)
-        decoded = model.decode(noisy)
-        error = decoded - video
+        error = model.decode(noisy) - video
         weight = batch["weight"][..., None]
         pixel = _weighted_mean(jnp.abs(error), weight)
         gradient = _weighted_mean(
@@ -235,7 +225,6 @@ class VAETask:
         ) + _weighted_mean(jnp.abs(error[:, :, :, 1:] - error[:, :, :, :-1]), weight[:, :, :, 1:])
         motion = _weighted_mean(jnp.abs(error[:, 1:] - error[:, :-1]), weight[:, 1:])
         spread = jnp.mean(latent**2)
-        hinge, verdict, features = discriminator_losses(params["discriminator"], video, decoded)
         square = _weighted_mean(error**2, weight)
         total = (
             pixel
@@ -243,17 +232,12 @@ class VAETask:
             + settings.gradient_weight * gradient
             + settings.motion_weight * motion
             + settings.latent_weight * spread
-            + batch["judged"]
-            * (settings.feature_weight * features + settings.verdict_weight * verdict)
-            + _HINGE_WEIGHT * hinge
         )
         metrics = {
             "l1": pixel,
             "gradient": gradient,
             "motion": motion,
             "latent_ms": spread,
-            "hinge": hinge,
-            "features": features,
             "psnr": 10 * jnp.log10(4.0 / jnp.mean(error**2)),
         }
         return total, metrics
