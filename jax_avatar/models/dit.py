@@ -319,8 +319,8 @@ class DiT(nnx.Module):
 
         xs = (sink.key, sink.value, sink.text_key, sink.text_value)
         x, (key, value), _ = self._layers(x, layer, xs, (cache.key, cache.value), tap=tap)
-        velocity = self.apply_head(x, embedding, (t, h, w), tap)
-        return velocity.astype(noisy.dtype), KVCache(key, value)
+        out = self.apply_head(x, embedding, (t, h, w), tap)
+        return self.velocity(out, noisy, timestep, pose), KVCache(key, value)
 
     # ---- parts ----------------------------------------------------------------------------
 
@@ -376,8 +376,8 @@ class DiT(nnx.Module):
             return x, carry, None
 
         x, _, _ = self._layers(x, layer, self._text_kv(text, tap), None, tap=tap)
-        velocity = self.apply_head(x[:, :n], embedding[:, :t], (t, h, w), tap)
-        return velocity.astype(noisy.dtype)
+        out = self.apply_head(x[:, :n], embedding[:, :t], (t, h, w), tap)
+        return self.velocity(out, noisy, timestep, pose)
 
     def _layers(self, x, layer, xs, carry, *, tap):
         """Runs `layer(x, block, index, xs, carry, tap) -> (x, carry, kept)` over all layers."""
@@ -534,7 +534,7 @@ class DiT(nnx.Module):
         shape: tuple[int, int, int],
         tap: Tap = None,
     ) -> Latent:
-        """Hidden states of noisy tokens -> velocity.
+        """Hidden states of noisy tokens -> the network's output.
 
         Args:
             x: hidden states.
@@ -550,6 +550,20 @@ class DiT(nnx.Module):
         if tap:
             tap("head_out", out)
         return unpatchify(out, (t, h // 2, w // 2), _PATCH)
+
+    def velocity(
+        self, out: Latent, noisy: Latent, timestep: Float[Array, "b t"], pose: Latent
+    ) -> Latent:
+        """The network's output -> velocity; here they are the same.
+
+        Args:
+            out: from `apply_head`.
+            noisy: what the network was given.
+            timestep: its noise level times 1000, per latent frame.
+            pose: the pose input.
+        """
+        del timestep, pose
+        return out.astype(noisy.dtype)
 
     def _grid_rotation(self, frames, h, w, *, half):
         return self._rotation(frames, range(h // 2), range(w // 2), half)

@@ -13,11 +13,10 @@ from einops import rearrange
 from flax import nnx
 
 from jax_avatar.models.audio_tokens import AudioTokens, CausalAudioEncoder
-from jax_avatar.models.cache import BlockPosition, KVCache, Sink
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.dit import DiT, Motion, Portrait, SpeakerMask, Tap
+from jax_avatar.models.dit import DiT
 from jax_avatar.models.layers import layer_norm
-from jax_avatar.shapes import Array, AudioFeatures, Float, IntScalar, Latent, TextStates
+from jax_avatar.shapes import Array, AudioFeatures, Float, Latent
 
 __all__ = ["BlockAudioEncoder", "PortraitDiT"]
 
@@ -64,69 +63,11 @@ class PortraitDiT(DiT):
         super().__init__(config, rngs=rngs)
         self.audio = BlockAudioEncoder(config, rngs=rngs)
 
-    def bidirectional(
-        self,
-        noisy: Latent,
-        timestep: Float[Array, "b t"],
-        text: TextStates,
-        reference: Portrait,
-        motion: Motion | None,
-        pose: Latent,
-        audio: AudioFeatures,
-        *,
-        speaker_mask: SpeakerMask | None = None,
-        tap: Tap = None,
+    def velocity(
+        self, out: Latent, noisy: Latent, timestep: Float[Array, "b t"], pose: Latent
     ) -> Latent:
-        """Velocity of a whole clip; see `DiT.bidirectional`."""
-        change = super().bidirectional(
-            noisy, timestep, text, reference, motion, pose, audio,
-            speaker_mask=speaker_mask, tap=tap,
-        )  # fmt: skip
-        return _velocity(noisy, timestep, pose, change)
-
-    def block_causal(
-        self,
-        noisy: Latent,
-        timestep: Float[Array, "b t"],
-        text: TextStates,
-        reference: Portrait,
-        motion: Motion | None,
-        pose: Latent,
-        audio: AudioFeatures,
-        *,
-        reference_frame: IntScalar | None = None,
-        speaker_mask: SpeakerMask | None = None,
-        tap: Tap = None,
-    ) -> Latent:
-        """Velocity of a whole clip, block after block; see `DiT.block_causal`."""
-        change = super().block_causal(
-            noisy, timestep, text, reference, motion, pose, audio,
-            reference_frame=reference_frame, speaker_mask=speaker_mask, tap=tap,
-        )  # fmt: skip
-        return _velocity(noisy, timestep, pose, change)
-
-    def stream_block(
-        self,
-        noisy: Latent,
-        timestep: Float[Array, "b t"],
-        pose: Latent,
-        audio: AudioFeatures,
-        cache: KVCache,
-        sink: Sink,
-        position: BlockPosition,
-        *,
-        speaker_mask: SpeakerMask | None = None,
-        tap: Tap = None,
-    ) -> tuple[Latent, KVCache]:
-        """Velocity of one block of a stream; see `DiT.stream_block`."""
-        change, cache = super().stream_block(
-            noisy, timestep, pose, audio, cache, sink, position, speaker_mask=speaker_mask, tap=tap
-        )
-        return _velocity(noisy, timestep, pose, change), cache
-
-
-def _velocity(noisy, timestep, portrait, change):
-    sigma = jnp.maximum(timestep.astype(jnp.float32) / 1000, _SMALLEST_SIGMA)
-    clean = portrait.astype(jnp.float32) + change.astype(jnp.float32)
-    velocity = (noisy.astype(jnp.float32) - clean) / sigma[:, :, None, None, None]
-    return velocity.astype(noisy.dtype)
+        """The predicted change of the portrait -> velocity; arguments as in `DiT.velocity`."""
+        sigma = jnp.maximum(timestep.astype(jnp.float32) / 1000, _SMALLEST_SIGMA)
+        clean = pose.astype(jnp.float32) + out.astype(jnp.float32)
+        velocity = (noisy.astype(jnp.float32) - clean) / sigma[:, :, None, None, None]
+        return velocity.astype(noisy.dtype)

@@ -5,16 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from jax_avatar.diffusion.schedule import Schedule
 from jax_avatar.models.params import merge
 from jax_avatar.shapes import Float
 from jax_avatar.streaming.model import AvatarModel
-from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.plan import Conditions
 from jax_avatar.streaming.sampler import SequentialStream
+from jax_avatar.streaming.session import DROPPED_FRAMES
 
 __all__ = ["BatchStream"]
-
-_DROPPED_FRAMES = 3  # as in a session: the first latent's frames before the audio begins
 
 
 class BatchStream:
@@ -28,12 +26,7 @@ class BatchStream:
                 f"{model.settings.motion!r}; batches are streamed for reference and none only."
             )
         self.model, settings = model, model.settings
-        self._plan = StreamPlan(
-            schedule=Schedule(settings.sigmas),
-            aas_after_blocks=settings.aas_after_blocks,
-            sink_distance=settings.sink_distance,
-            seed=seed,
-        )
+        self._plan = settings.plan(seed)
         vae, speech = model.vae.graphdef, model.speech.graphdef
         self._encode = jax.jit(lambda p, video: merge(vae, p).encode(video))
         self._first = jax.jit(lambda p, latent: merge(vae, p).decode_first(latent))
@@ -57,8 +50,8 @@ class BatchStream:
         """
         model, dit = self.model, self.model.dit
         block = 4 * dit.config.frames_per_block
-        total = -(-(num_frames + _DROPPED_FRAMES) // block) * block
-        silence = _DROPPED_FRAMES * model.speech.config.samples_per_frame
+        total = -(-(num_frames + DROPPED_FRAMES) // block) * block
+        silence = DROPPED_FRAMES * model.speech.config.samples_per_frame
         heard = jnp.pad(jnp.asarray(waves, jnp.float32), ((0, 0), (silence, 0)))[:, None]
         features = self._features(model.speech.params, heard, total)
         still = jnp.asarray(portraits, jnp.float32)[:, None] / 127.5 - 1
@@ -80,4 +73,4 @@ class BatchStream:
                 video, state = self._next(model.vae.params, state, latent)
                 parts.append(np.asarray(jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5), np.uint8))
         frames = np.concatenate(parts, axis=1)
-        return frames[:, _DROPPED_FRAMES : _DROPPED_FRAMES + num_frames]
+        return frames[:, DROPPED_FRAMES : DROPPED_FRAMES + num_frames]

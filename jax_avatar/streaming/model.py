@@ -22,6 +22,7 @@ from jax_avatar.models.params import abstract, flatten
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.vae import WanVAE
 from jax_avatar.shapes import PyTree
+from jax_avatar.streaming.plan import StreamPlan
 
 __all__ = ["SMALL", "AvatarModel", "Network", "StreamSettings", "load_model", "load_settings"]
 
@@ -85,6 +86,15 @@ class StreamSettings:
     def num_steps(self) -> int:
         """Denoising steps."""
         return len(self.sigmas) - 1
+
+    def plan(self, seed: int) -> StreamPlan:
+        """What the stream's sampler needs of these settings."""
+        return StreamPlan(
+            schedule=Schedule(self.sigmas),
+            aas_after_blocks=self.aas_after_blocks,
+            sink_distance=self.sink_distance,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)

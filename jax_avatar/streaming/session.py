@@ -16,21 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_avatar.diffusion.schedule import Schedule
 from jax_avatar.models.params import merge
 from jax_avatar.shapes import Array, Float
 from jax_avatar.streaming.mesh import Layout, make_mesh
 from jax_avatar.streaming.model import AvatarModel
 from jax_avatar.streaming.pipeline import PipelinedStream
-from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.plan import Conditions
 from jax_avatar.streaming.sampler import SequentialStream
 
-__all__ = ["AvatarSession", "SessionTimes", "num_slices"]
+__all__ = ["DROPPED_FRAMES", "AvatarSession", "SessionTimes", "num_slices"]
 
 _MOTION_LATENTS = 19
-# The first block's first latent is decoded next to the still portrait; the release drops the
-# frames of that transition, and so does this.
-_DROPPED_FRAMES = 3
+DROPPED_FRAMES = 3
+"""Frames at the start that are thrown away: the first block's first latent is decoded next to the
+still portrait; the release drops the frames of that transition, and so does this."""
 
 
 @dataclass
@@ -100,14 +99,8 @@ class AvatarSession:
         else:
             pose = np.zeros((*pose_shape[:-1], dit.config.pose_channels), np.float32)
         motion = self._still[:, -_MOTION_LATENTS:] if settings.motion == "still" else None
-        plan = StreamPlan(
-            schedule=Schedule(settings.sigmas),
-            aas_after_blocks=settings.aas_after_blocks,
-            sink_distance=settings.sink_distance,
-            seed=seed,
-        )
         conditions = Conditions(jnp.asarray(text), self.reference, motion, jnp.asarray(pose))
-        arguments = (dit.graphdef, dit.params, dit.config, plan, conditions)
+        arguments = (dit.graphdef, dit.params, dit.config, settings.plan(seed), conditions)
         if layout.is_sequential:
             self.stream = SequentialStream(*arguments, device=mesh.devices[0, 0])
         else:
@@ -129,7 +122,7 @@ class AvatarSession:
         if warmup.shape[1] > 1:
             _, self._vae_state = self._decode(self._vae_params, self._vae_state, put(warmup[:, 1:]))
         # Video frame j of the stream is frame j - 3 of the output; silence comes before.
-        silence = np.zeros(_DROPPED_FRAMES * self.speech.samples_per_frame, np.float32)
+        silence = np.zeros(DROPPED_FRAMES * self.speech.samples_per_frame, np.float32)
         self._samples = [silence]
         self._buffered = silence.size
         self._speech_state = None
@@ -180,7 +173,7 @@ class AvatarSession:
 
     @property
     def _frames_promised(self) -> int:
-        return max(0, self._blocks_in * self.block_frames - _DROPPED_FRAMES)
+        return max(0, self._blocks_in * self.block_frames - DROPPED_FRAMES)
 
     def _append(self, samples: np.ndarray) -> None:
         self._samples.append(samples)
@@ -233,7 +226,7 @@ class AvatarSession:
             self.times.last_frame = now
             self.times.blocks.append(now - self._submitted.popleft())
             if self._blocks_out == 0:
-                frames = frames[_DROPPED_FRAMES:]
+                frames = frames[DROPPED_FRAMES:]
             self._blocks_out += 1
             if wanted is not None:
                 frames = frames[: max(0, wanted - self._frames_out)]

@@ -146,7 +146,7 @@ def score(frames: Frames, truth: Truth, probe: MouthProbe) -> dict[str, float]:
 
     Returns:
         `lip_r`: Pearson correlation of the opening of the generated mouth with the truth, mean of
-        the clips; `lip_r_other`: with the truth of another clip, which should be near zero;
+        the clips; `lip_r_other`: with the truth of every other clip, which should be near zero;
         `lip_lag_frames`: shift at which the mean correlation is highest, positive if the picture
         is late; `lip_r_best`: there; `lip_amplitude`: deviation of the opening over the truth's;
         `identity`: distance of the mean picture from the portrait's own person over that from
@@ -157,7 +157,6 @@ def score(frames: Frames, truth: Truth, probe: MouthProbe) -> dict[str, float]:
     true = truth.lip_gap
     curve = {lag: _mean_correlation(opening, true, lag) for lag in _LAGS}
     best = max(curve, key=curve.get)
-    other = np.roll(true, 1, axis=0)
     change = np.abs(np.diff(frames.astype(np.float32), axis=1)).mean((2, 3, 4))
     true_change = np.abs(np.diff(truth.frames.astype(np.float32), axis=1)).mean((2, 3, 4))
     # Every fourth change crosses a border; which one depends on the first frame.
@@ -166,7 +165,14 @@ def score(frames: Frames, truth: Truth, probe: MouthProbe) -> dict[str, float]:
         "lip_r": curve[0],
         "lip_r_best": curve[best],
         "lip_lag_frames": float(best),
-        "lip_r_other": _mean_correlation(opening, other, 0),
+        "lip_r_other": float(
+            np.mean(
+                [
+                    _mean_correlation(opening, np.roll(true, shift, axis=0), 0)
+                    for shift in range(1, len(true))
+                ]
+            )
+        ),
         "lip_amplitude": float(np.median(opening.std(1) / (true.std(1) + 1e-6))),
         "identity": _identity(frames, truth),
         "motion": float(change.mean() / true_change.mean()),
@@ -182,20 +188,30 @@ def score_stream(
     Returns:
         `colour_drift`: change of the mean colour in grey levels; `sharpness`: gradient energy over
         the first window's; `portrait_distance_first` and `_last`: mean absolute difference of the
-        windows' mean pictures from the portrait, in grey levels.
+        windows' mean pictures from the portrait, in grey levels; `identity_first` and `_last`:
+        that distance over the distance from the other portraits, 1 is a stranger.
     """
-    frames = frames.astype(np.float32)
-    first, last = frames[:, :window], frames[:, -window:]
+    first, last = (part.astype(np.float32) for part in (frames[:, :window], frames[:, -window:]))
     still = portrait.astype(np.float32)
 
     def sharpness(part):
         return np.abs(np.diff(part, axis=2)).mean() + np.abs(np.diff(part, axis=3)).mean()
 
+    def to_portraits(part):
+        return np.abs(part.mean(1)[:, None] - still[None]).mean((2, 3, 4))
+
+    def identity(part):
+        distance = to_portraits(part)
+        own = np.eye(len(distance), dtype=bool)
+        return float(distance[own].mean() / distance[~own].mean()) if len(distance) > 1 else 0.0
+
     return {
         "colour_drift": float(np.abs(last.mean((1, 2, 3)) - first.mean((1, 2, 3))).mean()),
         "sharpness": float(sharpness(last) / sharpness(first)),
-        "portrait_distance_first": float(np.abs(first.mean(1) - still).mean()),
-        "portrait_distance_last": float(np.abs(last.mean(1) - still).mean()),
+        "portrait_distance_first": float(np.diag(to_portraits(first)).mean()),
+        "portrait_distance_last": float(np.diag(to_portraits(last)).mean()),
+        "identity_first": identity(first),
+        "identity_last": identity(last),
     }
 
 

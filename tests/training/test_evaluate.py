@@ -59,3 +59,11 @@ def test_drift_of_a_stream_is_measured_in_grey_levels():
     found = score_stream(drifting + np.eye(8, dtype=np.uint8)[..., None], portrait, 1)
     assert found["colour_drift"] == pytest.approx(20)
     assert found["portrait_distance_last"] > found["portrait_distance_first"]
+
+
+def test_a_stream_that_turns_into_another_person_loses_its_identity():
+    portrait = make_truth(count=3).portrait
+    same = np.repeat(portrait[:, None], 20, axis=1)
+    swapped = np.concatenate([same[:, :10], np.roll(same, 1, axis=0)[:, 10:]], axis=1)
+    found = score_stream(swapped, portrait, 5)
+    assert found["identity_first"] == 0 and found["identity_last"] > 1
