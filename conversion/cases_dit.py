@@ -20,7 +20,13 @@ from flax import nnx
 from conversion.cases import Case, Check, compare
 from conversion.readers import SafetensorsFile
 from conversion.rules import check, convert
-from conversion.wan_dit import TABLE, config_from_official, lora_shapes, merge_lora
+from conversion.wan_dit import (
+    LORA_TABLE,
+    TABLE,
+    MergedLora,
+    config_from_official,
+    plain_lora_name,
+)
 from jax_avatar.diffusion.schedule import Schedule, euler_schedule
 from jax_avatar.io.image import fit_size, resized_size
 from jax_avatar.models.attention import block_causal_mask
@@ -29,6 +35,7 @@ from jax_avatar.models.config import DiTConfig, wan_s2v_14b
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.feature_rate import bucket_indices, num_frames_30hz, to_30hz
 from jax_avatar.models.layers import TimeEmbedding, layer_norm, modulate
+from jax_avatar.models.lora import adapter_leaves
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
 from jax_avatar.models.rope import axis_rotation, motion_positions
 from jax_avatar.streaming.plan import Conditions, StreamPlan
@@ -277,7 +284,7 @@ class _Golden:
         adapter = {k[5:]: v for k, v in self.t.items() if k.startswith("lora.")}
         if not adapter:
             return
-        merged = merge_lora(self.state_dict, adapter, self.info["lora"]["scaling"])
+        merged = MergedLora(self.state_dict, adapter, self.info["lora"]["scaling"])
         for name in self.t:
             if name.startswith("lora_merged.") and name[12:] in merged:
                 yield name, merged[name[12:]]
@@ -710,18 +717,16 @@ class DiTManifests:
         official = json.loads(case.files[0].read_text()).get("model_config")
         config = config_from_official(official) if official else wan_s2v_14b()
         wrong, note = 0, f"{len(shapes)} tensors"
+        params = abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1]
+        table, target = TABLE, flatten(params)
         if any("lora_A" in name for name in shapes):
+            shapes = {plain_lora_name(name): shape for name, shape in shapes.items()}
             rank = next(shape[0] for name, shape in shapes.items() if "lora_A" in name)
-            expected = lora_shapes(config, rank)
-            names = sorted(n for n in shapes | expected if shapes.get(n) != expected.get(n))
-            if names:
-                wrong, note = len(names), f"differ: {names}"
-        else:
-            _, target = abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))
-            try:
-                check(shapes, TABLE, flatten(target))
-            except ValueError as error:
-                wrong, note = 1, str(error)
+            table, target = LORA_TABLE, adapter_leaves(params, rank)
+        try:
+            check(shapes, table, target)
+        except ValueError as error:
+            wrong, note = 1, str(error)
         yield Check("names and shapes", float(wrong), 0.0, note)
 
 

@@ -38,6 +38,7 @@ class SafetensorsFile(Mapping):
     Attributes:
         metadata: the header's strings.
         shapes: name -> shape, without reading the tensor.
+        dtypes: name -> type, likewise.
     """
 
     def __init__(self, path: str | Path):
@@ -62,6 +63,7 @@ class SafetensorsFile(Mapping):
                 f"{self.path} is not a readable safetensors file ({error}); copy it again."
             ) from error
         self.shapes = {name: shape for name, (_, shape, _) in self._entries.items()}
+        self.dtypes = {name: dtype for name, (dtype, _, _) in self._entries.items()}
 
     def _checked(self, entry: dict, size: int) -> tuple[np.dtype, tuple[int, ...], int]:
         dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
@@ -101,6 +103,7 @@ class ShardedSafetensors(Mapping):
             raise ValueError(f"{index}: the shards lack {missing}; download them again.")
         self._shards = {name: shards[shard] for name, shard in places.items()}
         self.shapes = {name: shard.shapes[name] for name, shard in self._shards.items()}
+        self.dtypes = {name: shard.dtypes[name] for name, shard in self._shards.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The tensor, read-only; its pages are read when touched."""

@@ -17,6 +17,7 @@ import numpy as np
 
 __all__ = [
     "Ignore",
+    "Move",
     "Report",
     "Rule",
     "Transform",
@@ -24,8 +25,10 @@ __all__ = [
     "conv",
     "convert",
     "export",
+    "infer_leaves",
     "keep",
     "patch",
+    "plan",
     "squeeze",
     "transpose",
 ]
@@ -164,7 +167,16 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Move:
+class Move:
+    """One tensor on its way.
+
+    Attributes:
+        source: its name.
+        target: our path.
+        slot: its place along the leading axes of a stacked leaf.
+        rule: that sends it there.
+    """
+
     source: str
     target: str
     slot: tuple[int, ...]
@@ -172,7 +184,26 @@ class _Move:
 
     @property
     def label(self) -> str:
+        """Where it goes, for reports."""
         return self.target + (str(list(self.slot)) if self.slot else "")
+
+    def apply(self, array: np.ndarray) -> np.ndarray:
+        """The tensor in our layout.
+
+        Raises:
+            ValueError: it is not of numbers, or some are not finite.
+        """
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{self.source} holds {array.dtype}, expected floating-point weights; is it of a "
+                "quantised checkpoint? Convert the original one."
+            )
+        if not _all_finite(array):
+            raise ValueError(
+                f"{self.source} holds NaN or infinity; download the checkpoint again, or train on "
+                "from an earlier one."
+            )
+        return self.rule.transform.forward(array)
 
 
 def convert(
@@ -195,15 +226,15 @@ def convert(
 
     Raises:
         ValueError: a source tensor nobody uses, a target nobody fills, or shapes that do not fit;
-            the message lists all of them.
+            the message lists all of them. Also a tensor that is not of finite numbers.
     """
     shapes = getattr(source, "shapes", None)
     if shapes is None:
         shapes = {name: tuple(array.shape) for name, array in source.items()}
-    moves, report = _plan(shapes, table, target)
+    moves, report = plan(shapes, table, target)
     params = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in target.items()}
     for move in moves:
-        params[move.target][move.slot] = move.rule.transform.forward(source[move.source])
+        params[move.target][move.slot] = move.apply(source[move.source])
     return params, report
 
 
@@ -218,7 +249,38 @@ def check(shapes: Mapping[str, tuple[int, ...]], table: Table, target: Mapping[s
     Raises:
         ValueError: as `convert`.
     """
-    return _plan(shapes, table, target)[1]
+    return plan(shapes, table, target)[1]
+
+
+def infer_leaves(
+    shapes: Mapping[str, tuple[int, ...]], table: Table
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Our leaves for a file that nobody knows the size of: as many layers as it names.
+
+    Args:
+        shapes: source name -> shape.
+        table: the rules.
+
+    Returns:
+        Flat path -> shape. Layers counted by the same part of the name have the same number
+        everywhere, so that `plan` misses what is absent in one of them.
+    """
+    patterns = [(entry, _pattern(entry.source)) for entry in table]
+    counts: dict[str, int] = {}
+    found = []
+    for name, shape in shapes.items():
+        rule, indices = _match(patterns, name)
+        if isinstance(rule, Rule) and not _shape_problem(rule.transform, tuple(shape), None):
+            found.append((rule, indices, tuple(shape)))
+            for index in rule.stacked:
+                counter = rule.source.split(f"{{{index}}}")[0]
+                counts[counter] = max(counts.get(counter, 0), indices[index] + 1)
+    leaves = {}
+    for rule, indices, shape in found:
+        stack = [counts[rule.source.split(f"{{{index}}}")[0]] for index in rule.stacked]
+        slot = _transformed(rule.transform, shape)
+        leaves[_fill(rule.target, indices)] = jax.ShapeDtypeStruct((*stack, *slot), jnp.float32)
+    return leaves
 
 
 def export(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
@@ -251,10 +313,13 @@ def export(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
     return exported
 
 
-def _plan(
+def plan(
     shapes: Mapping[str, tuple[int, ...]], table: Table, target: Mapping[str, Any]
-) -> tuple[list[_Move], Report]:
-    """Every move needed, or one error with everything that does not fit."""
+) -> tuple[list[Move], Report]:
+    """Every move needed, or one error with everything that does not fit.
+
+    Arguments as in `check`; `convert` carries the moves out in memory.
+    """
     moves, report = [], Report()
     unknown, mismatched, doubled = [], [], []
     filled: dict[tuple[str, tuple[int, ...]], str] = {}
@@ -268,7 +333,7 @@ def _plan(
             report.ignored[name] = entry.reason
             continue
         path = _fill(entry.target, indices)
-        move = _Move(name, path, tuple(indices[index] for index in entry.stacked), entry)
+        move = Move(name, path, tuple(indices[index] for index in entry.stacked), entry)
         if path not in target:
             unknown.append(f"{name} {tuple(shape)}: its target {path} is not in the network")
             continue
@@ -307,6 +372,13 @@ def _plan(
     return moves, report
 
 
+def _all_finite(array: np.ndarray) -> bool:
+    if array.dtype == np.dtype(jnp.bfloat16):
+        # The exponent is all ones in NaN and infinity; NumPy would widen every value first.
+        return not np.any((array.view(np.uint16) & 0x7F80) == 0x7F80)
+    return bool(np.isfinite(array).all())
+
+
 def _unfilled(
     rules: Sequence[Rule], path: str, leaf: Any, filled: Mapping[tuple, str]
 ) -> Iterator[str]:
@@ -322,15 +394,19 @@ def _unfilled(
         yield f"{path} {tuple(leaf.shape)}: no rule leads to it"
 
 
-def _shape_problem(transform: Transform, shape: tuple, expected: tuple) -> str:
+def _transformed(transform: Transform, shape: tuple) -> tuple:
+    # Shapes only: at full size a copy per tensor would take minutes and gigabytes.
+    return tuple(jax.eval_shape(transform.forward, jax.ShapeDtypeStruct(shape, jnp.float32)).shape)
+
+
+def _shape_problem(transform: Transform, shape: tuple, expected: tuple | None) -> str:
     try:
-        # Shapes only: at full size a copy per tensor would take minutes and gigabytes.
-        got = jax.eval_shape(transform.forward, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+        got = _transformed(transform, shape)
     except (TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         return f"{shape} cannot be changed by '{transform.name}' ({reason}), expected {expected}"
-    if tuple(got) != expected:
-        return f"{shape} becomes {tuple(got)} by '{transform.name}', expected {expected}"
+    if expected is not None and got != expected:
+        return f"{shape} becomes {got} by '{transform.name}', expected {expected}"
     return ""
 
 

@@ -58,6 +58,7 @@ class TorchFile(Mapping):
 
     Attributes:
         shapes: name -> shape, without reading the tensor.
+        dtypes: name -> type, likewise.
     """
 
     def __init__(self, path: str | Path):
@@ -89,13 +90,12 @@ class TorchFile(Mapping):
             )
         self._tensors: dict[str, _Tensor] = value
         self.shapes = {name: tensor.shape for name, tensor in value.items()}
+        self.dtypes = {name: tensor.storage.dtype for name, tensor in value.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The tensor, read-only."""
         tensor = self._tensors[name]
-        storage = np.frombuffer(
-            self._archive.read(f"{self._root}data/{tensor.storage.key}"), tensor.storage.dtype
-        )
+        storage = self._map(tensor.storage)
         if not math.prod(tensor.shape):
             return np.zeros(tensor.shape, storage.dtype)
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
@@ -105,6 +105,23 @@ class TorchFile(Mapping):
         return np.lib.stride_tricks.as_strided(
             storage[tensor.offset :], tensor.shape, strides, writeable=False
         )
+
+    def _map(self, storage: _Storage) -> np.ndarray:
+        """A storage's numbers; PyTorch does not compress them, so their pages come when touched."""
+        entry = self._archive.getinfo(f"{self._root}data/{storage.key}")
+        if entry.compress_type != zipfile.ZIP_STORED or not entry.file_size:
+            return np.frombuffer(self._archive.read(entry), storage.dtype)
+        with open(self.path, "rb") as file:
+            file.seek(entry.header_offset)
+            head = file.read(30)
+        if head[:4] != b"PK\x03\x04":
+            raise ValueError(f"{self.path}: storage {storage.key} is not where it should be.")
+        names = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+        count = entry.file_size // storage.dtype.itemsize
+        start = entry.header_offset + 30 + names
+        if start + entry.file_size > self.path.stat().st_size:
+            raise ValueError(f"{self.path} is cut off in storage {storage.key}; copy it again.")
+        return np.memmap(self.path, storage.dtype, "r", start, (count,))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

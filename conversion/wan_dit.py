@@ -10,8 +10,19 @@ import numpy as np
 
 from conversion.rules import Rule, conv, patch, squeeze, transpose
 from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.lora import is_adapted
 
-__all__ = ["TABLE", "config_from_official", "lora_shapes", "merge_lora"]
+__all__ = [
+    "LORA_TABLE",
+    "SCALING",
+    "TABLE",
+    "MergedLora",
+    "config_from_official",
+    "plain_lora_name",
+]
+
+SCALING = 0.5
+"""Alpha over rank of the published LoRA, 64 / 128."""
 
 
 def _linear(source: str, target: str, layout=transpose) -> Iterator[Rule]:
@@ -64,6 +75,18 @@ def _rules() -> Iterator[Rule]:
 
 TABLE = tuple(_rules())
 """Rules for every tensor of the official transformer; nothing is ignored."""
+
+
+def _lora_rules() -> Iterator[Rule]:
+    for rule in TABLE:
+        if is_adapted(rule.target):
+            linear = rule.source.removesuffix(".weight")
+            yield Rule(f"{linear}.lora_A.weight", f"{rule.target}/a", transpose)
+            yield Rule(f"{linear}.lora_B.weight", f"{rule.target}/b", transpose)
+
+
+LORA_TABLE = tuple(_lora_rules())
+"""Rules for a LoRA under the names of `plain_lora_name`; ours is `kernel + scaling * a @ b`."""
 
 _RENAMED = {
     "dim": "width",
@@ -131,58 +154,80 @@ def config_from_official(official: Mapping[str, Any], **changes: Any) -> DiTConf
     return DiTConfig(**(fields | changes))
 
 
-def lora_targets(config: DiTConfig) -> dict[str, tuple[int, int]]:
-    """Official names of the linears that the LoRA adapts -> (outputs, inputs)."""
-    d, hidden = config.width, config.ffn_width
-    targets = {}
-    for i in range(config.num_layers):
-        for attention in ("self_attn", "cross_attn"):
-            targets |= {f"blocks.{i}.{attention}.{name}": (d, d) for name in "qkvo"}
-        targets |= {f"blocks.{i}.ffn.0": (hidden, d), f"blocks.{i}.ffn.2": (d, hidden)}
-    for j in range(len(config.audio_inject_layers)):
-        targets |= {f"audio_injector.injector.{j}.{name}": (d, d) for name in "qkvo"}
-    return targets
+def plain_lora_name(name: str) -> str:
+    """A LoRA tensor's name without the parts that some files have and some do not."""
+    return name.removeprefix("base_model.model.").replace(".default.", ".")
 
 
-def lora_shapes(config: DiTConfig, rank: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a whole LoRA file for a transformer of this size."""
-    shapes = {}
-    for name, (outputs, inputs) in lora_targets(config).items():
-        shapes[f"{name}.lora_A.default.weight"] = (rank, inputs)
-        shapes[f"{name}.lora_B.default.weight"] = (outputs, rank)
-    return shapes
+class MergedLora(Mapping):
+    """Official weights with a LoRA added, tensor by tensor: `W + scaling * B @ A` in float32.
 
-
-def merge_lora(
-    weights: Mapping[str, np.ndarray], adapter: Mapping[str, np.ndarray], scaling: float
-) -> dict[str, np.ndarray]:
-    """Adds low-rank updates to official weights: `W + scaling * B @ A`, computed in float32.
-
-    Args:
-        weights: official name -> array.
-        adapter: LoRA tensors, with or without the prefix `base_model.model.` and `.default`.
-        scaling: alpha / rank; 0.5 for the published file.
-
-    Raises:
-        ValueError: a tensor that adapts nothing, or half of a pair; the message lists them all.
+    Attributes:
+        shapes, dtypes: as of the base weights.
+        adapted: names of the weights that the LoRA changes.
     """
-    pairs: dict[str, dict[str, np.ndarray]] = {}
-    unmatched = []
-    for name, array in adapter.items():
-        plain = name.removeprefix("base_model.model.").replace(".default", "")
-        linear, _, factor = plain.removesuffix(".weight").rpartition(".lora_")
-        if factor not in ("A", "B") or f"{linear}.weight" not in weights:
-            unmatched.append(name)
-        else:
-            pairs.setdefault(linear, {})[factor] = np.asarray(array, np.float32)
-    unmatched += [f"{name} (only lora_{''.join(p)})" for name, p in pairs.items() if len(p) < 2]
-    if unmatched:
-        raise ValueError(
-            f"{len(unmatched)} LoRA tensors match no linear layer of the checkpoint: {unmatched}"
-        )
-    merged = dict(weights)
-    for linear, pair in pairs.items():
-        base = weights[f"{linear}.weight"]
-        update = np.float32(scaling) * (pair["B"] @ pair["A"])
-        merged[f"{linear}.weight"] = base + update.astype(base.dtype)
-    return merged
+
+    def __init__(
+        self,
+        weights: Mapping[str, np.ndarray],
+        adapter: Mapping[str, np.ndarray],
+        scaling: float = SCALING,
+    ):
+        """Pairs the factors.
+
+        Args:
+            weights: official name -> array.
+            adapter: LoRA tensors, with or without the prefix `base_model.model.` and `.default`.
+            scaling: alpha / rank; 0.5 for the published file.
+
+        Raises:
+            ValueError: a tensor that adapts nothing, half of a pair, or factors whose product has
+                another shape than the weight; the message lists them all.
+        """
+        self._weights, self._adapter, self._scaling = weights, adapter, np.float32(scaling)
+        self._pairs: dict[str, dict[str, str]] = {}
+        self.shapes, shapes = _shapes(weights), _shapes(adapter)
+        self.dtypes = getattr(weights, "dtypes", None) or {n: a.dtype for n, a in weights.items()}
+        wrong = []
+        for name in shapes:
+            linear, _, factor = plain_lora_name(name).removesuffix(".weight").rpartition(".lora_")
+            if factor not in ("A", "B") or f"{linear}.weight" not in self.shapes:
+                wrong.append(name)
+            elif factor in self._pairs.setdefault(linear, {}):
+                wrong.append(f"{name} (a second lora_{factor})")
+            else:
+                self._pairs[linear][factor] = name
+        for linear, pair in self._pairs.items():
+            if len(pair) < 2:
+                wrong.append(f"{linear} (only lora_{''.join(pair)})")
+                continue
+            (rank, inputs), (outputs, other) = (shapes[pair[f]] for f in "AB")
+            if rank != other or (outputs, inputs) != tuple(self.shapes[f"{linear}.weight"]):
+                wrong.append(f"{linear} (B {(outputs, other)} times A {(rank, inputs)})")
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} LoRA tensors match no linear layer of the checkpoint: {wrong}"
+            )
+        self.adapted = sorted(f"{linear}.weight" for linear in self._pairs)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The merged tensor in the type of the base weight."""
+        base = self._weights[name]
+        pair = self._pairs.get(name.removesuffix(".weight"))
+        if pair is None or not name.endswith(".weight"):
+            return base
+        down, up = (np.asarray(self._adapter[pair[f]], np.float32) for f in "AB")
+        if not (np.isfinite(down).all() and np.isfinite(up).all()):
+            raise ValueError(f"the LoRA of {name} holds NaN or infinity; download it again.")
+        return base + (self._scaling * (up @ down)).astype(base.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _shapes(weights: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    found = getattr(weights, "shapes", None)
+    return found if found is not None else {n: tuple(a.shape) for n, a in weights.items()}

@@ -28,6 +28,7 @@ from jax_avatar.shapes import PyTree
 __all__ = [
     "load_json",
     "load_weights",
+    "replace_folder",
     "restore_orbax",
     "save_json",
     "save_orbax",
@@ -137,11 +138,10 @@ def save_orbax(
         metadata: history: command, data hash, licence.
     """
     folder = Path(folder).resolve()
-    fresh, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    fresh = folder.with_name(f".{folder.name}.new")
     is_first_process = jax.process_index() == 0
     if is_first_process:
-        for leftover in (fresh, old):  # of an interrupted save
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)  # of an interrupted save
     header = {"config": dict(config), "metadata": dict(metadata or {})}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
@@ -151,10 +151,17 @@ def save_orbax(
             ),
         )
     if is_first_process:
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(fresh, folder)
+
+
+def replace_folder(fresh: Path, folder: Path) -> None:
+    """Puts a complete folder in the place of an older one, which stays whole until then."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of an interrupted replacement
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def restore_orbax(

@@ -8,10 +8,11 @@ from flax import nnx
 from conversion.cases_dit import DiTCases, DiTManifests, RotaryCases, RoutingCases, SamplerTables
 from conversion.readers import SafetensorsFile
 from conversion.rules import convert, export
-from conversion.wan_dit import TABLE, config_from_official, lora_shapes, lora_targets, merge_lora
+from conversion.wan_dit import LORA_TABLE, TABLE, MergedLora, config_from_official, plain_lora_name
 from jax_avatar.models.config import wan_s2v_14b
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.lora import adapter_leaves, add_adapter
+from jax_avatar.models.params import abstract, flatten, unflatten
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dit"
 FILES = sorted(path for path in GOLDEN.iterdir() if path.suffix in (".json", ".safetensors"))
@@ -21,6 +22,10 @@ INFO = json.loads((GOLDEN / "cfgA.json").read_text())
 def state_dict():
     file = SafetensorsFile(GOLDEN / "cfgA.safetensors")
     return {name[3:]: np.asarray(file[name]) for name in file if name.startswith("sd.")}
+
+
+def target_of(config):
+    return flatten(abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1])
 
 
 @pytest.mark.parametrize(
@@ -36,10 +41,8 @@ def test_golden_cases(kind):
 
 
 def test_official_weights_survive_the_round_trip():
-    config = config_from_official(INFO["model_config"])
-    _, target = abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))
     source = state_dict()
-    params, report = convert(source, TABLE, flatten(target))
+    params, report = convert(source, TABLE, target_of(config_from_official(INFO["model_config"])))
     assert len(report.used) == len(source) and not report.ignored
     back = export(params, TABLE)
     assert back.keys() == source.keys()
@@ -48,10 +51,10 @@ def test_official_weights_survive_the_round_trip():
 
 
 def test_the_published_size_has_the_published_number_of_parameters():
-    _, target = abstract(lambda: DiT(wan_s2v_14b(), rngs=nnx.Rngs(0)))
-    assert sum(np.prod(leaf.shape) for leaf in flatten(target).values()) == 16_295_755_609
-    shapes = lora_shapes(wan_s2v_14b(), 128)
-    assert len(shapes) == 896 and sum(np.prod(s) for s in shapes.values()) == 676_331_520
+    target = target_of(wan_s2v_14b())
+    assert sum(np.prod(leaf.shape) for leaf in target.values()) == 16_295_755_609
+    leaves = adapter_leaves(unflatten(target_of(wan_s2v_14b())), 128)
+    assert sum(np.prod(leaf.shape) for leaf in leaves.values()) == 676_331_520
 
 
 @pytest.mark.parametrize(
@@ -69,35 +72,54 @@ def test_configs_that_are_not_implemented_are_refused(change, message):
 
 class TestLora:
     config = config_from_official(INFO["model_config"])
+    target = target_of(config)
 
     def adapter(self, rename=lambda name: name):
+        leaves = adapter_leaves(unflatten(self.target), 2)
         draw = np.random.default_rng(0).normal
-        shapes = lora_shapes(self.config, 2)
-        return {rename(name): draw(size=s).astype(np.float32) for name, s in shapes.items()}
+        ours = {path: draw(size=leaf.shape).astype(np.float32) for path, leaf in leaves.items()}
+        return {rename(name): array for name, array in export(ours, LORA_TABLE).items()}
 
     @pytest.mark.parametrize(
         "rename",
         [
             lambda name: f"base_model.model.{name}",
-            lambda name: name.replace(".default", ""),
-            lambda name: f"base_model.model.{name.replace('.default', '')}",
+            lambda name: name.replace(".weight", ".default.weight"),
+            lambda name: f"base_model.model.{name.replace('.weight', '.default.weight')}",
         ],
     )
     def test_every_spelling_is_understood(self, rename):
         weights = state_dict()
-        plain = merge_lora(weights, self.adapter(), 0.5)
-        other = merge_lora(weights, self.adapter(rename), 0.5)
-        for name in lora_targets(self.config):
-            np.testing.assert_array_equal(plain[f"{name}.weight"], other[f"{name}.weight"])
-            assert np.abs(plain[f"{name}.weight"] - weights[f"{name}.weight"]).max() > 0.1
+        plain = MergedLora(weights, self.adapter())
+        other = MergedLora(weights, self.adapter(rename))
+        assert len(plain.adapted) == len(other.adapted) == 48
+        for name in plain.adapted:
+            np.testing.assert_array_equal(plain[name], other[name])
+            assert np.abs(plain[name] - weights[name]).max() > 0.1
+
+    def test_merging_before_and_after_conversion_is_the_same(self):
+        weights, adapter = state_dict(), self.adapter()
+        before, _ = convert(dict(MergedLora(weights, adapter, 0.5)), TABLE, self.target)
+        params, _ = convert(weights, TABLE, self.target)
+        leaves = adapter_leaves(unflatten(self.target), 2)
+        ours, report = convert(adapter, LORA_TABLE, leaves)
+        assert len(report.used) == len(adapter)
+        after = flatten(add_adapter(unflatten(params), unflatten(ours), 0.5))
+        for path, expected in before.items():
+            np.testing.assert_allclose(after[path], expected, atol=1e-6)
 
     def test_what_adapts_nothing_is_listed(self):
         stray = self.adapter() | {"blocks.99.self_attn.q.lora_A.default.weight": np.zeros((2, 4))}
         with pytest.raises(ValueError, match=r"1 LoRA tensors.*blocks\.99"):
-            merge_lora(state_dict(), stray, 0.5)
+            MergedLora(state_dict(), stray)
 
-    def test_half_a_pair_is_listed(self):
+    def test_half_a_pair_and_other_ranks_are_listed(self):
         adapter = self.adapter()
-        del adapter["blocks.0.self_attn.q.lora_B.default.weight"]
-        with pytest.raises(ValueError, match=r"self_attn\.q \(only lora_A\)"):
-            merge_lora(state_dict(), adapter, 0.5)
+        del adapter["blocks.0.self_attn.q.lora_B.weight"]
+        adapter["blocks.0.self_attn.k.lora_B.weight"] = np.zeros((64, 3), np.float32)
+        with pytest.raises(ValueError, match=r"B \(64, 3\).*self_attn\.q \(only lora_A\)"):
+            MergedLora(state_dict(), adapter)
+
+    def test_spellings_lose_nothing_but_the_prefix(self):
+        name = "base_model.model.blocks.3.ffn.0.lora_A.default.weight"
+        assert plain_lora_name(name) == "blocks.3.ffn.0.lora_A.weight"

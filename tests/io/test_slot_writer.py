@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_avatar.io.checkpoint import restore_orbax
+from jax_avatar.io.slot_writer import SlotWriter
+
+LEAVES = {
+    "blocks/ffn/kernel": jax.ShapeDtypeStruct((3, 4, 5), jnp.bfloat16),
+    "blocks/scale": jax.ShapeDtypeStruct((3,), jnp.float32),
+    "head": jax.ShapeDtypeStruct((2, 2), jnp.int8),
+}
+
+
+def values():
+    draw = np.random.default_rng(0)
+    return {
+        path: (10 * draw.standard_normal(leaf.shape)).astype(leaf.dtype)
+        for path, leaf in LEAVES.items()
+    }
+
+
+def writer(folder, **header):
+    return SlotWriter(folder / "dit", LEAVES, {"width": 8, **header}, {"source": "here"})
+
+
+def fill(checkpoint, layers=(0, 1, 2)):
+    content = values()
+    for i in layers:
+        checkpoint.write(
+            f"layer{i}",
+            {
+                (path, (i,)): content[path][i]
+                for path in LEAVES
+                if path.startswith("blocks") and f"layer{i}" not in checkpoint.done
+            },
+        )
+    checkpoint.write("head", {("head", ()): content["head"]})
+
+
+def test_what_is_written_slot_by_slot_restores_as_a_whole(tmp_path):
+    checkpoint = writer(tmp_path)
+    fill(checkpoint)
+    assert not (tmp_path / "dit").exists()
+    checkpoint.finish()
+    params, header = restore_orbax(tmp_path / "dit")
+    assert header == {"config": {"width": 8}, "metadata": {"source": "here"}}
+    for path, expected in values().items():
+        got = params
+        for key in path.split("/"):
+            got = got[key]
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(got, expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["dit"]
+
+
+def test_an_interrupted_run_goes_on_and_nothing_half_loads(tmp_path):
+    first = writer(tmp_path)
+    fill(first, layers=(0, 1))
+    first.pause()
+    with pytest.raises(ValueError, match="not a finished"):
+        restore_orbax(tmp_path / "dit")
+    second = writer(tmp_path)
+    assert second.done == {"layer0", "layer1", "head"}
+    fill(second, layers=(2,))
+    second.finish()
+    params, _ = restore_orbax(tmp_path / "dit")
+    np.testing.assert_array_equal(params["blocks"]["scale"], values()["blocks/scale"])
+
+
+def test_another_conversion_starts_anew(tmp_path):
+    first = writer(tmp_path)
+    fill(first)
+    first.pause()
+    assert not writer(tmp_path, width=9).done
+
+
+def test_the_old_checkpoint_stays_until_the_new_one_is_complete(tmp_path):
+    first = writer(tmp_path)
+    fill(first)
+    first.finish()
+    second = writer(tmp_path)
+    assert not second.done
+    second.write("head", {("head", ()): np.zeros((2, 2), np.int8)})
+    np.testing.assert_array_equal(restore_orbax(tmp_path / "dit")[0]["head"], values()["head"])
