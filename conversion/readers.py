@@ -11,7 +11,7 @@ import numpy as np
 
 from conversion.torch_file import TorchFile
 
-__all__ = ["SafetensorsFile", "ShardedSafetensors", "open_weights"]
+__all__ = ["SAFETENSORS_NAMES", "SafetensorsFile", "ShardedSafetensors", "open_weights"]
 
 _DTYPES = {
     "F64": np.float64,
@@ -32,6 +32,10 @@ _DTYPES = {
 }
 
 
+SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+"""Type -> what safetensors calls it."""
+
+
 class SafetensorsFile(Mapping):
     """One safetensors file: name -> array, mapped from disk.
 
@@ -39,6 +43,7 @@ class SafetensorsFile(Mapping):
         metadata: the header's strings.
         shapes: name -> shape, without reading the tensor.
         dtypes: name -> type, likewise.
+        files: that are read.
     """
 
     def __init__(self, path: str | Path):
@@ -48,6 +53,7 @@ class SafetensorsFile(Mapping):
             ValueError: the file is cut off or not safetensors.
         """
         self.path = Path(path)
+        self.files = [self.path]
         size = self.path.stat().st_size
         try:
             with open(self.path, "rb") as file:
@@ -102,6 +108,7 @@ class ShardedSafetensors(Mapping):
         if missing:
             raise ValueError(f"{index}: the shards lack {missing}; download them again.")
         self._shards = {name: shards[shard] for name, shard in places.items()}
+        self.files = [shards[name].path for name in sorted(shards)]
         self.shapes = {name: shard.shapes[name] for name, shard in self._shards.items()}
         self.dtypes = {name: shard.dtypes[name] for name, shard in self._shards.items()}
 

@@ -29,6 +29,7 @@ __all__ = [
     "keep",
     "patch",
     "plan",
+    "plan_export",
     "squeeze",
     "transpose",
 ]
@@ -286,23 +287,34 @@ def infer_leaves(
 def export(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
     """Turns parameters back into the foreign naming and layout; the inverse of `convert`.
 
+    Arguments and errors as in `plan_export`.
+    """
+    exported = {}
+    for move in plan_export(params, table):
+        array = np.asarray(params[move.target])[move.slot]
+        exported[move.source] = np.ascontiguousarray(move.rule.transform.backward(array))
+    return exported
+
+
+def plan_export(leaves: Mapping[str, Any], table: Table) -> list[Move]:
+    """Where every foreign tensor comes from.
+
     Args:
-        params: our flat path -> array.
+        leaves: our flat path -> anything with `shape`.
         table: the rules; ignored tensors do not come back.
 
     Raises:
         ValueError: a parameter no rule speaks of; the message lists all of them.
     """
     rules = [entry for entry in table if isinstance(entry, Rule)]
-    exported, unknown = {}, []
-    for path, leaf in params.items():
+    moves, unknown = [], []
+    for path, leaf in leaves.items():
         found = False
         for rule, indices in _rules_for_target(rules, path):
             found = True
-            array = np.asarray(leaf)
-            for slot in np.ndindex(array.shape[: len(rule.stacked)]):
+            for slot in np.ndindex(tuple(leaf.shape[: len(rule.stacked)])):
                 name = _fill(rule.source, indices | dict(zip(rule.stacked, slot, strict=True)))
-                exported[name] = np.ascontiguousarray(rule.transform.backward(array[slot]))
+                moves.append(Move(name, path, slot, rule))
         if not found:
             unknown.append(path)
     if unknown:
@@ -310,7 +322,7 @@ def export(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
             f"{len(unknown)} parameters have no rule and cannot be exported; add rules for: "
             + ", ".join(sorted(unknown))
         )
-    return exported
+    return moves
 
 
 def plan(

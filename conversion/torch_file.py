@@ -59,6 +59,7 @@ class TorchFile(Mapping):
     Attributes:
         shapes: name -> shape, without reading the tensor.
         dtypes: name -> type, likewise.
+        files: that are read.
     """
 
     def __init__(self, path: str | Path):
@@ -68,6 +69,7 @@ class TorchFile(Mapping):
             ValueError: not a zip archive of PyTorch 1.6 or later, or not just tensors.
         """
         self.path = Path(path)
+        self.files = [self.path]
         try:
             self._archive = zipfile.ZipFile(self.path)
             (table,) = (name for name in self._archive.namelist() if name.endswith("/data.pkl"))

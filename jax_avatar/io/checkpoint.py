@@ -7,6 +7,7 @@
 Nothing is unpickled.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -26,13 +28,17 @@ from safetensors.numpy import save_file
 from jax_avatar.shapes import PyTree
 
 __all__ = [
+    "StoredWeights",
+    "add_to_config",
     "load_json",
     "load_weights",
+    "on_host",
+    "open_leaf",
     "replace_folder",
-    "restore_orbax",
     "save_json",
     "save_orbax",
     "save_weights",
+    "with_tuples",
 ]
 
 _FLOAT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -98,8 +104,8 @@ def load_weights(
     path = folder / f"{name}.safetensors"
     if not path.is_file():
         if (folder / name).is_dir():
-            params, header = restore_orbax(folder / name)
-            return params, header["config"], header["metadata"]
+            stored = StoredWeights(folder / name)
+            return stored.restore(), stored.config, stored.metadata
         present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise ValueError(
             f"{folder} holds no weights of '{name}' (found: {present}); expected "
@@ -143,11 +149,15 @@ def save_orbax(
     if is_first_process:
         shutil.rmtree(fresh, ignore_errors=True)  # of an interrupted save
     header = {"config": dict(config), "metadata": dict(metadata or {})}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    # One folder per leaf, as `StoredWeights` reads and `SlotWriter` writes them.
+    handlers = ocp.CompositeCheckpointHandler(
+        params=ocp.PyTreeCheckpointHandler(use_ocdbt=False), header=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handlers) as checkpointer:
         checkpointer.save(
             fresh,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params), header=ocp.args.JsonSave(header)
+                params=ocp.args.PyTreeSave(params), header=ocp.args.JsonSave(header)
             ),
         )
     if is_first_process:
@@ -164,41 +174,91 @@ def replace_folder(fresh: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def restore_orbax(
-    folder: str | Path, target: PyTree | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads an Orbax checkpoint.
+class StoredWeights:
+    """Weights of an Orbax checkpoint that are still on disk.
 
-    Args:
-        folder: from `save_orbax`.
-        target: tree of `jax.ShapeDtypeStruct` with shardings, to restore straight onto devices;
-            host arrays if not given.
-
-    Returns:
-        Parameters, and a dictionary with `config` and `metadata`.
-
-    Raises:
-        ValueError: the folder is not such a checkpoint, or an unfinished one.
+    Attributes:
+        config, metadata: from the header.
+        leaves: flat path -> `jax.ShapeDtypeStruct`.
     """
-    folder = Path(folder).resolve()
+
+    def __init__(self, folder: str | Path):
+        """Reads the header and the list of leaves.
+
+        Raises:
+            ValueError: the folder is not such a checkpoint, or an unfinished one.
+        """
+        self.folder = Path(folder).resolve()
+        try:
+            with _checkpointer() as checkpointer:
+                args = ocp.args.Composite(header=ocp.args.JsonRestore())
+                header = checkpointer.restore(self.folder, args=args)["header"]
+                saved = checkpointer.metadata(self.folder).item_metadata["params"]
+            tree = getattr(saved, "tree", saved)
+            self.config, self.metadata = header["config"], header["metadata"]
+            self.leaves = {
+                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()
+            }
+        except (FileNotFoundError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.folder} is not a finished Orbax checkpoint of this project ({error}); name "
+                "the folder of one network, for example DIR/dit."
+            ) from error
+
+    def read(self, path: str, slot: tuple[int, ...] = ()) -> np.ndarray:
+        """One leaf, or its part at some indices along the leading axes."""
+        return np.asarray(open_leaf(self.folder, path)[slot].read().result())
+
+    def restore(self, shardings: PyTree | None = None) -> dict[str, Any]:
+        """Everything, as a nested dictionary.
+
+        Args:
+            shardings: nested dictionary of `jax.sharding.Sharding`; every device then reads
+                only what is its own. Host arrays if not given.
+        """
+        leaves = traverse_util.unflatten_dict(self.leaves, sep="/")
+        if shardings is None:
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
+        else:
+            restore_args = jax.tree.map(
+                lambda leaf, sharding: ocp.ArrayRestoreArgs(
+                    sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
+                ),
+                leaves,
+                shardings,
+            )
+        with _checkpointer() as checkpointer:
+            args = ocp.args.PyTreeRestore(item=leaves, restore_args=restore_args)
+            return checkpointer.restore(self.folder, args=ocp.args.Composite(params=args))["params"]
+
+
+def open_leaf(folder: Path, path: str) -> ts.TensorStore:
+    """The stored array of one leaf of an Orbax checkpoint, for reading or writing parts of it."""
+    place = folder / "params" / path.replace("/", ".")
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(place)}}
+    return ts.open(spec, open=True).result()
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(
+            params=ocp.PyTreeCheckpointHandler(), header=ocp.JsonCheckpointHandler()
+        )
+    )
+
+
+def with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a config as read from JSON, which has no tuples; configs have no lists."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+
+
+def on_host() -> contextlib.AbstractContextManager:
+    """Computes on the CPU in here, where JAX has one: whole networks need no accelerator then."""
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            header = checkpointer.restore(
-                folder, args=ocp.args.Composite(header=ocp.args.JsonRestore())
-            )["header"]
-            if target is None:
-                saved = checkpointer.metadata(folder).item_metadata["params"]
-                tree = getattr(saved, "tree", saved)
-                target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
-            params = checkpointer.restore(
-                folder, args=ocp.args.Composite(params=ocp.args.StandardRestore(target))
-            )["params"]
-    except (FileNotFoundError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder} is not a finished Orbax checkpoint of this project ({error}); name the "
-            "folder of one network, for example DIR/dit."
-        ) from error
-    return params, header
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
 
 
 def save_json(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -208,6 +268,19 @@ def save_json(path: str | Path, content: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def add_to_config(folder: str | Path, changes: Mapping[str, Any], **defaults: Any) -> None:
+    """Adds to the `config.json` of a model folder.
+
+    Args:
+        folder: of the model.
+        changes: keys to set.
+        **defaults: keys to set where they are missing.
+    """
+    path = Path(folder) / "config.json"
+    present = load_json(path) if path.exists() else {}
+    save_json(path, {**defaults, **present, **changes})
 
 
 def load_json(path: str | Path) -> dict[str, Any]:

@@ -17,11 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from flax import traverse_util
 from orbax.checkpoint import type_handlers
 
-from jax_avatar.io.checkpoint import replace_folder
+from jax_avatar.io.checkpoint import open_leaf, replace_folder
 
 __all__ = ["SlotWriter"]
 
@@ -59,7 +58,7 @@ class SlotWriter:
         # Through JSON and back, so that tuples compare equal to what was read.
         self._plan = json.loads(json.dumps({"header": header, "layout": layout}))
         self.done: set[str] = set()
-        self._stores: dict[str, ts.TensorStore] = {}
+        self._stores: dict[str, Any] = {}
         self._unsaved = 0
         begun = self._read_notes()
         if begun and begun["plan"] == self._plan:
@@ -80,8 +79,7 @@ class SlotWriter:
         writing = []
         for (path, slot), array in parts.items():
             if path not in self._stores:
-                spec = {"driver": "file", "path": str(self._partial / _file_of(path))}
-                self._stores[path] = ts.open({"driver": "zarr", "kvstore": spec}).result()
+                self._stores[path] = open_leaf(self._partial, path)
             writing.append(self._stores[path][slot].write(array))
             self._unsaved += array.nbytes
         for future in writing:
@@ -99,6 +97,10 @@ class SlotWriter:
         """Notes what is done, for the next run; called when a run is interrupted."""
         self._save_notes()
 
+    def discard(self) -> None:
+        """Leaves nothing behind; called when the source turns out to be broken."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+
     def _read_notes(self) -> dict[str, Any] | None:
         try:
             return json.loads(self._notes.read_text())
@@ -110,10 +112,6 @@ class SlotWriter:
         temporary.write_text(json.dumps({"plan": self._plan, "done": sorted(self.done)}))
         os.replace(temporary, self._notes)
         self._unsaved = 0
-
-
-def _file_of(path: str) -> Path:
-    return Path("params") / path.replace("/", ".")
 
 
 def _lay_out(folder: Path, leaves: Mapping[str, Any], header: Mapping[str, Any]) -> None:

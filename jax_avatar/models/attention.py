@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_avatar.models.layers import RMSNorm, linear
+from jax_avatar.models.layers import RMSNorm
+from jax_avatar.models.quantise import projection
 from jax_avatar.shapes import Array, Float, IntScalar, Tokens
 
 __all__ = ["Attention", "attend", "block_causal_mask"]
@@ -64,10 +65,10 @@ class Attention(nnx.Module):
     def __init__(self, config, *, zero_out: bool = False, rngs: nnx.Rngs):
         self.heads = (config.num_heads, config.head_dim)
         d = config.width
-        self.query = linear(config, d, d, rngs=rngs)
-        self.key = linear(config, d, d, rngs=rngs)
-        self.value = linear(config, d, d, rngs=rngs)
-        self.out = linear(config, d, d, zero=zero_out, rngs=rngs)
+        self.query = projection(config, d, d, rngs=rngs)
+        self.key = projection(config, d, d, rngs=rngs)
+        self.value = projection(config, d, d, rngs=rngs)
+        self.out = projection(config, d, d, zero=zero_out, rngs=rngs)
         self.norm_query = RMSNorm(d, config.eps, config.param_dtype)
         self.norm_key = RMSNorm(d, config.eps, config.param_dtype)
 

@@ -40,6 +40,8 @@ class DiTConfig:
         eps: added inside every norm but the audio AdaLN's, which uses 1e-5.
         dtype: compute type of the large matrix products; statistics stay float32.
         param_dtype: storage type of the parameters.
+        weights: "" keeps the large products in `dtype`; "int8" or "fp8" computes them in eight
+            bits, for inference (`models.quantise`).
         unroll: layers unrolled per iteration of the scan over layers.
         rematerialise: recompute layers in the backward pass instead of storing them.
     """
@@ -68,6 +70,7 @@ class DiTConfig:
     eps: float = 1e-6
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    weights: str = ""
     unroll: int = 1
     rematerialise: bool = False
 
@@ -87,6 +90,8 @@ class DiTConfig:
                 f"DiT width {self.width} must be a multiple of 4, since the audio encoder works "
                 "at a quarter of it. Change width."
             )
+        if self.weights not in ("", "int8", "fp8"):
+            raise ValueError(f"weights {self.weights!r} must be '' (as stored), 'int8' or 'fp8'.")
         if self.freq_width % 2:
             raise ValueError(f"freq_width {self.freq_width} must be even: half cosines, half sines")
         layers = self.audio_inject_layers

@@ -28,6 +28,7 @@ from jax_avatar.models.layers import (
     modulate,
     unpatchify,
 )
+from jax_avatar.models.quantise import projection
 from jax_avatar.models.rope import (
     Rotation,
     concat,
@@ -63,8 +64,8 @@ class Block(nnx.Module):
         self.self_attention = Attention(config, rngs=rngs)
         self.cross_attention = Attention(config, rngs=rngs)
         self.norm_cross = LayerNorm(d, config.eps, config.param_dtype)
-        self.ffn_in = linear(config, d, config.ffn_width, rngs=rngs)
-        self.ffn_out = linear(config, config.ffn_width, d, rngs=rngs)
+        self.ffn_in = projection(config, d, config.ffn_width, rngs=rngs)
+        self.ffn_out = projection(config, config.ffn_width, d, rngs=rngs)
 
     def __call__(self, x, time_rows, spread, self_attention, text_key, text_value, tap=None):
         """One layer.
@@ -400,7 +401,7 @@ class DiT(nnx.Module):
         tap("block0_in", x)
         kept = []
         for index in range(count):
-            prefixes = ["block0"] * (index == 0) + ["block_last"] * (index == count - 1)
+            prefixes = [f"block{index}"] + ["block_last"] * (index == count - 1)
 
             def inner(name, value, prefixes=prefixes):
                 for prefix in prefixes:

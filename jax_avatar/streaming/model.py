@@ -2,6 +2,7 @@
 
 config.json   {"name", "dit": kind, "vae": kind, "speech": kind, "stream": {settings}}
 dit, vae, speech   one safetensors file or Orbax folder each
+lora          an adapter that is added to dit, if `config.json` names one
 """
 
 import dataclasses
@@ -12,19 +13,29 @@ from typing import Any
 
 from flax import nnx
 
-from jax_avatar.diffusion.schedule import Schedule
-from jax_avatar.io.checkpoint import load_json, load_weights
+from jax_avatar.diffusion.schedule import Schedule, euler_schedule
+from jax_avatar.io.checkpoint import load_json, load_weights, on_host, with_tuples
 from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
+from jax_avatar.models.lora import add_adapter
 from jax_avatar.models.params import abstract, flatten
 from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.quantise import quantise_params
 from jax_avatar.models.vae import WanVAE
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.plan import StreamPlan
 
-__all__ = ["SMALL", "AvatarModel", "Network", "StreamSettings", "load_model", "load_settings"]
+__all__ = [
+    "LIVE_AVATAR",
+    "SMALL",
+    "AvatarModel",
+    "Network",
+    "StreamSettings",
+    "load_model",
+    "load_settings",
+]
 
 SMALL = Path(__file__).parents[1] / "assets" / "small"
 """Folder of the small model that ships with the package."""
@@ -97,6 +108,21 @@ class StreamSettings:
         )
 
 
+LIVE_AVATAR = StreamSettings(
+    fps=25,
+    size=None,
+    # Euler with shift 3, applied twice, as the release does; see `euler_schedule`.
+    sigmas=euler_schedule(4, shift=3.0).sigmas,
+    max_area=704 * 384,
+    warmup_latents=7,
+    motion="still",
+)
+"""How the released 14B model is streamed.
+
+Source: github.com/Alibaba-Quark/LiveAvatar, its multi-GPU script.
+"""
+
+
 @dataclass(frozen=True)
 class Network:
     """Structure, weights and size of one network."""
@@ -140,14 +166,15 @@ def load_settings(folder: str | Path = SMALL, **changes: Any) -> StreamSettings:
     unknown = sorted(set(content["stream"]) - known)
     if unknown:
         raise ValueError(f"{folder / 'config.json'}: stream settings {unknown} are unknown.")
-    return StreamSettings(**_tuples(content["stream"] | changes))
+    return StreamSettings(**with_tuples(content["stream"] | changes))
 
 
-def load_model(folder: str | Path = SMALL, **changes: Any) -> AvatarModel:
+def load_model(folder: str | Path = SMALL, *, weights: str = "", **changes: Any) -> AvatarModel:
     """Reads a model folder.
 
     Args:
         folder: with `config.json` and the weights of three networks; the small model by default.
+        weights: "int8" or "fp8" rounds the transformer's large kernels; "" leaves them as stored.
         **changes: fields of `StreamSettings` to use instead of the folder's.
 
     Raises:
@@ -157,6 +184,10 @@ def load_model(folder: str | Path = SMALL, **changes: Any) -> AvatarModel:
     settings = load_settings(folder, **changes)
     content = load_json(folder / "config.json")
     networks = {name: _load_network(folder, name, content[name]) for name in _KINDS}
+    if "lora" in content:
+        networks["dit"] = _with_adapter(networks["dit"], folder)
+    if weights and weights != networks["dit"].config.weights:
+        networks["dit"] = _in_eight_bits(networks["dit"], content["dit"], weights)
     model = AvatarModel(content["name"], settings=settings, **networks)
     _check_fit(model, folder)
     return model
@@ -170,7 +201,7 @@ def _load_network(folder: Path, name: str, kind: str) -> Network:
     build, config_class = _KINDS[name][kind]
     params, fields, metadata = load_weights(folder, name)
     try:
-        config = config_class(**_tuples(fields))
+        config = config_class(**with_tuples(fields))
     except TypeError as error:
         raise ValueError(
             f"weights of '{name}' in {folder} are not those of a {kind} {name} ({error}); pass the "
@@ -189,9 +220,31 @@ def _load_network(folder: Path, name: str, kind: str) -> Network:
     return Network(graphdef, params, config, metadata)
 
 
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples, configs have no lists."""
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+def _with_adapter(dit: Network, folder: Path) -> Network:
+    """The transformer with the folder's LoRA added, on the host."""
+    adapter, fields, _ = load_weights(folder, "lora")
+    if dit.config.weights:
+        raise ValueError(
+            f"{folder}: an adapter cannot be added to {dit.config.weights} weights; convert the "
+            "transformer with --lora FILE --merge --dtype."
+        )
+    with on_host():
+        params = add_adapter(dit.params, adapter, fields["scaling"])
+    return dataclasses.replace(dit, params=params)
+
+
+def _in_eight_bits(dit: Network, kind: str, weights: str) -> Network:
+    if dit.config.weights:
+        raise ValueError(
+            f"the transformer is stored in {dit.config.weights} and cannot become {weights}; "
+            "convert it again with that --dtype."
+        )
+    config = dit.config.replace(weights=weights)
+    with on_host():
+        params = quantise_params(dit.params, weights)
+    build = _KINDS["dit"][kind][0]
+    graphdef, _ = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
+    return dataclasses.replace(dit, graphdef=graphdef, params=params, config=config)
 
 
 def _check_fit(model: AvatarModel, folder: Path) -> None:

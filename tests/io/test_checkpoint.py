@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from jax_avatar.io.checkpoint import (
+    StoredWeights,
     load_json,
     load_weights,
-    restore_orbax,
     save_json,
     save_orbax,
     save_weights,
@@ -77,7 +77,7 @@ def test_missing_cut_off_and_foreign_files_are_named(tmp_path):
 def test_an_unfinished_orbax_folder_is_refused(tmp_path):
     (tmp_path / "net").mkdir()
     with pytest.raises(ValueError, match="not a finished Orbax checkpoint"):
-        restore_orbax(tmp_path / "net")
+        StoredWeights(tmp_path / "net")
 
 
 def test_json_round_trip_and_errors(tmp_path):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.io.checkpoint import restore_orbax
+from jax_avatar.io.checkpoint import StoredWeights
 from jax_avatar.io.slot_writer import SlotWriter
 
 LEAVES = {
@@ -44,8 +44,12 @@ def test_what_is_written_slot_by_slot_restores_as_a_whole(tmp_path):
     fill(checkpoint)
     assert not (tmp_path / "dit").exists()
     checkpoint.finish()
-    params, header = restore_orbax(tmp_path / "dit")
-    assert header == {"config": {"width": 8}, "metadata": {"source": "here"}}
+    stored = StoredWeights(tmp_path / "dit")
+    assert (stored.config, stored.metadata) == ({"width": 8}, {"source": "here"})
+    params = stored.restore()
+    np.testing.assert_array_equal(
+        stored.read("blocks/ffn/kernel", (1,)), params["blocks"]["ffn"]["kernel"][1]
+    )
     for path, expected in values().items():
         got = params
         for key in path.split("/"):
@@ -60,12 +64,12 @@ def test_an_interrupted_run_goes_on_and_nothing_half_loads(tmp_path):
     fill(first, layers=(0, 1))
     first.pause()
     with pytest.raises(ValueError, match="not a finished"):
-        restore_orbax(tmp_path / "dit")
+        StoredWeights(tmp_path / "dit")
     second = writer(tmp_path)
     assert second.done == {"layer0", "layer1", "head"}
     fill(second, layers=(2,))
     second.finish()
-    params, _ = restore_orbax(tmp_path / "dit")
+    params = StoredWeights(tmp_path / "dit").restore()
     np.testing.assert_array_equal(params["blocks"]["scale"], values()["blocks/scale"])
 
 
@@ -83,4 +87,4 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_complete(tmp_path):
     second = writer(tmp_path)
     assert not second.done
     second.write("head", {("head", ()): np.zeros((2, 2), np.int8)})
-    np.testing.assert_array_equal(restore_orbax(tmp_path / "dit")[0]["head"], values()["head"])
+    np.testing.assert_array_equal(StoredWeights(tmp_path / "dit").read("head"), values()["head"])

@@ -1,0 +1,190 @@
+"""Writes a converted network back under its official names, as safetensors.
+
+    python -m conversion.export model/dit --out Wan2.2-S2V-14B
+    python -m conversion.export model/lora --out LiveAvatar
+
+What was converted without `--dtype` comes back bit for bit. Tensors that a conversion ignores do
+not come back; they are named.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from conversion.networks import NETWORKS, NetworkKind
+from conversion.readers import SAFETENSORS_NAMES
+from conversion.rules import Ignore, Move, plan_export
+from jax_avatar.io.checkpoint import StoredWeights, load_json, with_tuples
+
+__all__ = ["export_network", "kind_of", "main"]
+
+_GB = 10**9
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    move: Move
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def export_network(
+    folder: str | Path, out: str | Path, *, shard_gb: float = 10.0
+) -> tuple[list[Path], list[Ignore]]:
+    """Exports one network of a model folder.
+
+    Args:
+        folder: of the network, for example MODEL/dit.
+        out: folder to write to.
+        shard_gb: most gigabytes per file; more than one file come with an index.
+
+    Returns:
+        The files, and what the conversion had ignored.
+
+    Raises:
+        ValueError: not a checkpoint of a network that has an official form, or in eight bits.
+    """
+    stored, kind = StoredWeights(folder), kind_of(folder)
+    if stored.config.get("weights"):
+        raise ValueError(
+            f"{folder} holds {stored.config['weights']} weights, which are rounded; export the "
+            "checkpoint that was converted without --dtype."
+        )
+    table = kind.table(kind.restore(**with_tuples(stored.config)))
+    tensors = []
+    for move in plan_export(stored.leaves, table):
+        leaf = stored.leaves[move.target]
+        slot = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape[len(move.slot) :])
+        shape = tuple(move.rule.transform.backward(slot).shape)
+        tensors.append(_Tensor(move, shape, np.dtype(leaf.dtype)))
+    tensors.sort(key=lambda tensor: tensor.move.source)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    files = _write_shards(stored, _shards(tensors, shard_gb * _GB), out)
+    return files, [entry for entry in table if isinstance(entry, Ignore)]
+
+
+def kind_of(folder: str | Path) -> NetworkKind:
+    """What network a folder such as MODEL/dit holds, by its model's `config.json`.
+
+    Raises:
+        ValueError: there is none beside it, or the network has no official form.
+    """
+    folder = Path(folder).resolve()
+    content = load_json(folder.parent / "config.json")
+    for kind in NETWORKS.values():
+        if kind.part == folder.name and kind.kind == content.get(folder.name):
+            return kind
+    known = ", ".join(f"{kind.part} of kind {kind.kind}" for kind in NETWORKS.values())
+    raise ValueError(
+        f"{folder} holds {folder.name!r} of kind {content.get(folder.name)!r}, which has no "
+        f"official form; known are {known}."
+    )
+
+
+def _shards(tensors: Sequence[_Tensor], limit: float) -> list[list[_Tensor]]:
+    shards: list[list[_Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > limit:
+            shards.append([])
+        shards[-1].append(tensor)
+    return shards
+
+
+def _write_shards(stored: StoredWeights, shards: list[list[_Tensor]], out: Path) -> list[Path]:
+    name = "diffusion_pytorch_model" if _is_transformer(stored) else "model"
+    names = [f"{name}.safetensors"]
+    if len(shards) > 1:
+        names = [
+            f"{name}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
+        ]
+    needed, free = sum(t.nbytes for s in shards for t in s), shutil.disk_usage(out).free
+    if needed > free:
+        raise ValueError(
+            f"--out {out}: {needed / _GB:.1f} GB are needed and {free / _GB:.1f} GB free; "
+            "make room."
+        )
+    with tqdm(total=needed, unit="B", unit_scale=True, desc="export") as progress:
+        for path, shard in zip((out / name for name in names), shards, strict=True):
+            _write(stored, shard, path, progress)
+    files = [out / name for name in names]
+    if len(shards) > 1:
+        places = {t.move.source: n for n, s in zip(names, shards, strict=True) for t in s}
+        index = out / f"{name}.safetensors.index.json"
+        content = {"metadata": {"total_size": needed}, "weight_map": dict(sorted(places.items()))}
+        index.write_text(json.dumps(content, indent=2) + "\n")
+        files.append(index)
+    return files
+
+
+def _is_transformer(stored: StoredWeights) -> bool:
+    # Its files have a name of their own in the official folder.
+    return "audio_inject_layers" in stored.config
+
+
+def _write(stored: StoredWeights, shard: list[_Tensor], path: Path, progress) -> None:
+    """One safetensors file, tensor after tensor, whole or not at all."""
+    header, place = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in shard:
+        header[tensor.move.source] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + tensor.nbytes],
+        }
+        place += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for tensor in shard:
+                ours = stored.read(tensor.move.target, tensor.move.slot)
+                array = np.ascontiguousarray(tensor.move.rule.transform.backward(ours))
+                file.write(array.view(np.uint8).data if array.ndim else array.tobytes())
+                progress.update(tensor.nbytes)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.export",
+        description="Writes a converted network back under its official names, as safetensors.",
+    )
+    parser.add_argument("folder", type=Path, help="one network of a model folder, e.g. MODEL/dit")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+    parser.add_argument(
+        "--shard-gb", type=float, default=10.0, help="most gigabytes per file (default %(default)s)"
+    )
+    flags = parser.parse_args(arguments)
+    try:
+        files, ignored = export_network(flags.folder, flags.out, shard_gb=flags.shard_gb)
+    except ValueError as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 1
+    for path in files:
+        print(f"{path} ({path.stat().st_size / _GB:.3f} GB)")
+    for entry in ignored:
+        print(f"not included: {entry.source} ({entry.reason})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

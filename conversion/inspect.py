@@ -1,0 +1,143 @@
+"""Tells what a checkpoint is: kind, size, types, what is missing, and its licence.
+
+    python -m conversion.inspect PATH
+
+PATH is a downloaded file or folder, one network of a model folder, or a whole model folder. Only
+headers are read.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conversion.networks import NETWORKS, identify, plain_fields, weight_files
+from conversion.readers import SafetensorsFile, open_weights
+from conversion.rules import check
+from jax_avatar.io.checkpoint import StoredWeights, load_json
+
+__all__ = ["describe", "main"]
+
+
+def describe(path: str | Path) -> Iterator[str]:
+    """Lines about whatever is there.
+
+    Args:
+        path: file or folder.
+
+    Raises:
+        ValueError: nothing that this project can read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder.")
+    if (path / "_CHECKPOINT_METADATA").is_file():
+        yield from _stored(path)
+    elif (path / "config.json").is_file() and "stream" in load_json(path / "config.json"):
+        yield from _model(path)
+    else:
+        files = [path] if path.is_file() else weight_files(path, below=True)
+        if not files:
+            raise ValueError(
+                f"{path} holds neither weights (.safetensors, .pth, .bin) nor a model folder's "
+                "config.json."
+            )
+        for file in files:
+            yield from _download(file)
+
+
+def _model(folder: Path) -> Iterator[str]:
+    content = load_json(folder / "config.json")
+    yield f"{folder}: model folder '{content.get('name', '')}'"
+    for part in ("dit", "vae", "speech", "text", "lora"):
+        file, orbax = folder / f"{part}.safetensors", folder / part
+        if file.is_file():
+            yield from (f"  {line}" for line in _ours(SafetensorsFile(file), file))
+        elif orbax.is_dir():
+            yield from (f"  {line}" for line in _stored(orbax))
+        elif part in content:
+            yield f"  {part}: named in config.json, but MISSING"
+        elif part in ("dit", "vae", "speech"):
+            yield f"  {part}: MISSING; convert it before streaming"
+    for partial in sorted(folder.glob(".*.partial")):
+        yield f"  {partial.name}: an interrupted conversion; repeat its command to go on"
+
+
+def _stored(folder: Path) -> Iterator[str]:
+    stored = StoredWeights(folder)
+    shapes = {path: leaf.shape for path, leaf in stored.leaves.items()}
+    dtypes = {path: leaf.dtype for path, leaf in stored.leaves.items()}
+    yield f"{folder.name}: Orbax checkpoint of this project; {_amount(shapes, dtypes)}"
+    yield from _history(stored.config, stored.metadata)
+
+
+def _ours(file: SafetensorsFile, path: Path) -> Iterator[str]:
+    yield f"{path.name}: weights of this project; {_amount(file.shapes, file.dtypes)}"
+
+
+def _history(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Iterator[str]:
+    yield "  config: " + ", ".join(f"{name}={value}" for name, value in config.items())
+    yield from (f"  {name}: {value}" for name, value in metadata.items())
+
+
+def _download(path: Path) -> Iterator[str]:
+    weights = open_weights(path)
+    kind = identify(weights.shapes)
+    amount = _amount(weights.shapes, weights.dtypes)
+    if kind is None:
+        known = ", ".join(NETWORKS)
+        yield f"{path}: unknown weights; {amount}; known networks: {known}"
+        return
+    yield f"{path}: {kind.name}; {amount}"
+    yield f"  licence: {kind.licence}"
+    yield f"  next: python -m conversion.convert {kind.name} --src {path} --out DIR"
+    try:
+        weights, config = kind.open(path)
+        leaves = kind.leaves(config, weights.shapes)
+        report = check(weights.shapes, kind.table(config), leaves)
+    except ValueError as error:
+        yield from (f"  NOT USABLE: {line}" for line in str(error).splitlines())
+        return
+    yield "  config: " + ", ".join(f"{name}={v}" for name, v in plain_fields(config).items())
+    yield f"  complete: {report}"
+
+
+def _amount(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, Any]) -> str:
+    sizes = {name: int(np.prod(shape, dtype=np.int64)) for name, shape in shapes.items()}
+    types = Counter()
+    for name, size in sizes.items():
+        types[str(np.dtype(dtypes[name]))] += size
+    total = sum(size * np.dtype(dtypes[name]).itemsize for name, size in sizes.items())
+    kinds = ", ".join(
+        f"{dtype} {count / sum(sizes.values()):.0%}" for dtype, count in types.items()
+    )
+    return (
+        f"{len(sizes)} tensors, {sum(sizes.values()):,} parameters, {total / 1e9:.3f} GB ({kinds})"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.inspect", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="file or folder")
+    flags = parser.parse_args(arguments)
+    failed = False
+    for path in flags.paths:
+        try:
+            for line in describe(path):
+                print(line)
+                failed |= "NOT USABLE" in line or "MISSING" in line
+        except ValueError as error:
+            print(f"inspect: {error}", file=sys.stderr)
+            failed = True
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""What can be converted: one entry per network, recognised by the names of its tensors.
+
+files of a download --open--> official name -> array --table--> our flat path -> array
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from conversion import wan_dit, wan_vae
+from conversion.readers import open_weights
+from conversion.rules import Table, infer_leaves
+from jax_avatar.io.checkpoint import load_json
+from jax_avatar.models.config import DiTConfig, WanVAEConfig
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.vae import WanVAE
+
+__all__ = ["NETWORKS", "NetworkKind", "find_weights", "identify", "plain_fields", "weight_files"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class NetworkKind:
+    """How one kind of network is recognised, read and laid out.
+
+    Attributes:
+        name: on the command line.
+        part: its place in a model folder.
+        kind: what `config.json` of the model folder calls it.
+        licence: of the published weights, as their page states it.
+        marks: endings of tensor names, one of which every such file has.
+        config: (file, name -> shape) -> config of the network.
+        leaves: (config, official name -> shape) -> our flat path -> shape and type.
+        table: config -> rules.
+        restore: config from the plain fields of a checkpoint's header.
+        official_names: (names, config) -> official name -> name in the file, for networks that
+            are published in more than one spelling.
+    """
+
+    name: str
+    part: str
+    kind: str
+    licence: str
+    marks: tuple[str, ...]
+    config: Callable[[Path, Shapes], Any]
+    leaves: Callable[[Any, Shapes], dict[str, Any]]
+    table: Callable[[Any], Table]
+    restore: Callable[..., Any]
+    official_names: Callable[[Mapping[str, str], Any], dict[str, str]] | None = None
+
+    def open(self, path: Path) -> tuple[Mapping[str, np.ndarray], Any]:
+        """Weights under their official names, and the network's config."""
+        weights = open_weights(path)
+        config = self.config(path, weights.shapes)
+        if self.official_names:
+            names = self.official_names({name: name for name in weights.shapes}, config)
+            weights = _Renamed(weights, names)
+        return weights, config
+
+
+class _Renamed(Mapping):
+    """A lazy mapping of weights under other names."""
+
+    def __init__(self, weights, names: Mapping[str, str]):
+        self._weights, self._names, self.files = weights, dict(names), weights.files
+        self.shapes = {new: weights.shapes[old] for new, old in names.items()}
+        self.dtypes = {new: weights.dtypes[old] for new, old in names.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._weights[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def identify(shapes: Shapes) -> NetworkKind | None:
+    """The network whose tensors these are, or None."""
+    for kind in NETWORKS.values():
+        if any(name.endswith(kind.marks) for name in shapes):
+            return kind
+    return None
+
+
+def weight_files(folder: Path, *, below: bool = False) -> list[Path]:
+    """Files of a download that may hold weights: whole ones, and the indices of sharded ones.
+
+    Args:
+        folder: to look in.
+        below: whether to look in its subfolders too.
+    """
+    folders = [folder]
+    if below:
+        folders += sorted(path for path in folder.rglob("*") if path.is_dir())
+    found = []
+    for place in folders:
+        indices = sorted(place.glob("*.safetensors.index.json"))
+        shards = {
+            shard
+            for index in indices
+            for shard in json.loads(index.read_text()).get("weight_map", {}).values()
+        }
+        single = [path for path in sorted(place.glob("*.safetensors")) if path.name not in shards]
+        torch = [
+            path for ending in ("pth", "pt", "bin") for path in sorted(place.glob(f"*.{ending}"))
+        ]
+        found += [*indices, *single, *torch]
+    return found
+
+
+def find_weights(kind: NetworkKind, source: str | Path) -> Path:
+    """The network's file in a downloaded folder, or the file itself.
+
+    Safetensors are preferred where a folder has both.
+
+    Raises:
+        ValueError: there is none, or several equally good ones; the message says what is there.
+    """
+    source = Path(source)
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise ValueError(f"--src {source}: no such file or folder.")
+    there = {path: identify(open_weights(path).shapes) for path in weight_files(source)}
+    found = [path for path, what in there.items() if what is kind]
+    safe = [path for path in found if ".safetensors" in path.name]
+    found = safe or found
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"--src {source} holds {len(found)} files of {kind.name}: "
+            f"{[path.name for path in found]}; name the one to convert."
+        )
+    seen = [f"{path.name} ({what.name if what else 'unknown'})" for path, what in there.items()]
+    raise ValueError(
+        f"--src {source} holds no weights of {kind.name}; found: "
+        f"{', '.join(seen) or 'no weights'}. Is the download complete?"
+    )
+
+
+def plain_fields(config: Any) -> dict[str, Any]:
+    """A config as JSON can hold it."""
+    fields = dataclasses.asdict(config)
+    return {
+        name: str(value) if isinstance(value, np.dtype) else value for name, value in fields.items()
+    }
+
+
+def _module_leaves(build: Callable[..., nnx.Module]) -> Callable[..., dict[str, Any]]:
+    return lambda config, shapes: flatten(abstract(lambda: build(config, rngs=nnx.Rngs(0)))[1])
+
+
+def _dit_config(path: Path, shapes: Shapes) -> DiTConfig:
+    beside = path.parent / "config.json"
+    if not beside.is_file():
+        raise ValueError(
+            f"{beside} is missing; it tells the size of the transformer and belongs to the "
+            "download of Wan2.2-S2V-14B."
+        )
+    # Compute in bfloat16 and round the rotary factors as the released model does.
+    return wan_dit.config_from_official(
+        load_json(beside), dtype="bfloat16", param_dtype="bfloat16", half_rotary=True
+    )
+
+
+def _vae_config(path: Path, shapes: Shapes) -> WanVAEConfig:
+    beside = path.parent / "config.json"
+    if "quant_conv.weight" in shapes and beside.is_file():  # diffusers' naming
+        return wan_vae.config_from(load_json(beside))
+    return wan_vae.config_from_shapes(shapes)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Size of an adapter.
+
+    Attributes:
+        rank: of the factors.
+        scaling: alpha over rank; the file does not tell it.
+    """
+
+    rank: int
+    scaling: float = wan_dit.SCALING
+
+
+def _lora_config(path: Path, shapes: Shapes) -> LoraConfig:
+    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}
+    if len(ranks) != 1:
+        raise ValueError(
+            f"{path} has factors lora_A of ranks {sorted(ranks)}; a LoRA of one rank is expected."
+        )
+    return LoraConfig(ranks.pop())
+
+
+NETWORKS = {
+    kind.name: kind
+    for kind in (
+        NetworkKind(
+            "live_avatar",
+            "lora",
+            "lora",
+            "see the page of the download (Live Avatar)",
+            (".lora_A.weight", ".lora_A.default.weight"),
+            _lora_config,
+            # A LoRA does not tell the size of its transformer; that is checked when they meet.
+            lambda config, shapes: infer_leaves(shapes, wan_dit.LORA_TABLE),
+            lambda config: wan_dit.LORA_TABLE,
+            LoraConfig,
+            lambda names, config: {wan_dit.plain_lora_name(n): old for n, old in names.items()},
+        ),
+        NetworkKind(
+            "wan_s2v",
+            "dit",
+            "wan_s2v",
+            "Apache-2.0 (Wan2.2-S2V-14B)",
+            ("casual_audio_encoder.weights", "audio_injector.injector.0.q.weight"),
+            _dit_config,
+            _module_leaves(DiT),
+            lambda config: wan_dit.TABLE,
+            DiTConfig,
+        ),
+        NetworkKind(
+            "vae",
+            "vae",
+            "wan",
+            "Apache-2.0 (Wan 2.1)",
+            ("decoder.conv1.weight", "post_quant_conv.weight"),
+            _vae_config,
+            _module_leaves(WanVAE),
+            lambda config: wan_vae.TABLE,
+            WanVAEConfig,
+            lambda names, config: wan_vae.official_names(names, config.num_res_blocks),
+        ),
+    )
+}
+"""Command-line name -> network; a new one is added here."""

@@ -1,0 +1,57 @@
+"""Tiny downloads with the official names, made of the golden files; shared by the tests."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from conversion.readers import SafetensorsFile
+from conversion.rules import export
+from conversion.wan_dit import LORA_TABLE, config_from_official
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.lora import adapter_leaves
+from jax_avatar.models.params import abstract, flatten, unflatten
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+INFO = json.loads((GOLDEN / "dit" / "cfgA.json").read_text())
+
+
+def dit_weights() -> dict[str, np.ndarray]:
+    file = SafetensorsFile(GOLDEN / "dit" / "cfgA.safetensors")
+    return {name[3:]: np.array(file[name]) for name in file if name.startswith("sd.")}
+
+
+def vae_weights() -> dict[str, np.ndarray]:
+    file = SafetensorsFile(GOLDEN / "vae" / "vae_a_weights.safetensors")
+    return {name[3:]: np.array(file[name]) for name in file if name.startswith("sd.")}
+
+
+def dit_leaves():
+    config = config_from_official(INFO["model_config"])
+    return flatten(abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1])
+
+
+def lora_weights(rank: int = 2) -> dict[str, np.ndarray]:
+    leaves = adapter_leaves(unflatten(dit_leaves()), rank)
+    draw = np.random.default_rng(0).normal
+    ours = {path: draw(size=leaf.shape).astype(np.float32) for path, leaf in leaves.items()}
+    named = export(ours, LORA_TABLE)
+    return {name.replace(".weight", ".default.weight"): array for name, array in named.items()}
+
+
+def write_dit(folder: Path, weights=None, shards: int = 3) -> Path:
+    """A sharded transformer with its index and config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dit_weights() if weights is None else weights
+    names, places = sorted(weights), {}
+    for i in range(shards):
+        file = f"diffusion_pytorch_model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: weights[name] for name in names[i::shards]}
+        save_file(part, folder / file)
+        places |= dict.fromkeys(part, file)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "config.json").write_text(json.dumps(INFO["model_config"]))
+    return folder

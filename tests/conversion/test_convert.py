@@ -1,0 +1,241 @@
+import json
+import re
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from conversion import convert, export, inspect
+from conversion.networks import NETWORKS
+from conversion.readers import SafetensorsFile, open_weights
+from conversion.wan_dit import MergedLora
+from jax_avatar.io.checkpoint import StoredWeights, load_json
+from jax_avatar.models.params import flatten
+from tests.conversion import official
+
+
+@pytest.fixture(scope="module")
+def download(tmp_path_factory):
+    """A folder laid out as the downloads are."""
+    root = tmp_path_factory.mktemp("ckpt")
+    official.write_dit(root / "Wan2.2-S2V-14B")
+    save_file(official.vae_weights(), root / "Wan2.2-S2V-14B" / "Wan2.1_VAE.safetensors")
+    (root / "LiveAvatar").mkdir()
+    save_file(official.lora_weights(), root / "LiveAvatar" / "liveavatar.safetensors")
+    return root
+
+
+def run(*arguments):
+    return convert.main([str(a) for a in arguments])
+
+
+def exported(folder, out, **options):
+    files, _ = export.export_network(folder, out, **options)
+    return open_weights(files[-1])
+
+
+def assert_same_bits(got, expected):
+    assert set(got) == set(expected)
+    for name in expected:
+        assert got[name].dtype == expected[name].dtype, name
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+
+
+def test_everything_below_a_folder_comes_back_bit_for_bit(download, tmp_path, capsys):
+    assert run("all", "--src", download, "--out", tmp_path / "model") == 0
+    told = capsys.readouterr().out
+    tensors = official.dit_weights()
+    assert f"{len(tensors)} tensors used, 0 ignored, none missing" in told
+    content = load_json(tmp_path / "model" / "config.json")
+    assert (content["dit"], content["vae"], content["lora"]) == ("wan_s2v", "wan", "lora")
+    assert content["stream"]["fps"] == 25
+    back = exported(tmp_path / "model" / "dit", tmp_path / "back", shard_gb=2e-4)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    assert_same_bits(back, tensors)
+    assert_same_bits(exported(tmp_path / "model" / "vae", tmp_path / "v"), official.vae_weights())
+    lora = exported(tmp_path / "model" / "lora", tmp_path / "l")
+    expected = {n.replace(".default", ""): a for n, a in official.lora_weights().items()}
+    assert_same_bits(lora, expected)
+
+
+def test_sixteen_bits_come_back_as_they_were(tmp_path):
+    weights = {n: a.astype(ml_dtypes.bfloat16) for n, a in official.dit_weights().items()}
+    official.write_dit(tmp_path / "src", weights)
+    assert run("wan_s2v", "--src", tmp_path / "src", "--out", tmp_path / "model") == 0
+    assert_same_bits(exported(tmp_path / "model" / "dit", tmp_path / "back"), weights)
+
+
+def test_a_merged_adapter_is_in_the_weights(download, tmp_path):
+    adapter = download / "LiveAvatar" / "liveavatar.safetensors"
+    source = download / "Wan2.2-S2V-14B"
+    out = tmp_path / "model"
+    assert run("wan_s2v", "--src", source, "--out", out, "--lora", adapter, "--merge") == 0
+    back = exported(out / "dit", tmp_path / "back")
+    merged = MergedLora(official.dit_weights(), official.lora_weights())
+    assert_same_bits(back, dict(merged.items()))
+    assert "merged" in StoredWeights(out / "dit").metadata["lora"]
+    assert not (out / "lora").exists()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_eight_bits_are_near_and_cannot_be_exported(download, tmp_path, dtype, capsys):
+    source, out = download / "Wan2.2-S2V-14B", tmp_path / "model"
+    assert run("wan_s2v", "--src", source, "--out", out, "--dtype", dtype) == 0
+    stored = StoredWeights(out / "dit")
+    assert stored.config["weights"] == dtype
+    ours = flatten(stored.restore())
+    path = "blocks/ffn_in/kernel"
+    near = ours[path].astype(np.float32) * ours[f"{path}_scale"][:, None]
+    theirs = np.stack([official.dit_weights()[f"blocks.{i}.ffn.0.weight"].T for i in range(4)])
+    np.testing.assert_allclose(near, theirs, atol=0.04 * np.abs(theirs).max())
+    assert export.main([str(out / "dit"), "--out", str(tmp_path / "back")]) == 1
+    assert "rounded" in capsys.readouterr().err
+
+
+def test_an_interrupted_conversion_goes_on(download, tmp_path, monkeypatch):
+    source, out = download / "Wan2.2-S2V-14B", tmp_path / "model"
+    real, written = convert.SlotWriter.write, []
+
+    def write(self, label, parts):
+        if len(written) == 20:
+            raise KeyboardInterrupt
+        written.append(label)
+        real(self, label, parts)
+
+    monkeypatch.setattr(convert.SlotWriter, "write", write)
+    assert run("wan_s2v", "--src", source, "--out", out) == 130
+    assert not (out / "dit").exists() and not (out / "config.json").exists()
+    first = list(written)
+    monkeypatch.setattr(
+        convert.SlotWriter, "write", lambda self, *a: (written.append(a[0]), real(self, *a))
+    )
+    assert run("wan_s2v", "--src", source, "--out", out) == 0
+    assert len(written) == len(official.dit_weights()) and written[:20] == first
+    assert_same_bits(exported(out / "dit", tmp_path / "back"), official.dit_weights())
+
+
+def broken(kind):
+    """A transformer with one thing wrong."""
+    weights, name = official.dit_weights(), "blocks.0.ffn.0.weight"
+    if kind == "extra":
+        weights["blocks.0.colour"] = np.ones(3, np.float32)
+    elif kind == "renamed":
+        weights["blocks.0.ffn.zero.weight"] = weights.pop(name)
+    elif kind == "missing":
+        del weights[name]
+    elif kind == "shape":
+        weights[name] = weights[name][:-1].copy()
+    elif kind == "integers":
+        weights[name] = weights[name].astype(np.int32)
+    elif kind == "nan":
+        weights[name][3, 2] = np.nan
+    elif kind == "mixed":
+        weights[name] = weights[name].astype(np.float16)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("extra", r"1 source tensors nobody uses.*\n  blocks\.0\.colour"),
+        (
+            "renamed",
+            r"blocks\.0\.ffn\.zero\.weight.*no rule(.|\n)*nobody fills(.|\n)*ffn_in/kernel\[0\]",
+        ),
+        ("missing", r"nobody fills.*\n  blocks/ffn_in/kernel\[0\].*no blocks\.0\.ffn\.0\.weight"),
+        ("shape", r"shapes that do not fit.*\n  blocks\.0\.ffn\.0\.weight"),
+        ("integers", r"holds int32, expected floating-point|different types"),
+        ("nan", r"blocks\.0\.ffn\.0\.weight holds NaN"),
+        ("mixed", r"different types.*--dtype bf16"),
+    ],
+)
+def test_a_broken_file_gets_its_own_error_and_leaves_nothing(tmp_path, capsys, kind, message):
+    official.write_dit(tmp_path / "src", broken(kind))
+    assert run("wan_s2v", "--src", tmp_path / "src", "--out", tmp_path / "model") == 1
+    told = capsys.readouterr().err
+    assert re.search(message, told), told
+    assert not list((tmp_path / "model").glob("*")) and not list((tmp_path / "model").glob(".*"))
+
+
+def test_a_cut_off_shard_is_named(tmp_path, capsys):
+    folder = official.write_dit(tmp_path / "src")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert run("wan_s2v", "--src", folder, "--out", tmp_path / "model") == 1
+    assert shard.name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["wan_s2v", "--src", "nowhere"], "no such file"),
+        (["vae", "--src", "LiveAvatar"], r"no weights of vae; found: .*live_avatar"),
+        (["all", "--src", "empty"], "download them first"),
+        (["vae", "--src", "Wan2.2-S2V-14B", "--dtype", "int8"], "only the transformer"),
+    ],
+)
+def test_what_cannot_be_converted_is_said(download, tmp_path, capsys, arguments, message):
+    (download / "empty").mkdir(exist_ok=True)
+    arguments[2] = str(download / arguments[2])
+    assert run(*arguments, "--out", tmp_path / "model") == 1
+    told = capsys.readouterr().err
+    assert re.search(message, told), told
+
+
+def test_the_adapter_of_another_size_is_refused(download, tmp_path, capsys):
+    stray = {
+        "blocks.9.self_attn.q.lora_A.default.weight": np.ones((2, 64), np.float32),
+        "blocks.9.self_attn.q.lora_B.default.weight": np.ones((64, 2), np.float32),
+    }
+    save_file(stray, tmp_path / "stray.safetensors")
+    source, adapter = download / "Wan2.2-S2V-14B", tmp_path / "stray.safetensors"
+    arguments = ["wan_s2v", "--src", source, "--out", tmp_path / "m", "--lora", adapter, "--merge"]
+    assert run(*arguments) == 1
+    assert "blocks.9.self_attn.q.lora_A" in capsys.readouterr().err
+
+
+def test_inspect_tells_what_is_there(download, tmp_path, capsys):
+    run("all", "--src", download, "--out", tmp_path / "model")
+    capsys.readouterr()
+    assert inspect.main([str(download)]) == 0
+    told = capsys.readouterr().out
+    assert "wan_s2v; " in told and "live_avatar; " in told and "vae; " in told
+    assert "Apache-2.0" in told and "0 ignored" in told
+    assert inspect.main([str(tmp_path / "model")]) == 1
+    told = capsys.readouterr().out
+    assert "speech: MISSING" in told and "float32 100%" in told
+    assert inspect.main([str(tmp_path / "nowhere")]) == 1
+
+
+def test_inspect_says_why_a_download_is_not_usable(tmp_path, capsys):
+    official.write_dit(tmp_path / "src", broken("missing"))
+    assert inspect.main([str(tmp_path / "src")]) == 1
+    assert "NOT USABLE" in capsys.readouterr().out
+
+
+def test_every_network_is_recognised_by_its_own_names_only(download):
+    for kind in NETWORKS.values():
+        marked = [
+            other.name
+            for other in NETWORKS.values()
+            if any(name.endswith(kind.marks) for name in official_names(other.name))
+        ]
+        assert marked in ([kind.name], []), marked
+
+
+def official_names(name):
+    tables = {"wan_s2v": official.dit_weights, "vae": official.vae_weights}
+    return tables.get(name, official.lora_weights)()
+
+
+def test_exported_files_are_plain_safetensors(download, tmp_path):
+    run("vae", "--src", download / "Wan2.2-S2V-14B", "--out", tmp_path / "model")
+    files, _ = export.export_network(tmp_path / "model" / "vae", tmp_path / "back")
+    from safetensors.numpy import load_file
+
+    assert_same_bits(load_file(files[0]), official.vae_weights())
+    (length,) = struct.unpack("<Q", files[0].read_bytes()[:8])
+    assert json.loads(files[0].read_bytes()[8 : 8 + length])["__metadata__"] == {"format": "pt"}
+    assert SafetensorsFile(files[0]).metadata == {"format": "pt"}
