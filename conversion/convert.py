@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -177,7 +176,7 @@ def _as_stored(
 def _parts(move: Move, array: np.ndarray, job: _Job) -> dict[tuple[str, tuple], np.ndarray]:
     path, kind = move.target, job.config.get("weights", "")
     if kind and is_adapted(path):
-        values, scale = quantise(jnp.asarray(array), kind, axis=-2)
+        values, scale = quantise(array, kind, axis=-2)
         return {
             (path, move.slot): np.asarray(values),
             (f"{path}_scale", move.slot): np.asarray(scale)[0],

@@ -300,5 +300,5 @@ def load_json(path: str | Path) -> dict[str, Any]:
 
 
 def _widened(array: np.ndarray) -> np.ndarray:
-    is_float = jax.numpy.issubdtype(array.dtype, jax.numpy.floating)
-    return array.astype(np.float32) if is_float else array
+    is_half = array.dtype in (np.float16, ml_dtypes.bfloat16)
+    return array.astype(np.float32) if is_half else array

@@ -1,0 +1,121 @@
+"""What eight-bit weights cost in accuracy, layer by layer.
+
+    python benchmarks/quantised.py                            the golden models of the official code
+    python benchmarks/quantised.py --checkpoint MODEL/dit     a converted transformer
+
+One streaming block with an empty window, in full precision and with rounded products: relative
+error and cosine of what every layer adds to the hidden states, and of the velocity.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.common import emit, environment
+from conversion.readers import SafetensorsFile
+from conversion.rules import convert
+from conversion.wan_dit import TABLE, config_from_official
+from jax_avatar.io.checkpoint import StoredWeights, with_tuples
+from jax_avatar.models.cache import block_position, empty_cache
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.quantise import quantise_params
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "dit"
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--golden", type=Path, default=GOLDEN, help="folder of golden files")
+    add("--checkpoint", type=Path, default=None, help="one converted transformer instead")
+    add("--grid", type=int, default=16, help="latent rows and columns")
+    add("--out", default=None, help="JSON file to write")
+    return parser.parse_args(argv)
+
+
+def golden_models(folder: Path):
+    """Name, config and parameters of every golden transformer."""
+    import json
+
+    for path in sorted(folder.glob("*.safetensors")):
+        file = SafetensorsFile(path)
+        info = json.loads(file.metadata.get("info", "{}"))
+        weights = {name[3:]: np.asarray(file[name]) for name in file if name.startswith("sd.")}
+        if "model_config" in info and weights:
+            config = config_from_official(info["model_config"])
+            target = flatten(abstract(lambda config=config: DiT(config, rngs=nnx.Rngs(0)))[1])
+            yield path.stem, config, unflatten(convert(weights, TABLE, target)[0])
+
+
+def hidden_states(config: DiTConfig, params, grid: int) -> dict[str, np.ndarray]:
+    """What enters and leaves every layer of a block of random latents, and the velocity."""
+    graphdef = abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[0]
+    dit = merge(graphdef, jax.tree.map(jnp.asarray, params))
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    draw = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    frames, c = config.frames_per_block, config.latent_channels
+    reference = draw(1, 1, grid, grid, c)
+    sink = dit.prefill(draw(1, 8, config.text_width), reference, None)
+    seen = {}
+    velocity, _ = dit.stream_block(
+        draw(1, frames, grid, grid, c),
+        jnp.full((1, frames), 750.0),
+        jnp.zeros((1, frames, grid, grid, config.pose_channels)),
+        draw(1, 1, 4 * frames, config.audio_layers, config.audio_width),
+        empty_cache(config, 1, grid, grid),
+        sink,
+        block_position(config, 0, 10),
+        tap=lambda name, value: seen.setdefault(name, np.asarray(value, np.float64)),
+    )
+    states = [seen["block0_in"]]
+    states += [seen[f"block{i}_after_audio"] for i in range(config.num_layers)]
+    layers = {f"layer {i}": b - a for i, (a, b) in enumerate(itertools.pairwise(states))}
+    return layers | {"velocity": np.asarray(velocity, np.float64)}
+
+
+def report(config: DiTConfig, params, grid: int) -> dict[str, dict]:
+    """Relative error and cosine of both kinds of weights against the stored ones."""
+    exact = hidden_states(config, params, grid)
+    result = {}
+    for kind in ("int8", "fp8"):
+        rounded = hidden_states(config.replace(weights=kind), quantise_params(params, kind), grid)
+        result[kind] = {
+            name: {
+                "relative_error": round(float(np.linalg.norm(b - a) / np.linalg.norm(a)), 5),
+                "cosine": round(float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)), 6),
+            }
+            for name, a, b in ((name, exact[name], rounded[name]) for name in exact)
+        }
+    return result
+
+
+def main(argv=None) -> dict:
+    arguments = parse_arguments(argv)
+    if arguments.checkpoint:
+        stored = StoredWeights(arguments.checkpoint)
+        config = DiTConfig(**with_tuples(stored.config))
+        models = [(str(arguments.checkpoint.name), config, stored.restore())]
+    else:
+        models = golden_models(arguments.golden)
+    with jax.default_matmul_precision("highest"):
+        found = {name: report(config, params, arguments.grid) for name, config, params in models}
+    return emit({"benchmark": "quantised", "models": found, **environment()}, arguments.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"quantised.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,73 @@
+import jax
+import numpy as np
+import pytest
+
+from jax_avatar.io.checkpoint import add_to_config, load_weights, save_orbax
+from jax_avatar.models.lora import add_adapter, init_adapter
+from jax_avatar.models.params import flatten
+from jax_avatar.streaming.model import load_model, load_settings
+from tests.nano import save_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_model(tmp_path / "model")
+
+
+def nbytes(params):
+    return sum(np.asarray(leaf).nbytes for leaf in flatten(params).values())
+
+
+def adapter_of(params, scale=0.1):
+    adapter = init_adapter(params, 2, jax.random.key(0))
+    return jax.tree.map(lambda leaf: np.asarray(leaf) + scale, adapter)
+
+
+def test_an_adapter_in_the_folder_is_added(folder):
+    plain = load_model(folder).dit.params
+    adapter = adapter_of(plain)
+    save_orbax(folder / "lora", adapter, {"rank": 2, "scaling": 0.5})
+    add_to_config(folder, {"lora": "lora"})
+    expected = flatten(add_adapter(plain, adapter, 0.5))
+    for path, leaf in flatten(load_model(folder).dit.params).items():
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_weights_are_rounded_when_asked(folder, weights):
+    exact, rounded = load_model(folder).dit, load_model(folder, weights=weights).dit
+    assert rounded.config.weights == weights and exact.config.weights == ""
+    path = "blocks/ffn_in/kernel"
+    assert flatten(rounded.params)[path].dtype.itemsize == 1
+    nbytes = [
+        sum(np.asarray(a).nbytes for a in flatten(d.params).values()) for d in (exact, rounded)
+    ]
+    assert nbytes[1] < nbytes[0]
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_rounded_weights_are_stored_as_they_are(folder, weights):
+    rounded = load_model(folder, weights=weights).dit
+    fields = load_weights(folder, "dit")[1]
+    (folder / "dit.safetensors").unlink()
+    save_orbax(folder / "dit", rounded.params, fields | {"weights": weights})
+    again = load_model(folder).dit
+    for path, leaf in flatten(rounded.params).items():
+        np.testing.assert_array_equal(np.asarray(leaf), flatten(again.params)[path])
+    other = "fp8" if weights == "int8" else "int8"
+    with pytest.raises(ValueError, match=f"stored in {weights} and cannot become {other}"):
+        load_model(folder, weights=other)
+    adapter = adapter_of(load_model(folder).dit.params)
+    save_orbax(folder / "lora", adapter, {"rank": 2, "scaling": 0.5})
+    add_to_config(folder, {"lora": "lora"})
+    with pytest.raises(ValueError, match=rf"cannot be added to {weights} weights.*--merge"):
+        load_model(folder)
+
+
+def test_a_folder_that_lacks_something_says_what(folder):
+    (folder / "vae.safetensors").unlink()
+    with pytest.raises(ValueError, match="no weights of 'vae'"):
+        load_model(folder)
+    (folder / "config.json").write_text('{"name": "x", "dit": "wan_s2v"}')
+    with pytest.raises(ValueError, match=r"lacks \['vae', 'speech', 'stream'\]"):
+        load_settings(folder)
