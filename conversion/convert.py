@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 from tqdm import tqdm
@@ -291,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.dtype in _EIGHT_BITS and flags.lora and not flags.merge:
         parser.error(f"--dtype {flags.dtype} cannot take an adapter later; add --merge.")
     options = Options(flags.dtype, None, flags.lora_scaling, command)
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is meant here
     try:
         if flags.network == "all":
             _convert_all(flags.src, flags.out, options, merge=flags.merge)

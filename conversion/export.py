@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import absl.logging
 import numpy as np
 from tqdm import tqdm
 
@@ -174,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--shard-gb", type=float, default=10.0, help="most gigabytes per file (default %(default)s)"
     )
     flags = parser.parse_args(arguments)
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is meant here
     try:
         files, ignored = export_network(flags.folder, flags.out, shard_gb=flags.shard_gb)
     except ValueError as error:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import numpy as np
 
 from conversion.networks import NETWORKS, identify, plain_fields, weight_files
@@ -127,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="file or folder")
     flags = parser.parse_args(arguments)
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is meant here
     failed = False
     for path in flags.paths:
         try:
