@@ -16,13 +16,8 @@ from pathlib import Path
 import jax
 
 from conversion.cases import Case, Check, Kind
-from conversion.cases_dit import (
-    DiTCases,
-    DiTManifests,
-    RotaryCases,
-    RoutingCases,
-    SamplerTables,
-)
+from conversion.cases_dit import DiTCases
+from conversion.cases_tables import DiTManifests, RotaryCases, RoutingCases, SamplerTables
 from conversion.cases_vae import VAECases, VAEManifests
 from conversion.readers import SafetensorsFile
 

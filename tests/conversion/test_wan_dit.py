@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from conversion.cases_dit import DiTCases, DiTManifests, RotaryCases, RoutingCases, SamplerTables
+from conversion.cases_dit import DiTCases
+from conversion.cases_tables import DiTManifests, RotaryCases, RoutingCases, SamplerTables
 from conversion.readers import SafetensorsFile
 from conversion.rules import convert, export
 from conversion.wan_dit import LORA_TABLE, TABLE, MergedLora, config_from_official, plain_lora_name
