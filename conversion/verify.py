@@ -18,6 +18,7 @@ import jax
 from conversion.cases import Case, Check, Kind
 from conversion.cases_dit import DiTCases
 from conversion.cases_tables import DiTManifests, RotaryCases, RoutingCases, SamplerTables
+from conversion.cases_text import PromptCleaning, TextCases, TextManifests
 from conversion.cases_vae import VAECases, VAEManifests
 from conversion.readers import SafetensorsFile
 
@@ -31,6 +32,9 @@ CASES: tuple[Kind, ...] = (
     RotaryCases(),
     RoutingCases(),
     SamplerTables(),
+    TextCases(),
+    TextManifests(),
+    PromptCleaning(),
 )
 """The kinds of golden cases; a new one is added here."""
 

@@ -25,7 +25,8 @@ from jax_avatar.io.audio import AudioReader, PcmReader
 from jax_avatar.io.image import fit_size, load_image, prepare_reference
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.streaming.mesh import parse_layout
-from jax_avatar.streaming.model import SMALL, load_model, load_settings
+from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
+from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.run import for_duration, stream_to_file
 from jax_avatar.streaming.session import AvatarSession, num_slices
 
@@ -33,7 +34,12 @@ ASSETS = SMALL.parent
 flags.DEFINE_string("mesh", "5", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
 flags.DEFINE_string("image", str(ASSETS / "portraits" / "amara.png"), "portrait")
 flags.DEFINE_string("audio", str(ASSETS / "demo.flac"), 'speech, any format; "-" is raw PCM')
-flags.DEFINE_string("prompt", "", "description of the scene, for models with a prompt encoder")
+flags.DEFINE_string("prompt", None, "description of the scene, for models with a prompt encoder")
+flags.DEFINE_string(
+    "prompt_cache",
+    str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jax_avatar" / "prompts"),
+    "folder that keeps encoded prompts, so that the next start needs no encoder; empty: none",
+)
 flags.DEFINE_string("out", "avatar.mp4", "video to write: .mp4, .mov or .mkv")
 flags.DEFINE_float("duration", None, "seconds: cuts the audio, or goes on in silence")
 flags.DEFINE_integer("seed", 420, "of the noise", lower_bound=0, upper_bound=2**32 - 1)
@@ -83,6 +89,18 @@ def open_audio(sample_rate: int, chunk: int):
     )
 
 
+def read_prompt():
+    """States of the prompt; None where there is no prompt, or nothing to read it."""
+    if not has_text_encoder(FLAGS.checkpoint):
+        if FLAGS.prompt:
+            say(f"warning: {FLAGS.checkpoint} has no prompt encoder; --prompt is not used.")
+        return None
+    if FLAGS.prompt is None:
+        say("warning: this model was trained with prompts; describe the scene with --prompt.")
+        return None
+    return prompt_states(FLAGS.checkpoint, FLAGS.prompt, cache=FLAGS.prompt_cache or None)
+
+
 def run() -> int:
     changes = {k: v for k, v in FLAGS.config.stream.to_dict().items() if v is not None}
     settings = load_settings(FLAGS.checkpoint, **changes)
@@ -98,17 +116,16 @@ def run() -> int:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/jax_avatar")
     jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    text = read_prompt()  # first: its encoder is gone before the model comes
     model = load_model(FLAGS.checkpoint, **changes)
     speech = model.speech.config
     chunk = 4 * model.dit.config.frames_per_block * speech.samples_per_frame
     audio = open_audio(speech.sample_rate, chunk)
-    if FLAGS.prompt:
-        say(f"warning: {model.name} has no prompt encoder; --prompt is not used.")
 
     with VideoWriter(FLAGS.out, width, height, settings.fps, speech.sample_rate) as writer:
         began = time.perf_counter()
         session = AvatarSession(
-            model, portrait, layout, seed=FLAGS.seed, in_flight=FLAGS.config.in_flight
+            model, portrait, layout, seed=FLAGS.seed, text=text, in_flight=FLAGS.config.in_flight
         )
         if 0 < settings.portrait_error < session.portrait_error:
             say(

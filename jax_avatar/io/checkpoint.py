@@ -8,11 +8,12 @@ Nothing is unpickled.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from jax_avatar.shapes import PyTree
 __all__ = [
     "StoredWeights",
     "add_to_config",
+    "fingerprint",
+    "load_header",
     "load_json",
     "load_weights",
     "on_host",
@@ -90,43 +93,97 @@ def save_weights(
 
 
 def load_weights(
-    folder: str | Path, name: str
+    folder: str | Path, name: str, *, widen: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Reads a network's weights from `folder/name.safetensors` or the Orbax folder `folder/name`.
 
+    Args:
+        folder: of the model.
+        name: of the network, for example "dit".
+        widen: give the floating-point weights of a file as float32, whatever they are stored as.
+
     Returns:
-        Parameters as a nested dictionary of float32 arrays, config and metadata.
+        Parameters as a nested dictionary of arrays, config and metadata.
 
     Raises:
         ValueError: there is no such file, or it is cut off, or it was not written by this project.
     """
-    folder = Path(folder)
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        if (folder / name).is_dir():
-            stored = StoredWeights(folder / name)
-            return stored.restore(), stored.config, stored.metadata
-        present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
-        raise ValueError(
-            f"{folder} holds no weights of '{name}' (found: {present}); expected "
-            f"{name}.safetensors or an Orbax folder {name}/. Pass a folder that this project wrote."
-        )
+    path = _find_weights(Path(folder), name)
+    if path.is_dir():
+        stored = StoredWeights(path)
+        return stored.restore(), stored.config, stored.metadata
+    with _open_safetensors(path) as file:
+        config, metadata = _parse_header(path, file.metadata())
+        # bfloat16 is not a NumPy type of its own; ml_dtypes makes it one.
+        tensors = ((key, file.get_tensor(key)) for key in file.keys())
+        flat = {key: _widened(array) if widen else array for key, array in tensors}
+    return traverse_util.unflatten_dict(flat, sep="/"), config, metadata
+
+
+def load_header(folder: str | Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config and metadata of a network, without reading its weights.
+
+    Arguments and errors as in `load_weights`.
+    """
+    path = _find_weights(Path(folder), name)
+    if path.is_dir():
+        stored = StoredWeights(path)
+        return stored.config, stored.metadata
+    with _open_safetensors(path) as file:
+        return _parse_header(path, file.metadata())
+
+
+def fingerprint(folder: str | Path, name: str) -> str:
+    """A hash that changes when a network's weights are written again, without reading them.
+
+    Made of the header and of the sizes and times of the files; arguments and errors as in
+    `load_weights`.
+    """
+    path = _find_weights(Path(folder), name)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) or [path]
+    state = [(str(file.relative_to(path)), *_size_and_time(file)) for file in files]
+    content = json.dumps([*load_header(folder, name), state], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _find_weights(folder: Path, name: str) -> Path:
+    """The file or Orbax folder of a network."""
+    file, orbax_folder = folder / f"{name}.safetensors", folder / name
+    if file.is_file():
+        return file
+    if orbax_folder.is_dir():
+        return orbax_folder
+    present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+    raise ValueError(
+        f"{folder} holds no weights of '{name}' (found: {present}); expected "
+        f"{name}.safetensors or an Orbax folder {name}/. Pass a folder that this project wrote."
+    )
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "np") as file:
-            header = file.metadata() or {}
-            # bfloat16 is not a NumPy type of its own; ml_dtypes makes it one.
-            flat = {key: _widened(file.get_tensor(key)) for key in file.keys()}
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); copy or convert it again."
         ) from error
+
+
+def _parse_header(path: Path, header: dict | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    header = header or {}
     if "config" not in header:
         raise ValueError(
             f"{path} has no config in its header, so it was not written by this project; convert "
             "foreign weights first (python -m conversion.convert --help)."
         )
-    config, metadata = json.loads(header["config"]), json.loads(header.get("metadata", "{}"))
-    return traverse_util.unflatten_dict(flat, sep="/"), config, metadata
+    return json.loads(header["config"]), json.loads(header.get("metadata", "{}"))
 
 
 def save_orbax(

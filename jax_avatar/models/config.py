@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-__all__ = ["DiTConfig", "WanVAEConfig", "wan_s2v_14b"]
+__all__ = ["DiTConfig", "UMT5Config", "WanVAEConfig", "umt5_xxl", "wan_s2v_14b"]
 
 
 @dataclass(frozen=True)
@@ -221,3 +221,74 @@ class WanVAEConfig:
     def replace(self, **changes: Any) -> "WanVAEConfig":
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class UMT5Config:
+    """Size of the prompt encoder, the encoder half of UMT5.
+
+    Attributes:
+        vocab_size: rows of the token embedding; at least the tokenizer's largest id + 1.
+        width: channels of the states.
+        ffn_width: hidden width of the feed-forward layers.
+        num_heads: attention heads.
+        head_dim: channels of one head; heads times this need not be `width`.
+        num_layers: layers.
+        num_buckets: relative positions told apart, half of them on either side; a multiple of 4.
+        max_distance: tokens from which on all distances are alike.
+        eps: added inside every norm.
+        dtype: compute type; norm statistics and softmax stay float32.
+        param_dtype: storage type of the parameters.
+        unroll: layers unrolled per iteration of the scan over layers.
+
+    Source: "UniMax", arXiv 2304.09151; T5, arXiv 1910.10683.
+    """
+
+    vocab_size: int
+    width: int
+    ffn_width: int
+    num_heads: int
+    head_dim: int
+    num_layers: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    unroll: int = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        if self.num_buckets % 4 or self.num_buckets <= 0:
+            raise ValueError(
+                f"num_buckets {self.num_buckets} must be a multiple of 4: half of them are for "
+                "later tokens, and half of each side for single distances."
+            )
+        if self.max_distance <= self.num_buckets // 4:
+            raise ValueError(
+                f"max_distance {self.max_distance} must be above {self.num_buckets // 4}, the "
+                f"distances that {self.num_buckets} buckets tell apart one by one."
+            )
+
+    def replace(self, **changes: Any) -> "UMT5Config":
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+def umt5_xxl(**changes: Any) -> UMT5Config:
+    """The published size: the encoder of UMT5-XXL, 5.7 billion parameters.
+
+    Source: google/umt5-xxl, as distributed with Wan 2.1 and 2.2.
+    """
+    values = dict(
+        vocab_size=256384,
+        width=4096,
+        ffn_width=10240,
+        num_heads=64,
+        head_dim=64,
+        num_layers=24,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+    )
+    return UMT5Config(**(values | changes))

@@ -23,9 +23,11 @@ from jax_avatar.models.layers import (
     LayerNorm,
     PatchProjection,
     TimeEmbedding,
+    layer_at,
     layer_norm,
     linear,
     modulate,
+    stack_layers,
     unpatchify,
 )
 from jax_avatar.models.quantise import projection
@@ -140,8 +142,8 @@ class DiT(nnx.Module):
         self.text_out = linear(config, d, d, init=normal, rngs=rngs)
         self.time = TimeEmbedding(config, rngs=rngs)
         self.audio = CausalAudioEncoder(config, rngs=rngs)
-        self.blocks = _stack(lambda r: Block(config, rngs=r), config.num_layers, rngs)
-        self.injectors = _stack(
+        self.blocks = stack_layers(lambda r: Block(config, rngs=r), config.num_layers, rngs)
+        self.injectors = stack_layers(
             lambda r: AudioInjector(config, rngs=r), len(config.audio_inject_layers), rngs
         )
         self.head_modulation = nnx.Param(
@@ -407,8 +409,8 @@ class DiT(nnx.Module):
                 for prefix in prefixes:
                     tap(f"{prefix}_{name}", value)
 
-            block = nnx.merge(graphdef, _at(state, index))
-            x, carry, here = layer(x, block, index, _at(xs, index), carry, inner)
+            block = nnx.merge(graphdef, layer_at(state, index))
+            x, carry, here = layer(x, block, index, layer_at(xs, index), carry, inner)
             kept.append(here)
         return x, carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
@@ -449,13 +451,13 @@ class DiT(nnx.Module):
                 def inner(name, value):
                     tap(f"injector{slot}_{name}", value)
 
-                injector = nnx.merge(graphdef, _at(state, slot))
+                injector = nnx.merge(graphdef, layer_at(state, slot))
                 return x + injector(x, tokens, mask, inner).astype(x.dtype)
 
             slot = jnp.asarray(slot_of_layer)[index]
 
             def added(x):
-                injector = nnx.merge(graphdef, _at(state, slot))
+                injector = nnx.merge(graphdef, layer_at(state, slot))
                 return x + injector(x, tokens, mask).astype(x.dtype)
 
             if min(slot_of_layer) >= 0:
@@ -594,21 +596,6 @@ class DiT(nnx.Module):
         return grid_rotation(
             frames, rows, cols, config.head_dim, theta=config.rope_theta, half=half
         )
-
-
-def _stack(build, count: int, rngs: nnx.Rngs):
-    """`count` modules with their parameters stacked along a leading axis."""
-
-    @nnx.split_rngs(splits=count)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make(rngs):
-        return build(rngs)
-
-    return make(rngs)
-
-
-def _at(tree, index):
-    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def _write(buffer, update, layer, slot):

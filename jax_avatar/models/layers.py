@@ -1,36 +1,65 @@
 """Norms, modulation and patch projections of the transformer; statistics in float32."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from jax_avatar.shapes import Array, Float
+from jax_avatar.shapes import Array, Float, IntScalar, PyTree
 
 __all__ = [
     "LayerNorm",
     "PatchProjection",
     "RMSNorm",
     "TimeEmbedding",
+    "layer_at",
     "layer_norm",
     "linear",
     "modulate",
     "patchify",
+    "stack_layers",
     "unpatchify",
 ]
 
 _NORMAL = nnx.initializers.normal(0.02)
 
 
+def stack_layers(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` modules with their parameters stacked along a leading axis, for a scan."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return build(rngs)
+
+    return make(rngs)
+
+
+def layer_at(tree: PyTree, index: IntScalar) -> PyTree:
+    """One layer's part of stacked arrays."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
 def linear(
-    config, inputs: int, outputs: int, *, dtype=None, zero: bool = False, init=None, rngs: nnx.Rngs
+    config,
+    inputs: int,
+    outputs: int,
+    *,
+    dtype=None,
+    zero: bool = False,
+    bias: bool = True,
+    init=None,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A biased linear layer in the types of `config`, Xavier-uniform or zero."""
+    """A linear layer in the types of `config`, Xavier-uniform or zero."""
     init = nnx.initializers.zeros_init() if zero else init or nnx.initializers.xavier_uniform()
     return nnx.Linear(
         inputs,
         outputs,
+        use_bias=bias,
         dtype=dtype or config.dtype,
         param_dtype=config.param_dtype,
         kernel_init=init,

@@ -3,6 +3,8 @@
 config.json   {"name", "dit": kind, "vae": kind, "speech": kind, "stream": {settings}}
 dit, vae, speech   one safetensors file or Orbax folder each
 lora          an adapter that is added to dit, if `config.json` names one
+text          the prompt encoder, if `config.json` names one
+text_tokenizer/    its tokenizer's files
 """
 
 import dataclasses
@@ -16,13 +18,14 @@ from flax import nnx
 from jax_avatar.diffusion.schedule import Schedule, euler_schedule
 from jax_avatar.io.checkpoint import load_json, load_weights, on_host, with_tuples
 from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
-from jax_avatar.models.config import DiTConfig, WanVAEConfig
+from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
 from jax_avatar.models.lora import add_adapter
 from jax_avatar.models.params import abstract, flatten
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.quantise import quantise_params
+from jax_avatar.models.text import UMT5Encoder
 from jax_avatar.models.vae import WanVAE
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.plan import StreamPlan
@@ -33,8 +36,10 @@ __all__ = [
     "AvatarModel",
     "Network",
     "StreamSettings",
+    "has_text_encoder",
     "load_model",
     "load_settings",
+    "load_text_encoder",
 ]
 
 SMALL = Path(__file__).parents[1] / "assets" / "small"
@@ -44,7 +49,9 @@ _KINDS = {
     "dit": {"wan_s2v": (DiT, DiTConfig), "portrait": (PortraitDiT, DiTConfig)},
     "vae": {"light": (LightVAE, LightVAEConfig), "wan": (WanVAE, WanVAEConfig)},
     "speech": {"mel": (SpeechEncoder, SpeechConfig)},
+    "text": {"umt5": (UMT5Encoder, UMT5Config)},
 }
+_STREAMED = ("dit", "vae", "speech")  # the prompt encoder is loaded apart, and only if needed
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ def load_settings(folder: str | Path = SMALL, **changes: Any) -> StreamSettings:
     """
     folder = Path(folder)
     content = load_json(folder / "config.json")
-    missing = [key for key in ("name", "dit", "vae", "speech", "stream") if key not in content]
+    missing = [key for key in ("name", *_STREAMED, "stream") if key not in content]
     if missing:
         raise ValueError(f"{folder / 'config.json'} lacks {missing}; is this a model folder?")
     known = {field.name for field in dataclasses.fields(StreamSettings)}
@@ -183,7 +190,7 @@ def load_model(folder: str | Path = SMALL, *, weights: str = "", **changes: Any)
     folder = Path(folder)
     settings = load_settings(folder, **changes)
     content = load_json(folder / "config.json")
-    networks = {name: _load_network(folder, name, content[name]) for name in _KINDS}
+    networks = {name: _load_network(folder, name, content[name]) for name in _STREAMED}
     if "lora" in content:
         networks["dit"] = _with_adapter(networks["dit"], folder)
     if weights and weights != networks["dit"].config.weights:
@@ -193,13 +200,36 @@ def load_model(folder: str | Path = SMALL, *, weights: str = "", **changes: Any)
     return model
 
 
-def _load_network(folder: Path, name: str, kind: str) -> Network:
+def has_text_encoder(folder: str | Path) -> bool:
+    """Whether the model in a folder comes with a prompt encoder."""
+    return "text" in load_json(Path(folder) / "config.json")
+
+
+def load_text_encoder(folder: str | Path) -> Network:
+    """Reads the prompt encoder of a model folder, in the type it is stored in.
+
+    It can be larger than the rest of the model: make states of the prompt, then drop it.
+
+    Raises:
+        ValueError: there is none, or as in `load_model`.
+    """
+    folder = Path(folder)
+    if not has_text_encoder(folder):
+        raise ValueError(
+            f"the model in {folder} has no prompt encoder: its config.json names no 'text'. "
+            "Convert one into the folder, or stream without a prompt."
+        )
+    kind = load_json(folder / "config.json")["text"]
+    return _load_network(folder, "text", kind, widen=False)
+
+
+def _load_network(folder: Path, name: str, kind: str, *, widen: bool = True) -> Network:
     if kind not in _KINDS[name]:
         raise ValueError(
             f"{folder / 'config.json'}: {name} is of kind {kind!r}, known are {list(_KINDS[name])}."
         )
     build, config_class = _KINDS[name][kind]
-    params, fields, metadata = load_weights(folder, name)
+    params, fields, metadata = load_weights(folder, name, widen=widen)
     try:
         config = config_class(**with_tuples(fields))
     except TypeError as error:

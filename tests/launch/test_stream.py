@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from jax_avatar.io.video import VideoWriter, read_video
-from tests.nano import save_model
+from tests.nano import save_model, save_text_encoder
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +77,35 @@ def test_raw_pcm_on_standard_input_and_a_duration(inputs):
     done = run(inputs, "--mesh=1", "--duration=1.5", data=data, audio="-", out="pipe.mp4")
     assert done.returncode == 0, done.stderr.decode()
     assert len(read_video(inputs / "pipe.mp4")[0]) == 24
+
+
+@pytest.fixture(scope="module")
+def prompted(inputs):
+    folder = shutil.copytree(inputs / "model", inputs / "prompted")
+    return f"--checkpoint={save_text_encoder(folder)}"
+
+
+def test_what_becomes_of_a_prompt_is_told(inputs, prompted):
+    # Prompts come before the audio, so that a run without audio shows it.
+    done = run(inputs, "--prompt=A man speaks.", audio="gone.wav")
+    assert b"has no prompt encoder; --prompt is not used" in done.stderr
+    done = run(inputs, prompted, audio="gone.wav")
+    assert b"describe the scene with --prompt" in done.stderr
+
+
+def test_a_prompt_is_encoded_once_and_kept(inputs, prompted):
+    cache = inputs / "prompts"
+    options = ["--mesh=1", "--duration=0.5", prompted, f"--prompt_cache={cache}"]
+    done = run(inputs, *options, "--prompt=A man speaks.")
+    assert done.returncode == 0 and b"warning" not in done.stderr, done.stderr.decode()
+    (entry,) = cache.iterdir()
+    written = entry.stat().st_mtime_ns
+    done = run(inputs, *options, "--prompt= A  man speaks. ", audio="gone.wav")
+    assert b"gone.wav does not exist" in done.stderr and list(cache.iterdir()) == [entry]
+    assert entry.stat().st_mtime_ns == written
+    (inputs / "prompted" / "text_tokenizer" / "tokenizer.json").unlink()
+    done = run(inputs, *options, "--prompt=A man speaks.")
+    assert done.returncode == 2 and b"neither tokenizer.json nor" in done.stderr
 
 
 def test_an_interrupt_leaves_a_playable_file(inputs):

@@ -1,0 +1,135 @@
+"""A prompt -> the states that a stream is conditioned on, made once and kept on disk.
+
+    prompt --clean--> text --tokenizer--> ids --encoder--> states --> cache
+                        |                                               |
+                        +--- key: text, encoder, tokenizer -------------+--> states `1 p f`
+
+The encoder (11 GB at full size) is loaded only where the cache does not know the prompt, and is
+gone when the function returns.
+"""
+
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_avatar.io.checkpoint import fingerprint, load_header, load_weights, save_weights
+from jax_avatar.io.prompt import Tokenizer, clean_prompt, find_tokenizer
+from jax_avatar.models.params import merge
+from jax_avatar.models.text import padded_length
+from jax_avatar.shapes import Int, PyTree, TextStates
+from jax_avatar.streaming.model import load_text_encoder
+
+__all__ = ["TOKENIZER", "encode_tokens", "prompt_states"]
+
+TOKENIZER = "text_tokenizer"
+"""Folder of the tokenizer's files inside a model folder."""
+
+
+def prompt_states(
+    folder: str | Path,
+    prompt: str,
+    *,
+    cache: str | Path | None = None,
+    device: jax.Device | None = None,
+) -> TextStates:
+    """States of a prompt for the model in a folder.
+
+    Args:
+        folder: a model folder with the network `text` and a tokenizer in `text_tokenizer/`.
+        prompt: description of the scene; cleaned here. What the transformer has no rows for is
+            cut off at the end.
+        cache: folder that keeps the states of every prompt; nothing is kept if not given.
+        device: runs the encoder; the default device if not given.
+
+    Returns:
+        One row per token, the end token included, in the encoder's compute type. Without padding:
+        the transformer pads with zeros.
+
+    Raises:
+        ValueError: encoder or tokenizer are missing or fit neither each other nor the transformer,
+            the extra `text` is not installed, or the cache cannot be written.
+    """
+    folder = Path(folder)
+    tokenizer_file = find_tokenizer(folder / TOKENIZER)
+    text_len = _text_len(folder)
+    text = clean_prompt(prompt)
+    if cache is None:
+        return _encode(folder, text, text_len, device)
+    cache = _writable(Path(cache).expanduser())
+    parts = [text, str(text_len), fingerprint(folder, "text"), tokenizer_file.read_bytes()]
+    key = hashlib.sha256()
+    for part in parts:
+        # Hashed one by one, so that no two lists of parts run together.
+        key.update(hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest())
+    name = key.hexdigest()
+    try:
+        return jnp.asarray(load_weights(cache, name, widen=False)[0]["states"])
+    except (ValueError, KeyError):
+        pass  # not there yet, or damaged: made anew
+    states = _encode(folder, text, text_len, device)
+    save_weights(cache, name, {"states": np.asarray(states)}, {"prompt": text})
+    return states
+
+
+def encode_tokens(graphdef: Any, params: PyTree, tokens: Int[np.ndarray, " p"]) -> TextStates:
+    """States of one prompt's tokens, run at one of a few lengths.
+
+    Args:
+        graphdef: structure of the encoder.
+        params: its weights, on the device that runs it.
+        tokens: ids without padding.
+    """
+    count = len(tokens)
+    padding = (0, padded_length(count) - count)
+    ids = np.pad(np.asarray(tokens, np.int32), padding)
+    mask = np.pad(np.ones(count, np.int32), padding)
+    return _run(graphdef, params, ids[None], mask[None])[:, :count]
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(graphdef: Any, params: PyTree, ids: Any, mask: Any) -> Any:
+    return merge(graphdef, params)(ids, mask)
+
+
+def _encode(folder: Path, text: str, text_len: int, device: jax.Device | None) -> TextStates:
+    tokenizer = Tokenizer(folder / TOKENIZER)
+    ids, mask = tokenizer(text, text_len)
+    encoder = load_text_encoder(folder)
+    tokens = ids[mask > 0]
+    # Out of range, a lookup on a device would quietly take some other row.
+    if tokens.max() >= encoder.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder / TOKENIZER} makes id {tokens.max()}, the encoder knows "
+            f"{encoder.config.vocab_size}; copy the tokenizer that belongs to the encoder."
+        )
+    return encode_tokens(encoder.graphdef, jax.device_put(encoder.params, device), tokens)
+
+
+def _text_len(folder: Path) -> int:
+    """Rows that the transformer has for a prompt; its width must be the encoder's."""
+    dit, text = load_header(folder, "dit")[0], load_header(folder, "text")[0]
+    if dit["text_width"] != text["width"]:
+        raise ValueError(
+            f"the prompt encoder in {folder} makes states of {text['width']} channels, its "
+            f"transformer expects {dit['text_width']}; put networks of one model into the folder."
+        )
+    return dit["text_len"]
+
+
+def _writable(cache: Path) -> Path:
+    """The cache's folder; better refused now than after minutes of encoding."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"prompt cache {cache} cannot be made ({error}); pass another --prompt_cache."
+        ) from error
+    if not os.access(cache, os.W_OK | os.X_OK):
+        raise ValueError(f"prompt cache {cache} is not writable; pass another --prompt_cache.")
+    return cache
