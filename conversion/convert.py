@@ -38,6 +38,7 @@ from jax_avatar.io.slot_writer import SlotWriter
 from jax_avatar.models.lora import is_adapted
 from jax_avatar.models.quantise import quantise, quantised_leaves
 from jax_avatar.streaming.model import LIVE_AVATAR
+from jax_avatar.streaming.prompts import TOKENIZER
 
 __all__ = ["Options", "convert_network", "main"]
 
@@ -113,8 +114,25 @@ def convert_network(
         writer.discard()
         raise
     writer.finish()
+    if kind.part == "text":
+        _copy_tokenizer(job.weights.files[0].parent, out / TOKENIZER)
     add_to_config(out, {kind.part: kind.kind}, name="Live Avatar 14B", stream=asdict(LIVE_AVATAR))
     return job.report
+
+
+def _copy_tokenizer(download: Path, target: Path) -> None:
+    """The tokenizer's files, which lie in a subfolder beside the encoder's weights."""
+    found = sorted(download.rglob("spiece.model")) or sorted(download.rglob("tokenizer.json"))
+    if not found:
+        print(
+            f"note: no tokenizer (spiece.model or tokenizer.json) below {download}; prompts need "
+            f"one, so copy it to {target}."
+        )
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("spiece.model", "tokenizer.json"):
+        if (found[0].parent / name).is_file():
+            shutil.copyfile(found[0].parent / name, target / name)
 
 
 def _prepare(kind: NetworkKind, path: Path, options: Options) -> _Job:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from conversion import wan_dit, wan_vae
+from conversion import umt5, wan_dit, wan_vae
 from conversion.readers import open_weights
 from conversion.rules import Table, infer_leaves
 from jax_avatar.io.checkpoint import load_json
-from jax_avatar.models.config import DiTConfig, WanVAEConfig
+from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.text import UMT5Encoder
 from jax_avatar.models.vae import WanVAE
 
 __all__ = ["NETWORKS", "NetworkKind", "find_weights", "identify", "plain_fields", "weight_files"]
@@ -174,6 +175,14 @@ def _dit_config(path: Path, shapes: Shapes) -> DiTConfig:
     )
 
 
+def _text_config(path: Path, shapes: Shapes) -> UMT5Config:
+    types = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+    beside = path.parent / "config.json"
+    if beside.is_file() and load_json(beside).get("model_type") == "umt5":  # transformers' naming
+        return umt5.config_from(load_json(beside), **types)
+    return umt5.config_from_shapes(umt5.official_names(shapes), **types)
+
+
 def _vae_config(path: Path, shapes: Shapes) -> WanVAEConfig:
     beside = path.parent / "config.json"
     if "quant_conv.weight" in shapes and beside.is_file():  # diffusers' naming
@@ -241,6 +250,18 @@ NETWORKS = {
             lambda config: wan_vae.TABLE,
             WanVAEConfig,
             lambda names, config: wan_vae.official_names(names, config.num_res_blocks),
+        ),
+        NetworkKind(
+            "umt5",
+            "text",
+            "umt5",
+            "Apache-2.0 (google/umt5-xxl)",
+            ("pos_embedding.embedding.weight", "SelfAttention.relative_attention_bias.weight"),
+            _text_config,
+            _module_leaves(UMT5Encoder),
+            lambda config: umt5.TABLE,
+            UMT5Config,
+            lambda names, config: umt5.official_names(names),
         ),
     )
 }

@@ -28,6 +28,11 @@ def vae_weights() -> dict[str, np.ndarray]:
     return {name[3:]: np.array(file[name]) for name in file if name.startswith("sd.")}
 
 
+def text_weights() -> dict[str, np.ndarray]:
+    file = SafetensorsFile(GOLDEN / "text" / "umt5_b_weights.safetensors")
+    return {name[3:]: np.array(file[name]) for name in file if name.startswith("sd.")}
+
+
 def dit_leaves():
     config = config_from_official(INFO["model_config"])
     return flatten(abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1])
