@@ -16,6 +16,13 @@ from pathlib import Path
 import jax
 
 from conversion.cases import Case, Check, Kind
+from conversion.cases_audio import (
+    AudioFrontEndCases,
+    AudioManifests,
+    BucketCases,
+    BucketTables,
+    Wav2Vec2Cases,
+)
 from conversion.cases_dit import DiTCases
 from conversion.cases_tables import DiTManifests, RotaryCases, RoutingCases, SamplerTables
 from conversion.cases_text import PromptCleaning, TextCases, TextManifests
@@ -35,6 +42,11 @@ CASES: tuple[Kind, ...] = (
     TextCases(),
     TextManifests(),
     PromptCleaning(),
+    Wav2Vec2Cases(),
+    AudioManifests(),
+    BucketCases(),
+    BucketTables(),
+    AudioFrontEndCases(),
 )
 """The kinds of golden cases; a new one is added here."""
 

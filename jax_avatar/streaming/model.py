@@ -27,6 +27,7 @@ from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.models.text import UMT5Encoder
 from jax_avatar.models.vae import WanVAE
+from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.plan import StreamPlan
 
@@ -48,7 +49,7 @@ SMALL = Path(__file__).parents[1] / "assets" / "small"
 _KINDS = {
     "dit": {"wan_s2v": (DiT, DiTConfig), "portrait": (PortraitDiT, DiTConfig)},
     "vae": {"light": (LightVAE, LightVAEConfig), "wan": (WanVAE, WanVAEConfig)},
-    "speech": {"mel": (SpeechEncoder, SpeechConfig)},
+    "speech": {"mel": (SpeechEncoder, SpeechConfig), "wav2vec2": (Wav2Vec2, Wav2Vec2Config)},
     "text": {"umt5": (UMT5Encoder, UMT5Config)},
 }
 _STREAMED = ("dit", "vae", "speech")  # the prompt encoder is loaded apart, and only if needed

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from jax_avatar.io.audio import AudioReader, PcmReader, is_silent, load_audio
 
 # 44.1 kHz stereo, and what librosa 0.11 makes of it at 16 kHz.
-GOLDEN = Path(__file__).parent / "resample.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "audio" / "audio_frontend.safetensors"
 
 
 def tone(seconds=1.0, rate=16_000, hertz=440.0):
