@@ -64,15 +64,31 @@ def make_latents(frames: int, config: DiTConfig = CONFIG, batch: int = 1, seed: 
     return jnp.asarray(jax.random.normal(jax.random.key(seed), shape))
 
 
-def save_model(folder, *, name="nano", **stream):
-    """Writes a model folder of random nano networks, 16x16... pixels as `GRID` says."""
+def save_model(folder, *, name="nano", speech="mel", **stream):
+    """Writes a model folder of random nano networks, 16x16... pixels as `GRID` says.
+
+    Args:
+        folder: where to.
+        name: of the model.
+        speech: kind of its front end; "wav2vec2" makes 25 frames per second, "mel" 16.
+        **stream: settings other than these.
+    """
     import dataclasses
 
     from jax_avatar.io.checkpoint import save_json, save_weights
     from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
     from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
+    from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
-    speech = SpeechConfig(bands=8, width=6, dilations=(1,))
+    if speech == "wav2vec2":
+        front_end = Wav2Vec2Config(
+            width=6, num_layers=1, num_heads=2, ffn_width=8, conv_widths=(4,) * 7,
+            position_kernel=16, position_groups=2, look_back_s=0.96,
+        )  # fmt: skip
+        _, speech_params = split(jax.jit(lambda: Wav2Vec2(front_end, rngs=nnx.Rngs(6)))())
+    else:
+        front_end = SpeechConfig(bands=8, width=6, dilations=(1,))
+        _, speech_params = split(SpeechEncoder(front_end, rngs=nnx.Rngs(6)))
     vae = LightVAEConfig(
         z_dim=4, latent_width=8, frame_width=8, stem_width=8, latent_blocks=1, frame_blocks=1
     )
@@ -82,10 +98,11 @@ def save_model(folder, *, name="nano", **stream):
     save_weights(folder, "dit", params, fields)
     _, params = split(LightVAE(vae, rngs=nnx.Rngs(5)))
     save_weights(folder, "vae", params, dataclasses.asdict(vae))
-    _, params = split(SpeechEncoder(speech, rngs=nnx.Rngs(6)))
-    save_weights(folder, "speech", params, dataclasses.asdict(speech))
+    fields = dataclasses.asdict(front_end)
+    fields |= {key: "float32" for key in ("dtype", "param_dtype") if key in fields}
+    save_weights(folder, "speech", speech_params, fields)
     settings = {
-        "fps": 16,
+        "fps": front_end.fps,
         "size": [8 * GRID[0], 8 * GRID[1]],
         "sigmas": [1.0, 0.75, 0.5, 0.25, 0.0],
         "aas_after_blocks": 4,
@@ -93,7 +110,7 @@ def save_model(folder, *, name="nano", **stream):
         "pose": "reference",
         "warmup_latents": 2,
     }
-    kinds = {"name": name, "dit": "wan_s2v", "vae": "light", "speech": "mel"}
+    kinds = {"name": name, "dit": "wan_s2v", "vae": "light", "speech": speech}
     save_json(folder / "config.json", kinds | {"stream": settings | stream})
     return folder
 

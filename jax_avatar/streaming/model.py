@@ -72,6 +72,10 @@ class StreamSettings:
         warmup_latents: latents of the still portrait decoded before the stream, and thrown away.
         portrait_error: reconstruction error (RMS, pixels in [-1, 1]) above which a portrait is
             unlike anything the model has seen; 0 never says so.
+        audio_window: "rolling", audio is encoded block by block as it comes, or "whole", all of it
+            at once after its end, as the official pipelines treat files.
+        speech_device: where audio is encoded: "host", a CPU device of its own, or "vae", with the
+            decoder, for encoders that are too large for the CPU.
     """
 
     fps: int
@@ -85,6 +89,8 @@ class StreamSettings:
     motion: str = "none"
     warmup_latents: int = 7
     portrait_error: float = 0.0
+    audio_window: str = "rolling"
+    speech_device: str = "host"
 
     def __post_init__(self):
         for name in ("size", "sigmas", "sink_distance"):
@@ -96,6 +102,10 @@ class StreamSettings:
                 f"pose {self.pose!r} must be zeros or reference, motion {self.motion!r} still or "
                 "none."
             )
+        if self.audio_window not in ("rolling", "whole"):
+            raise ValueError(f"audio_window {self.audio_window!r} must be rolling or whole.")
+        if self.speech_device not in ("host", "vae"):
+            raise ValueError(f"speech_device {self.speech_device!r} must be host or vae.")
         if self.size is None and self.max_area <= 0:
             raise ValueError("stream settings need a size, or a max_area to fit a size to.")
         if self.warmup_latents < 1:

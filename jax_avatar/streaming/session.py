@@ -105,7 +105,8 @@ class AvatarSession:
             self.stream = SequentialStream(*arguments, device=mesh.devices[0, 0])
         else:
             self.stream = PipelinedStream(*arguments, mesh)
-        self._speech_device = _host_device() or self._vae_device
+        host = _host_device() if settings.speech_device == "host" else None
+        self._speech_device = host or self._vae_device
         self._speech_params = jax.device_put(model.speech.params, self._speech_device)
         self._features = jax.jit(self._make_features())
         self._decode_first = jax.jit(self._make_decode("decode_first"))
@@ -125,7 +126,7 @@ class AvatarSession:
         silence = np.zeros(DROPPED_FRAMES * self.speech.samples_per_frame, np.float32)
         self._samples = [silence]
         self._buffered = silence.size
-        self._speech_state = None
+        self._speech_state = self._recording = None
         self._blocks_in = self._blocks_out = 0
         self._num_samples = 0
         self._frames_out = 0
@@ -147,6 +148,8 @@ class AvatarSession:
     def push(self, samples: Float[np.ndarray, " N"]) -> Iterator[np.ndarray]:
         """Feeds audio as it comes; yields the frames that are ready.
 
+        With the setting `audio_window="whole"` frames come from `finish` only.
+
         Args:
             samples: mono in [-1, 1] at the speech encoder's rate, any number.
 
@@ -164,12 +167,18 @@ class AvatarSession:
         """Ends the audio; yields the remaining frames, up to its last one."""
         per_frame = self.speech.samples_per_frame
         wanted = -(-self._num_samples // per_frame)
+        if self._is_whole and wanted:
+            self._recording = self._hear_recording(wanted)
         while self._frames_promised < wanted:
             self._append(np.zeros(self.block_frames * per_frame, np.float32))
             while self._frames_promised < wanted and self._take_block():
                 yield from self._collect(self._in_flight, wanted)
         self._decode_all(self.stream.finish())
         yield from self._collect(0, wanted)
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.model.settings.audio_window == "whole"
 
     @property
     def _frames_promised(self) -> int:
@@ -181,10 +190,21 @@ class AvatarSession:
 
     def _take_block(self) -> bool:
         """Hands the next block to the devices if its audio is there."""
+        features = self._next_of_recording() if self._is_whole else self._next_features()
+        if features is None:
+            return False
+        self._submitted.append(time.perf_counter())
+        # Only the speech encoder is waited for; it has a device of its own.
+        self._decode_all(self.stream.push(np.asarray(features)))
+        self._blocks_in += 1
+        return True
+
+    def _next_features(self) -> Array | None:
+        """Features of the next block if its audio has come."""
         start, stop = self.speech.sample_range(0, self.block_frames)
         head = 0 if self._speech_state is not None else max(0, start)
         if self._buffered < stop - start + head:
-            return False
+            return None
         heard = np.concatenate(self._samples)
         if self._speech_state is None:
             self._speech_state = self._start_speech(heard[:head])
@@ -199,11 +219,27 @@ class AvatarSession:
             features, self._speech_state = self._features(
                 self._speech_params, self._speech_state, chunk[None, None]
             )
-        self._submitted.append(time.perf_counter())
-        # Only the speech encoder is waited for; it has a device of its own.
-        self._decode_all(self.stream.push(np.asarray(features)))
-        self._blocks_in += 1
-        return True
+        return features
+
+    def _next_of_recording(self) -> np.ndarray | None:
+        """Features of the next block if the audio has ended."""
+        if self._recording is None:
+            return None
+        first = self._blocks_in * self.block_frames
+        return self._recording[:, :, first : first + self.block_frames]
+
+    def _hear_recording(self, wanted: int) -> np.ndarray:
+        """Features of all blocks, from all of the audio at once."""
+        blocks = -(-(wanted + DROPPED_FRAMES) // self.block_frames)
+        frames = blocks * self.block_frames - DROPPED_FRAMES
+        graphdef = self.model.speech.graphdef
+        heard = np.concatenate(self._samples)[DROPPED_FRAMES * self.speech.samples_per_frame :]
+        with jax.default_device(self._speech_device):
+            features = jax.jit(lambda params, wave: merge(graphdef, params).encode(wave, frames))(
+                self._speech_params, heard[None, None]
+            )
+        # Before the first frame there is more of it, as the transformer itself repeats it.
+        return np.pad(features, [(0, 0)] * 2 + [(DROPPED_FRAMES, 0)] + [(0, 0)] * 2, mode="edge")
 
     def _start_speech(self, head: np.ndarray):
         speech = self.model.speech
