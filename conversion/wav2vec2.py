@@ -147,12 +147,13 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], **changes: Any) ->
     Strides and head size are not in the shapes: they are the published ones, 64 channels a head.
 
     Args:
-        shapes: name in the spelling of `TABLE` -> shape.
+        shapes: name in any spelling -> shape.
         changes: fields to set on top.
 
     Raises:
         ValueError: the layers are not there.
     """
+    shapes = official_names(shapes)
     numbers = {
         kind: [
             int(found[1]) for name in shapes if (found := re.match(rf"{pattern}\.(\d+)\.", name))
