@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import common, dit_step, long_stream, overlap, stream
+from benchmarks import audio_context, common, dit_step, long_stream, overlap, stream
 from jax_avatar.models.dit import DiT
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.session import AvatarSession
@@ -164,3 +164,13 @@ def test_scripts_for_a_gpu_are_shell_and_name_files_that_exist(script):
     subprocess.run(["bash", "-n", script], check=True)
     named = re.findall(r"(?:launch|benchmarks|configs)/[\w/]+\.(?:py|sh)", script.read_text())
     assert all((ROOT / path).is_file() for path in named)
+
+
+def test_more_sound_around_a_block_brings_live_features_nearer(capsys):
+    arguments = ["--seconds", "2.88", "--look-back", "0", "2", "--look-ahead", "0", "1"]
+    record = audio_context.main([*arguments, "--repeats", "1"])
+    assert record["weights"] == "random, tiny" and record["audio_s"] == 2.88
+    first, *_, last = record["results"]
+    for state in ("error_first", "error_middle", "error_last"):
+        assert first[state] > last[state] > 0
+    assert all(is_timing(result["block"]) for result in record["results"])
