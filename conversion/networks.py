@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from conversion import umt5, wan_dit, wan_vae
+from conversion import umt5, wan_dit, wan_vae, wav2vec2
 from conversion.readers import open_weights
 from conversion.rules import Table, infer_leaves
 from jax_avatar.io.checkpoint import load_json
@@ -22,6 +22,7 @@ from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, flatten
 from jax_avatar.models.text import UMT5Encoder
 from jax_avatar.models.vae import WanVAE
+from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
 __all__ = ["NETWORKS", "NetworkKind", "find_weights", "identify", "plain_fields", "weight_files"]
 
@@ -190,6 +191,13 @@ def _vae_config(path: Path, shapes: Shapes) -> WanVAEConfig:
     return wan_vae.config_from_shapes(shapes)
 
 
+def _speech_config(path: Path, shapes: Shapes) -> Wav2Vec2Config:
+    beside = path.parent / "config.json"
+    if beside.is_file():
+        return wav2vec2.config_from(load_json(beside))
+    return wav2vec2.config_from_shapes(wav2vec2.official_names(shapes))
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """Size of an adapter.
@@ -262,6 +270,18 @@ NETWORKS = {
             lambda config: umt5.TABLE,
             UMT5Config,
             lambda names, config: umt5.official_names(names),
+        ),
+        NetworkKind(
+            "wav2vec2",
+            "speech",
+            "wav2vec2",
+            "Apache-2.0 (wav2vec2-large-xlsr-53-english)",
+            ("encoder.pos_conv_embed.conv.bias",),
+            _speech_config,
+            _module_leaves(Wav2Vec2),
+            lambda config: wav2vec2.TABLE,
+            Wav2Vec2Config,
+            lambda names, config: wav2vec2.official_names(names),
         ),
     )
 }

@@ -33,6 +33,19 @@ def text_weights() -> dict[str, np.ndarray]:
     return {name[3:]: np.array(file[name]) for name in file if name.startswith("sd.")}
 
 
+def speech_weights() -> dict[str, np.ndarray]:
+    file = SafetensorsFile(GOLDEN / "audio" / "w2v_b_weights.safetensors")
+    return {name[3:]: np.array(file[name]) for name in file if name.startswith("sd.")}
+
+
+def write_speech(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(speech_weights(), folder / "model.safetensors")
+    file = SafetensorsFile(GOLDEN / "audio" / "w2v_b_weights.safetensors")
+    (folder / "config.json").write_text(file.metadata["config"])
+    return folder
+
+
 def dit_leaves():
     config = config_from_official(INFO["model_config"])
     return flatten(abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1])

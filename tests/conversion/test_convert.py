@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import struct
 
 import ml_dtypes
@@ -26,6 +27,7 @@ def download(tmp_path_factory):
     save_file(official.text_weights(), text)
     (root / "Wan2.2-S2V-14B" / "google" / "umt5-xxl").mkdir(parents=True)
     (root / "Wan2.2-S2V-14B" / "google" / "umt5-xxl" / "spiece.model").write_bytes(b"pieces")
+    official.write_speech(root / "Wan2.2-S2V-14B" / "wav2vec2-large-xlsr-53-english")
     (root / "LiveAvatar").mkdir()
     save_file(official.lora_weights(), root / "LiveAvatar" / "liveavatar.safetensors")
     return root
@@ -61,6 +63,11 @@ def test_everything_below_a_folder_comes_back_bit_for_bit(download, tmp_path, ca
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
     assert_same_bits(back, tensors)
     assert_same_bits(exported(tmp_path / "model" / "vae", tmp_path / "v"), official.vae_weights())
+    speech, ignored = export.export_network(tmp_path / "model" / "speech", tmp_path / "s")
+    assert {entry.source.split(".")[-2] for entry in ignored} == {"lm_head", "wav2vec2"}
+    unused = ("lm_head.weight", "lm_head.bias", "wav2vec2.masked_spec_embed")
+    expected = {n: a for n, a in official.speech_weights().items() if n not in unused}
+    assert_same_bits(open_weights(speech[0]), expected)
     lora = exported(tmp_path / "model" / "lora", tmp_path / "l")
     expected = {n.replace(".default", ""): a for n, a in official.lora_weights().items()}
     assert_same_bits(lora, expected)
@@ -209,9 +216,11 @@ def test_inspect_tells_what_is_there(download, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "wan_s2v; " in told and "live_avatar; " in told and "vae; " in told
     assert "Apache-2.0" in told and "0 ignored" in told
+    assert inspect.main([str(tmp_path / "model")]) == 0
+    assert "float32 100%" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "model" / "vae")
     assert inspect.main([str(tmp_path / "model")]) == 1
-    told = capsys.readouterr().out
-    assert "speech: MISSING" in told and "float32 100%" in told
+    assert "vae: named in config.json, but MISSING" in capsys.readouterr().out
     assert inspect.main([str(tmp_path / "nowhere")]) == 1
 
 
@@ -237,6 +246,7 @@ def official_names(name):
         "vae": official.vae_weights,
         "umt5": official.text_weights,
         "live_avatar": official.lora_weights,
+        "wav2vec2": official.speech_weights,
     }
     return tables[name]()
 
