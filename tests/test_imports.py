@@ -56,6 +56,6 @@ def test_the_package_does_not_print():
                 assert node.func.id != "print", f"{path}:{node.lineno} prints"
 
 
-def test_shard_map_stays_in_the_pipeline():
+def test_shard_map_stays_in_the_pipeline_and_around_kernels():
     users = [p.name for p in files("jax_avatar") if ".shard_map(" in p.read_text()]
-    assert users == ["pipeline.py"]
+    assert users == ["attention.py", "pipeline.py"]

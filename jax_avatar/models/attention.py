@@ -1,16 +1,29 @@
 """Attention behind one function, so that a backend's kernel is chosen in one place."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
+from jax.sharding import PartitionSpec
 
+from jax_avatar.models.config import ATTENTION_KERNELS
 from jax_avatar.models.layers import RMSNorm
 from jax_avatar.models.quantise import projection
 from jax_avatar.shapes import Array, Float, IntScalar, Tokens
 
-__all__ = ["Attention", "attend", "block_causal_mask"]
+__all__ = ["Attention", "attend", "block_causal_mask", "choose_kernel"]
 
 Heads = Float[Array, "b n m e"]
+
+_BY_BACKEND = {"gpu": "cudnn", "tpu": "splash"}
+_LANES = 128  # of a TPU's vector unit
+_MAX_TILE = 1024
 
 
 def attend(
@@ -20,6 +33,7 @@ def attend(
     *,
     mask: Array | None = None,
     key_length: IntScalar | None = None,
+    kernel: str = "auto",
 ) -> Float[Array, "b n m e"]:
     """Softmax attention, scale `1/sqrt(e)`.
 
@@ -29,13 +43,134 @@ def attend(
         value: values.
         mask: boolean `[n, s]`, true where a query sees a key; everything if not given.
         key_length: only the first so many keys are seen.
+        kernel: one of `ATTENTION_KERNELS`, see `choose_kernel`.
     """
     lengths = None
     if key_length is not None:
         lengths = jnp.broadcast_to(key_length, (query.shape[0],)).astype(jnp.int32)
+    kernel = choose_kernel(kernel, query, key, has_mask=mask is not None)
+    if kernel == "splash":
+        if lengths is None:
+            lengths = jnp.full(query.shape[0], key.shape[1], jnp.int32)
+        return _over_heads(_splash)(query, key, value, lengths)
     if mask is not None:
         mask = mask[None, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, key_value_seq_lengths=lengths)
+    if kernel == "xla":
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, key_value_seq_lengths=lengths
+        )
+
+    def cudnn(query, key, value, lengths):
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
+
+    return _over_heads(cudnn)(query, key, value, lengths)
+
+
+def choose_kernel(kernel: str, query: Array, key: Array, *, has_mask: bool = False) -> str:
+    """The kernel that computes this attention: the one asked for, or "xla" where it cannot.
+
+    A few keys, as of the audio injection, are faster without a kernel. cuDNN wants half precision
+    and heads of at most 128 channels, splash attention heads of whole vector lanes and no mask
+    that is known only when running.
+
+    Args:
+        kernel: "auto" is cuDNN on GPUs, splash attention on TPUs, XLA elsewhere.
+        query: `[b n m e]`; only shape and type are looked at.
+        key: `[b s m e]`, likewise.
+        has_mask: whether a mask of queries and keys is given.
+
+    Raises:
+        ValueError: an unknown kernel.
+    """
+    if kernel not in ATTENTION_KERNELS:
+        raise ValueError(
+            f"attention {kernel!r} is unknown; choose one of {', '.join(ATTENTION_KERNELS)}."
+        )
+    if kernel == "auto":
+        kernel = _BY_BACKEND.get(jax.default_backend(), "xla")
+    keys, size = key.shape[1], query.shape[-1]
+    if keys < _LANES:
+        return "xla"
+    if kernel == "cudnn":
+        halves = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in (query, key))
+        return "cudnn" if halves and size <= 128 and size % 8 == 0 else "xla"
+    if kernel == "splash":
+        return "splash" if size % _LANES == 0 and not has_mask else "xla"
+    return "xla"
+
+
+def _splash(query: Heads, key: Array, value: Array, lengths: Array) -> Heads:
+    """JAX's Pallas kernel for TPUs; on a CPU it is interpreted, for tests."""
+
+    def run(query, key, value, lengths, *, interpret):
+        n, s = query.shape[1], key.shape[1]
+        block_q, block_kv = _block(n), _block(s)
+        # Heads first; the kernel takes whole blocks only, and does not scale.
+        query = (query.astype(jnp.float32) / np.sqrt(query.shape[-1])).astype(query.dtype)
+        query, key, value = (
+            jnp.pad(jnp.moveaxis(x, 2, 1), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))
+            for x, block in ((query, block_q), (key, block_kv), (value, block_kv))
+        )
+        shape = (query.shape[2], key.shape[2])
+        kernel = splash_attention_kernel.make_splash_mha_single_device(
+            splash_attention_mask.MultiHeadMask(
+                [splash_attention_mask.FullMask(shape)] * query.shape[1]
+            ),
+            block_sizes=splash_attention_kernel.BlockSizes(
+                block_q=block_q,
+                block_kv=block_kv,
+                block_q_dkv=block_q,
+                block_kv_dkv=block_kv,
+                block_q_dq=block_q,
+                block_kv_dq=block_kv,
+            ),
+            interpret=interpret,
+        )
+
+        def one(query, key, value, length):
+            # Segment 0 is what is filled; padding and empty slots are another.
+            hidden = (jnp.arange(shape[1]) >= length).astype(jnp.int32)
+            segments = splash_attention_kernel.SegmentIds(jnp.zeros(shape[0], jnp.int32), hidden)
+            return kernel(query, key, value, segments)
+
+        return jnp.moveaxis(jax.vmap(one)(query, key, value, lengths), 1, 2)[:, :n]
+
+    # Chosen when lowered, since programs for TPUs are also compiled where there is none.
+    return jax.lax.platform_dependent(
+        query,
+        key,
+        value,
+        lengths,
+        cpu=functools.partial(run, interpret=True),
+        default=functools.partial(run, interpret=False),
+    )
+
+
+def _block(length: int) -> int:
+    """Largest tile, in whole vector lanes, with the least padding."""
+    tiles = range(_LANES, _MAX_TILE + 1, _LANES)
+    return min(tiles, key=lambda tile: (-length % tile, -tile))
+
+
+def _over_heads(function):
+    """`function(query, key, value, lengths)` on each device's own heads.
+
+    Kernels are opaque to the compiler, which would gather their arguments instead of splitting
+    them over the "model" axis of a slice.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("model", 1) == 1:
+        return function
+    heads, whole = PartitionSpec(None, None, "model"), PartitionSpec()
+    return jax.shard_map(
+        function,
+        in_specs=(heads, heads, heads, whole),
+        out_specs=heads,
+        axis_names={"model"},
+        check_vma=False,
+    )
 
 
 def block_causal_mask(num_noisy: int, num_cond: int, block_tokens: int) -> Array:

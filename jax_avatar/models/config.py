@@ -7,7 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-__all__ = ["DiTConfig", "UMT5Config", "WanVAEConfig", "umt5_xxl", "wan_s2v_14b"]
+__all__ = ["ATTENTION_KERNELS", "DiTConfig", "UMT5Config", "WanVAEConfig", "umt5_xxl", "wan_s2v_14b"]
+
+ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
+"""How attention may be computed: by the backend's best, or always by the named one."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class DiTConfig:
         param_dtype: storage type of the parameters.
         weights: "" keeps the large products in `dtype`; "int8" or "fp8" computes them in eight
             bits, for inference (`models.quantise`).
+        attention: kernel of the attention, one of `ATTENTION_KERNELS`.
         unroll: layers unrolled per iteration of the scan over layers.
         rematerialise: recompute layers in the backward pass instead of storing them.
     """
@@ -71,6 +75,7 @@ class DiTConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     weights: str = ""
+    attention: str = "auto"
     unroll: int = 1
     rematerialise: bool = False
 
@@ -103,6 +108,11 @@ class DiTConfig:
             raise ValueError(
                 f"audio_inject_layers {layers} must be ascending layer numbers within "
                 f"0..{self.num_layers - 1}, at least one."
+            )
+        if self.attention not in ATTENTION_KERNELS:
+            raise ValueError(
+                f"attention {self.attention!r} is unknown; choose one of "
+                f"{', '.join(ATTENTION_KERNELS)}."
             )
         if self.audio_history < 1:
             raise ValueError(f"audio_history {self.audio_history} must be at least 1 frame")

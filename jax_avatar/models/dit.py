@@ -103,7 +103,8 @@ class Block(nnx.Module):
         prompted = self.norm_cross(x.astype(dtype))
         tap("crossattn_in", prompted)
         attention = self.cross_attention
-        prompted = attend(attention.project_query(prompted), text_key, text_value)
+        kernel = self.config.attention
+        prompted = attend(attention.project_query(prompted), text_key, text_value, kernel=kernel)
         prompted = attention.project_out(prompted)
         tap("crossattn_out", prompted)
         x = x + prompted.astype(jnp.float32)
@@ -242,7 +243,12 @@ class DiT(nnx.Module):
 
         def layer(x, block, index, xs, carry, tap):
             def self_attention(query, key, value):
-                seen = attend(rotate(query, rotation), rotate(key, rotation), value)
+                seen = attend(
+                    rotate(query, rotation),
+                    rotate(key, rotation),
+                    value,
+                    kernel=self.config.attention,
+                )
                 return seen, (key, value)
 
             text_kv = xs
@@ -309,7 +315,13 @@ class DiT(nnx.Module):
                 keys = _write(keys, rotate(key, own), index, window)
                 values = _write(carry[1], sink_value, index, 0)
                 values = _write(values, value, index, window)
-                seen = attend(rotate(query, own), keys[index], values[index], key_length=length)
+                seen = attend(
+                    rotate(query, own),
+                    keys[index],
+                    values[index],
+                    key_length=length,
+                    kernel=config.attention,
+                )
                 return seen, (keys, values)
 
             x, carry = block(
@@ -366,7 +378,13 @@ class DiT(nnx.Module):
             return jnp.concatenate([spread_noisy(rows[:, :t]), clean], axis=1)
 
         def self_attention(query, key, value):
-            seen = attend(rotate(query, rotation), rotate(key, rotation), value, mask=mask)
+            seen = attend(
+                rotate(query, rotation),
+                rotate(key, rotation),
+                value,
+                mask=mask,
+                kernel=config.attention,
+            )
             return seen, None
 
         inject = self._injection(audio, (b, t, h, w), speaker_mask, tap)
