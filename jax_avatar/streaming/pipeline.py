@@ -19,16 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_avatar.models.cache import empty_cache
+from jax_avatar.models.cache import KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import flatten, unflatten
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
 from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
 
-__all__ = ["PipelinedStream", "param_specs"]
+__all__ = ["PipelinedStream", "check_mesh", "make_tick", "param_specs", "tick_arguments"]
 
 _STAGE = PartitionSpec("stage")
 _EVERYWHERE = PartitionSpec()
+_HEADS = PartitionSpec("stage", None, None, None, "model")  # of windows and sinks
 
 
 def param_specs(params: PyTree) -> PyTree:
@@ -53,6 +54,132 @@ def param_specs(params: PyTree) -> PyTree:
         return _EVERYWHERE
 
     return unflatten({path: spec(path, leaf) for path, leaf in flatten(params).items()})
+
+
+def check_mesh(config: DiTConfig, num_steps: int, mesh: Mesh) -> int:
+    """Denoising steps of a slice.
+
+    Raises:
+        ValueError: the steps do not spread over the mesh, or the transformer does not split.
+    """
+    stages, shards = mesh.shape["stage"], mesh.shape["model"]
+    if num_steps % stages:
+        raise ValueError(
+            f"{num_steps} timesteps do not spread evenly over {stages} slices; see parse_layout."
+        )
+    if config.num_heads % shards or config.ffn_width % shards:
+        raise ValueError(
+            f"{shards} devices per slice do not divide {config.num_heads} heads and "
+            f"feed-forward width {config.ffn_width}; change the number after the x in --mesh."
+        )
+    return num_steps // stages
+
+
+def make_tick(
+    graphdef: Any, mesh: Mesh, steps: int, speaker_mask: Array | None = None
+) -> Callable[..., tuple[Array, Array, list[KVCache]]]:
+    """The compiled function of one tick: every slice denoises its block, latents move on.
+
+    Args:
+        graphdef: structure of the transformer, from `split`.
+        mesh: axes "stage" and "model"; its devices need not be here, to compile for them.
+        steps: denoising steps of a slice.
+        speaker_mask: routing mask of a block, for several speakers.
+
+    Returns:
+        `(params, noise, latents, audio, pose, caches, sinks, positions, levels) -> (denoised,
+        moved on, caches)`; latents and caches are donated. `tick_arguments` has their shapes.
+    """
+    stages = mesh.shape["stage"]
+
+    def tick(params, noise, latents, audio, pose, caches, sinks, positions, levels):
+        """What one slice does; leading axes of one stage are stripped and put back."""
+        own = functools.partial(jax.tree.map, lambda leaf: leaf[0])
+        stage = jax.lax.axis_index("stage")
+        latent = jnp.where(stage == 0, noise, latents[0])
+        sink, windows = own(sinks), []
+        for step in range(steps):
+            sigma, next_sigma = levels[0, step]
+            latent, window = denoise(
+                graphdef,
+                params,
+                latent,
+                audio[0],
+                pose,
+                own(caches[step]),
+                sink,
+                own(positions[step]),
+                sigma,
+                next_sigma,
+                speaker_mask,
+            )
+            windows.append(jax.tree.map(lambda leaf: leaf[None], window))
+        onward = [(i, i + 1) for i in range(stages - 1)]
+        moved = jax.lax.ppermute(latent, "stage", onward)
+        return latent[None], moved[None], windows
+
+    mapped = _shard_map(
+        mesh,
+        tick,
+        (_EVERYWHERE, _EVERYWHERE, _STAGE, _STAGE, _EVERYWHERE, _STAGE, _STAGE, _STAGE, _STAGE),
+        (_STAGE, _STAGE, _STAGE),
+    )
+    by_stage, heads = NamedSharding(mesh, _STAGE), NamedSharding(mesh, _HEADS)
+    # Windows keep their layout, so that a slice updates them where they are.
+    return jax.jit(mapped, donate_argnums=(2, 5), out_shardings=(by_stage, by_stage, heads))
+
+
+def tick_arguments(
+    graphdef: Any,
+    params: PyTree,
+    config: DiTConfig,
+    plan: StreamPlan,
+    conditions: Conditions,
+    audio: jax.ShapeDtypeStruct,
+    mesh: Mesh,
+) -> tuple:
+    """Shapes and places of everything a tick is given, from those of a stream's parts.
+
+    Args:
+        graphdef: structure of the transformer.
+        params: its parameters, abstract.
+        config: its size.
+        plan: settings of the stream.
+        conditions: portrait, prompt, pose, abstract.
+        audio: speech features of a block, abstract.
+        mesh: from `make_mesh`.
+    """
+    stages = mesh.shape["stage"]
+    steps = check_mesh(config, plan.schedule.num_steps, mesh)
+    b, _, h, w, c = conditions.reference.shape
+
+    def place(tree, spec, lead=()):
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=sharding), tree
+        )
+
+    latent = jax.ShapeDtypeStruct((b, config.frames_per_block, h, w, c), config.dtype)
+    caches = jax.eval_shape(lambda: _caches(config, (b, h, w), stages, steps))
+    sink = jax.eval_shape(make_prefill(graphdef), params, conditions)
+    position = plan.position(config, 0, 0)
+    return (
+        jax.tree.map(
+            lambda x, spec: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+            ),
+            params,
+            param_specs(params),
+        ),
+        place(latent, _EVERYWHERE),
+        place(latent, _STAGE, (stages,)),
+        place(audio, _STAGE, (stages,)),
+        place(conditions.pose, _EVERYWHERE),
+        place(caches, _HEADS),
+        place(sink, _HEADS, (stages,)),
+        place([position] * steps, _STAGE, (stages,)),
+        place(_levels(plan, stages), _STAGE),
+    )
 
 
 class PipelinedStream:
@@ -87,18 +214,7 @@ class PipelinedStream:
         """
         self.config, self.plan, self.mesh = config, plan, mesh
         self.stages = mesh.shape["stage"]
-        self.steps = plan.schedule.num_steps // self.stages
-        if self.steps * self.stages != plan.schedule.num_steps:
-            raise ValueError(
-                f"{plan.schedule.num_steps} timesteps do not spread evenly over {self.stages} "
-                "slices; see parse_layout."
-            )
-        shards = mesh.shape["model"]
-        if config.num_heads % shards or config.ffn_width % shards:
-            raise ValueError(
-                f"{shards} devices per slice do not divide {config.num_heads} heads and "
-                f"feed-forward width {config.ffn_width}; change the number after the x in --mesh."
-            )
+        self.steps = check_mesh(config, plan.schedule.num_steps, mesh)
         specs = jax.tree.map(lambda s: NamedSharding(mesh, s), param_specs(params))
         self.params = jax.device_put(params, specs)
         self.conditions = self._put(conditions, _EVERYWHERE)
@@ -108,15 +224,12 @@ class PipelinedStream:
 
         self._swap = self._make_swap()
         self._prefill = self._make_prefill(graphdef)
-        self._tick = self._make_tick(graphdef, speaker_mask)
-        heads = NamedSharding(mesh, PartitionSpec("stage", None, None, None, "model"))
+        self._tick = make_tick(graphdef, mesh, self.steps, speaker_mask)
         self._make_caches = jax.jit(
-            lambda: [_stacked(empty_cache(config, b, h, w), self.stages)] * self.steps,
-            out_shardings=heads,
+            lambda: _caches(config, (b, h, w), self.stages, self.steps),
+            out_shardings=NamedSharding(mesh, _HEADS),
         )
-        sigmas = np.array(plan.schedule.sigmas, np.float32)
-        levels = np.stack([sigmas[:-1], sigmas[1:]], -1).reshape(self.stages, self.steps, 2)
-        self._levels = self._put(levels, _STAGE)
+        self._levels = self._put(_levels(plan, self.stages), _STAGE)
 
         self.reset()
 
@@ -212,43 +325,7 @@ class PipelinedStream:
         if stage == self.stages - 1:
             self._renewed = None
 
-    # ---- compiled functions; `shard_map` stays in here ------------------------------------
-
-    def _make_tick(self, graphdef, speaker_mask) -> Callable:
-        stages, steps = self.stages, self.steps
-
-        def tick(params, noise, latents, audio, pose, caches, sinks, positions, levels):
-            """What one slice does; leading axes of one stage are stripped and put back."""
-            own = functools.partial(jax.tree.map, lambda leaf: leaf[0])
-            stage = jax.lax.axis_index("stage")
-            latent = jnp.where(stage == 0, noise, latents[0])
-            sink, windows = own(sinks), []
-            for step in range(steps):
-                sigma, next_sigma = levels[0, step]
-                latent, window = denoise(
-                    graphdef,
-                    params,
-                    latent,
-                    audio[0],
-                    pose,
-                    own(caches[step]),
-                    sink,
-                    own(positions[step]),
-                    sigma,
-                    next_sigma,
-                    speaker_mask,
-                )
-                windows.append(jax.tree.map(lambda leaf: leaf[None], window))
-            onward = [(i, i + 1) for i in range(stages - 1)]
-            moved = jax.lax.ppermute(latent, "stage", onward)
-            return latent[None], moved[None], windows
-
-        mapped = self._shard_map(
-            tick,
-            (_EVERYWHERE, _EVERYWHERE, _STAGE, _STAGE, _EVERYWHERE, _STAGE, _STAGE, _STAGE, _STAGE),
-            (_STAGE, _STAGE, _STAGE),
-        )
-        return jax.jit(mapped, donate_argnums=(2, 5))
+    # ---- compiled functions ------------------------------------
 
     def _make_prefill(self, graphdef) -> Callable:
         prefill = make_prefill(graphdef)
@@ -256,13 +333,15 @@ class PipelinedStream:
         def on_every_slice(params, conditions):
             return jax.tree.map(lambda leaf: leaf[None], prefill(params, conditions))
 
-        return jax.jit(self._shard_map(on_every_slice, (_EVERYWHERE, _EVERYWHERE), _STAGE))
+        mapped = _shard_map(self.mesh, on_every_slice, (_EVERYWHERE, _EVERYWHERE), _STAGE)
+        return jax.jit(mapped, out_shardings=NamedSharding(self.mesh, _HEADS))
 
     def _make_swap(self) -> Callable:
         def swap(old, new, is_mine):
             return jax.tree.map(lambda a, b: jnp.where(is_mine[0], b, a), old, new)
 
-        return jax.jit(self._shard_map(swap, (_STAGE, _STAGE, _STAGE), _STAGE), donate_argnums=(0,))
+        mapped = _shard_map(self.mesh, swap, (_STAGE, _STAGE, _STAGE), _STAGE)
+        return jax.jit(mapped, donate_argnums=(0,))
 
     @functools.cached_property
     def _spread_last(self) -> Callable:
@@ -270,18 +349,7 @@ class PipelinedStream:
             is_last = jax.lax.axis_index("stage") == self.stages - 1
             return jax.lax.psum(jnp.where(is_last, done[0, :, :1], 0), "stage")
 
-        return jax.jit(self._shard_map(first_latent, (_STAGE,), _EVERYWHERE))
-
-    def _shard_map(self, function, in_specs, out_specs) -> Callable:
-        # The "model" axis is left to the compiler: `param_specs` says how it splits.
-        return jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            axis_names={"stage"},
-            check_vma=False,
-        )
+        return jax.jit(_shard_map(self.mesh, first_latent, (_STAGE,), _EVERYWHERE))
 
     def _put(self, tree: PyTree, spec: PartitionSpec) -> PyTree:
         """Host or device values -> global arrays; every host passes the same values."""
@@ -294,6 +362,29 @@ class PipelinedStream:
             return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
         return jax.tree.map(place, tree)
+
+
+def _shard_map(mesh: Mesh, function, in_specs, out_specs) -> Callable:
+    # The "model" axis is left to the compiler: `param_specs` says how it splits.
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={"stage"},
+        check_vma=False,
+    )
+
+
+def _levels(plan: StreamPlan, stages: int) -> np.ndarray:
+    """Noise levels before and after every step, `[stage, step, 2]`."""
+    sigmas = np.array(plan.schedule.sigmas, np.float32)
+    return np.stack([sigmas[:-1], sigmas[1:]], -1).reshape(stages, -1, 2)
+
+
+def _caches(config: DiTConfig, grid: tuple[int, int, int], stages: int, steps: int) -> list:
+    """Empty windows of the steps of a slice; `grid` is batch, latent rows and columns."""
+    return [_stacked(empty_cache(config, *grid), stages)] * steps
 
 
 def _stacked(tree: PyTree, count: int) -> PyTree:

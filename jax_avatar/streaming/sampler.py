@@ -8,17 +8,40 @@ for block g:
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_avatar.models.cache import empty_cache
+from jax_avatar.models.cache import KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
 from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
 
-__all__ = ["SequentialStream"]
+__all__ = ["SequentialStream", "make_step"]
+
+
+def make_step(
+    graphdef: Any, speaker_mask: Array | None = None
+) -> Callable[..., tuple[Array, KVCache]]:
+    """The compiled function of one denoising step of one block.
+
+    Args:
+        graphdef: structure of the transformer, from `split`.
+        speaker_mask: routing mask of a block, for several speakers.
+
+    Returns:
+        `(params, latent, audio, pose, cache, sink, position, sigma, next_sigma) -> (latent,
+        cache)`, see `denoise`; latent and cache are donated.
+    """
+
+    def step(params, latent, audio, pose, cache, sink, position, *sigmas):
+        return denoise(
+            graphdef, params, latent, audio, pose, cache, sink, position, *sigmas, speaker_mask
+        )
+
+    return jax.jit(step, donate_argnames=("latent", "cache"))
 
 
 class SequentialStream:
@@ -65,13 +88,7 @@ class SequentialStream:
         self._grid = (b, h, w)
         self._sigmas = [np.float32(s) for s in plan.schedule.sigmas]
 
-        def step(params, latent, audio, pose, cache, sink, position, *sigmas):
-            return denoise(
-                graphdef, params, latent, audio, pose, cache, sink, position, *sigmas, mask
-            )
-
-        self._step = jax.jit(step, donate_argnames=("latent", "cache"))
-
+        self._step = make_step(graphdef, mask)
         self.reset()
 
     def reset(self) -> None:
