@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_avatar.models.cache import KVCache, empty_cache
@@ -29,7 +30,6 @@ __all__ = ["PipelinedStream", "check_mesh", "make_tick", "param_specs", "tick_ar
 
 _STAGE = PartitionSpec("stage")
 _EVERYWHERE = PartitionSpec()
-_HEADS = PartitionSpec("stage", None, None, None, "model")  # of windows and sinks
 
 
 def param_specs(params: PyTree) -> PyTree:
@@ -54,6 +54,18 @@ def param_specs(params: PyTree) -> PyTree:
         return _EVERYWHERE
 
     return unflatten({path: spec(path, leaf) for path, leaf in flatten(params).items()})
+
+
+def cache_place(mesh: Mesh) -> NamedSharding | Format:
+    """Where windows and sinks live, `[stage l b s m e]`: heads are split over the "model" axis.
+
+    Attention on TPUs reads one head after the other. A window stored slot by slot, as the axes
+    suggest, would be rewritten as a whole on the way in and out of every tick.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec("stage", None, None, None, "model"))
+    if mesh.devices.flat[0].platform != "tpu":
+        return sharding
+    return Format(Layout(major_to_minor=(0, 1, 2, 4, 3, 5)), sharding)
 
 
 def check_mesh(config: DiTConfig, num_steps: int, mesh: Mesh) -> int:
@@ -124,9 +136,10 @@ def make_tick(
         (_EVERYWHERE, _EVERYWHERE, _STAGE, _STAGE, _EVERYWHERE, _STAGE, _STAGE, _STAGE, _STAGE),
         (_STAGE, _STAGE, _STAGE),
     )
-    by_stage, heads = NamedSharding(mesh, _STAGE), NamedSharding(mesh, _HEADS)
-    # Windows keep their layout, so that a slice updates them where they are.
-    return jax.jit(mapped, donate_argnums=(2, 5), out_shardings=(by_stage, by_stage, heads))
+    by_stage = NamedSharding(mesh, _STAGE)
+    # Windows keep their place, so that a slice updates them where they are.
+    places = (by_stage, by_stage, cache_place(mesh))
+    return jax.jit(mapped, donate_argnums=(2, 5), out_shardings=places)
 
 
 def tick_arguments(
@@ -154,7 +167,7 @@ def tick_arguments(
     b, _, h, w, c = conditions.reference.shape
 
     def place(tree, spec, lead=()):
-        sharding = NamedSharding(mesh, spec)
+        sharding = NamedSharding(mesh, spec) if isinstance(spec, PartitionSpec) else spec
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=sharding), tree
         )
@@ -175,8 +188,8 @@ def tick_arguments(
         place(latent, _STAGE, (stages,)),
         place(audio, _STAGE, (stages,)),
         place(conditions.pose, _EVERYWHERE),
-        place(caches, _HEADS),
-        place(sink, _HEADS, (stages,)),
+        place(caches, cache_place(mesh)),
+        place(sink, cache_place(mesh), (stages,)),
         place([position] * steps, _STAGE, (stages,)),
         place(_levels(plan, stages), _STAGE),
     )
@@ -227,7 +240,7 @@ class PipelinedStream:
         self._tick = make_tick(graphdef, mesh, self.steps, speaker_mask)
         self._make_caches = jax.jit(
             lambda: _caches(config, (b, h, w), self.stages, self.steps),
-            out_shardings=NamedSharding(mesh, _HEADS),
+            out_shardings=cache_place(mesh),
         )
         self._levels = self._put(_levels(plan, self.stages), _STAGE)
 
@@ -334,7 +347,7 @@ class PipelinedStream:
             return jax.tree.map(lambda leaf: leaf[None], prefill(params, conditions))
 
         mapped = _shard_map(self.mesh, on_every_slice, (_EVERYWHERE, _EVERYWHERE), _STAGE)
-        return jax.jit(mapped, out_shardings=NamedSharding(self.mesh, _HEADS))
+        return jax.jit(mapped, out_shardings=cache_place(self.mesh))
 
     def _make_swap(self) -> Callable:
         def swap(old, new, is_mine):
