@@ -114,8 +114,9 @@ def make_mesh(
         devices: candidates in order; all devices if not given.
 
     Returns:
-        A mesh with the axes "stage" and "model", and the VAE's device. The VAE's device is on the
-        same host as the last slice, so that latents reach it without crossing hosts.
+        A mesh with the axes "stage" and "model", and the VAE's device. The VAE's device shares a
+        host with the last slice, so that latents reach it without crossing hosts; where there are
+        devices to spare, the first ones are left out for that.
 
     Raises:
         ValueError: if there are too few devices, or the VAE's would be on another host.
@@ -128,15 +129,25 @@ def make_mesh(
             "with fewer slices."
         )
     count = layout.stages * layout.stage_devices
-    grid = np.array(devices[:count]).reshape(layout.stages, layout.stage_devices)
-    last = grid[-1, 0]
-    vae_device = devices[count] if layout.has_vae_slice else last
-    if vae_device.process_index != last.process_index:
+    start = _first_device(devices, layout)
+    grid = np.array(devices[start : start + count]).reshape(layout.stages, layout.stage_devices)
+    vae_device = devices[start + count] if layout.has_vae_slice else grid[-1, 0]
+    hosts = sorted({device.process_index for device in grid[-1]})
+    if vae_device.process_index not in hosts:
         raise ValueError(
             f"the VAE's device {vae_device} is on host {vae_device.process_index}, the last slice "
-            f"on host {last.process_index}; order the devices so that both share a host, or leave "
-            "out the VAE's own slice (--mesh 4)."
+            f"on host {', '.join(map(str, hosts))}; order the devices so that both share a host, "
+            "or leave out the VAE's own slice (--mesh 4)."
         )
     # Explicit axes, the default, would demand shardings of every intermediate value.
     axis_types = (jax.sharding.AxisType.Auto,) * 2
     return Mesh(grid, ("stage", "model"), axis_types=axis_types), vae_device
+
+
+def _first_device(devices: Sequence[jax.Device], layout: Layout) -> int:
+    """Where a layout starts in `devices`: the VAE should share a host with the last slice."""
+    count = layout.stages * layout.stage_devices
+    for start in range(len(devices) - layout.num_devices + 1 if layout.has_vae_slice else 0):
+        if devices[start + count - 1].process_index == devices[start + count].process_index:
+            return start
+    return 0
