@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-__all__ = ["Layout", "make_mesh", "parse_layout"]
+__all__ = ["Layout", "cache_place", "make_mesh", "parse_layout"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,24 @@ def make_mesh(
     # Explicit axes, the default, would demand shardings of every intermediate value.
     axis_types = (jax.sharding.AxisType.Auto,) * 2
     return Mesh(grid, ("stage", "model"), axis_types=axis_types), vae_device
+
+
+def cache_place(on: Mesh | jax.Device) -> NamedSharding | SingleDeviceSharding | Format:
+    """Where windows and sinks live: `[l b s m e]` on a device, `[stage l b s m e]` on a mesh.
+
+    On a mesh, heads are split over the "model" axis. On TPUs, memory has the heads before the
+    slots, since attention there reads one head after the other: stored slot by slot, a window
+    would be rewritten as a whole on the way into every step, and out of it.
+    """
+    if isinstance(on, Mesh):
+        lead, device = 1, on.devices.flat[0]
+        sharding = NamedSharding(on, PartitionSpec("stage", None, None, None, "model"))
+    else:
+        lead, device, sharding = 0, on, SingleDeviceSharding(on)
+    if device.platform != "tpu":
+        return sharding
+    order = (*range(lead + 2), lead + 3, lead + 2, lead + 4)
+    return Format(MemoryLayout(major_to_minor=order), sharding)
 
 
 def _first_device(devices: Sequence[jax.Device], layout: Layout) -> int:

@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_avatar.models.cache import KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import flatten, unflatten
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
+from jax_avatar.streaming.mesh import cache_place
 from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
 
 __all__ = ["PipelinedStream", "check_mesh", "make_tick", "param_specs", "tick_arguments"]
@@ -54,18 +54,6 @@ def param_specs(params: PyTree) -> PyTree:
         return _EVERYWHERE
 
     return unflatten({path: spec(path, leaf) for path, leaf in flatten(params).items()})
-
-
-def cache_place(mesh: Mesh) -> NamedSharding | Format:
-    """Where windows and sinks live, `[stage l b s m e]`: heads are split over the "model" axis.
-
-    Attention on TPUs reads one head after the other. A window stored slot by slot, as the axes
-    suggest, would be rewritten as a whole on the way in and out of every tick.
-    """
-    sharding = NamedSharding(mesh, PartitionSpec("stage", None, None, None, "model"))
-    if mesh.devices.flat[0].platform != "tpu":
-        return sharding
-    return Format(Layout(major_to_minor=(0, 1, 2, 4, 3, 5)), sharding)
 
 
 def check_mesh(config: DiTConfig, num_steps: int, mesh: Mesh) -> int:

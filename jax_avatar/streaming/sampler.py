@@ -13,27 +13,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jax_avatar.models.cache import KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
+from jax_avatar.streaming.mesh import cache_place
 from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
 
-__all__ = ["SequentialStream", "make_step"]
+__all__ = ["SequentialStream", "make_step", "step_arguments"]
 
 
 def make_step(
-    graphdef: Any, speaker_mask: Array | None = None
+    graphdef: Any, device: jax.Device, speaker_mask: Array | None = None
 ) -> Callable[..., tuple[Array, KVCache]]:
     """The compiled function of one denoising step of one block.
 
     Args:
         graphdef: structure of the transformer, from `split`.
+        device: where to run; it need not be here, to compile for it.
         speaker_mask: routing mask of a block, for several speakers.
 
     Returns:
         `(params, latent, audio, pose, cache, sink, position, sigma, next_sigma) -> (latent,
-        cache)`, see `denoise`; latent and cache are donated.
+        cache)`, see `denoise`; latent and cache are donated. `step_arguments` has their shapes.
     """
 
     def step(params, latent, audio, pose, cache, sink, position, *sigmas):
@@ -41,7 +44,46 @@ def make_step(
             graphdef, params, latent, audio, pose, cache, sink, position, *sigmas, speaker_mask
         )
 
-    return jax.jit(step, donate_argnames=("latent", "cache"))
+    places = (SingleDeviceSharding(device), cache_place(device))
+    return jax.jit(step, donate_argnames=("latent", "cache"), out_shardings=places)
+
+
+def step_arguments(
+    graphdef: Any,
+    params: PyTree,
+    config: DiTConfig,
+    plan: StreamPlan,
+    conditions: Conditions,
+    audio: jax.ShapeDtypeStruct,
+    device: jax.Device,
+) -> tuple:
+    """Shapes and places of everything a step is given, from those of a stream's parts.
+
+    Args:
+        graphdef: structure of the transformer.
+        params: its parameters, abstract.
+        config: its size.
+        plan: settings of the stream.
+        conditions: portrait, prompt, pose, abstract.
+        audio: speech features of a block, abstract.
+        device: where to run.
+    """
+    b, _, h, w, c = conditions.reference.shape
+
+    def place(tree, where=None):
+        where = where or SingleDeviceSharding(device)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    return (
+        place(params),
+        place(jax.ShapeDtypeStruct((b, config.frames_per_block, h, w, c), config.dtype)),
+        place(audio),
+        place(conditions.pose),
+        place(jax.eval_shape(lambda: empty_cache(config, b, h, w)), cache_place(device)),
+        place(jax.eval_shape(make_prefill(graphdef), params, conditions), cache_place(device)),
+        place(plan.position(config, 0, 0)),
+        *place(tuple(np.float32(sigma) for sigma in plan.schedule.sigmas[:2])),
+    )
 
 
 class SequentialStream:
@@ -79,8 +121,8 @@ class SequentialStream:
         put = lambda tree: jax.device_put(tree, device)  # noqa: E731
         self.params, self.conditions = put(params), put(conditions)
         self.config, self.plan = config, plan
-        self._prefill = jax.jit(make_prefill(graphdef))
-        self._put, self._tap = put, tap
+        self._prefill = jax.jit(make_prefill(graphdef), out_shardings=cache_place(device))
+        self._put, self._tap, self._device = put, tap, device
         mask = None if speaker_mask is None else put(speaker_mask)
         b, _, h, w, c = conditions.reference.shape
         shape = (b, config.frames_per_block, h, w, c)
@@ -88,14 +130,15 @@ class SequentialStream:
         self._grid = (b, h, w)
         self._sigmas = [np.float32(s) for s in plan.schedule.sigmas]
 
-        self._step = make_step(graphdef, mask)
+        self._step = make_step(graphdef, device, mask)
         self.reset()
 
     def reset(self) -> None:
         """Back to block 0: empty windows, the portrait in the sink."""
         self._sink = self._prefill(self.params, self.conditions)
         steps = range(self.plan.schedule.num_steps)
-        self.caches = [self._put(empty_cache(self.config, *self._grid)) for _ in steps]
+        place = cache_place(self._device)
+        self.caches = [jax.device_put(empty_cache(self.config, *self._grid), place) for _ in steps]
         self._first_latent = None
         self._next_block = 0
 

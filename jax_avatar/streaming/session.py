@@ -9,8 +9,9 @@ blocks than `in_flight` are under way.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +20,24 @@ import numpy as np
 from jax_avatar.models.params import merge
 from jax_avatar.shapes import Array, Float
 from jax_avatar.streaming.mesh import Layout, make_mesh
-from jax_avatar.streaming.model import AvatarModel
+from jax_avatar.streaming.model import AvatarModel, StreamSettings
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import Conditions
 from jax_avatar.streaming.sampler import SequentialStream
 
-__all__ = ["DROPPED_FRAMES", "AvatarSession", "SessionTimes", "num_slices"]
+__all__ = [
+    "DROPPED_FRAMES",
+    "MOTION_LATENTS",
+    "AvatarSession",
+    "SessionTimes",
+    "make_decode",
+    "make_encode",
+    "num_slices",
+]
 
-_MOTION_LATENTS = 19
+MOTION_LATENTS = 19
+"""Latents of the still portrait that the motion packer sees."""
+
 DROPPED_FRAMES = 3
 """Frames at the start that are thrown away: the first block's first latent is decoded next to the
 still portrait; the release drops the frames of that transition, and so does this."""
@@ -52,6 +63,54 @@ class SessionTimes:
 def num_slices(layout: Layout) -> int:
     """Devices that a session uses, the speech encoder's on a CPU included."""
     return layout.num_devices + 1
+
+
+def make_decode(graphdef: Any) -> tuple[Callable, Callable]:
+    """The compiled decoders of a VAE: latents -> uint8 pixels, with the state of the stream.
+
+    Args:
+        graphdef: structure of the VAE, from `split`.
+
+    Returns:
+        `(params, latents) -> (pixels, state)` for the first latents, and
+        `(params, state, latents) -> (pixels, state)` for all others; the state is donated.
+    """
+
+    def decoder(method):
+        def decode(params, *arguments):
+            video, state = getattr(merge(graphdef, params), method)(*arguments)
+            pixels = jnp.round((jnp.clip(video.astype(jnp.float32), -1, 1) + 1) * 127.5)
+            return pixels.astype(jnp.uint8), state
+
+        return decode
+
+    first, following = decoder("decode_first"), decoder("decode_next")
+    return jax.jit(first), jax.jit(following, donate_argnums=1)
+
+
+def make_encode(graphdef: Any, settings: StreamSettings) -> Callable[..., tuple[Array, Array]]:
+    """The compiled encoder of a portrait that stands still, as long as the stream needs it.
+
+    Args:
+        graphdef: structure of the VAE, from `split`.
+        settings: of the stream.
+
+    Returns:
+        `(params, portrait) -> (latents, error)`; the error of the first, decoded again, is RMS.
+    """
+    latents = settings.warmup_latents
+    if settings.motion == "still":
+        latents = max(latents, MOTION_LATENTS)
+    frames = 1 + 4 * (latents - 1)
+
+    @jax.jit
+    def encode(params, portrait):
+        vae = merge(graphdef, params)
+        still = vae.encode(jnp.broadcast_to(portrait, (1, frames, *portrait.shape[2:])))
+        again = jnp.clip(vae.decode_first(still[:, :1])[0], -1, 1)
+        return still, jnp.sqrt(jnp.mean((again - portrait) ** 2))
+
+    return encode
 
 
 class AvatarSession:
@@ -98,7 +157,7 @@ class AvatarSession:
             pose = np.broadcast_to(self.reference, pose_shape)
         else:
             pose = np.zeros((*pose_shape[:-1], dit.config.pose_channels), np.float32)
-        motion = self._still[:, -_MOTION_LATENTS:] if settings.motion == "still" else None
+        motion = self._still[:, -MOTION_LATENTS:] if settings.motion == "still" else None
         conditions = Conditions(jnp.asarray(text), self.reference, motion, jnp.asarray(pose))
         arguments = (dit.graphdef, dit.params, dit.config, settings.plan(seed), conditions)
         if layout.is_sequential:
@@ -109,8 +168,7 @@ class AvatarSession:
         self._speech_device = host or self._vae_device
         self._speech_params = jax.device_put(model.speech.params, self._speech_device)
         self._features = jax.jit(self._make_features())
-        self._decode_first = jax.jit(self._make_decode("decode_first"))
-        self._decode = jax.jit(self._make_decode("decode_next"), donate_argnums=1)
+        self._decode_first, self._decode = make_decode(model.vae.graphdef)
         self.reset()
 
     def reset(self) -> None:
@@ -272,33 +330,11 @@ class AvatarSession:
 
     def _encode(self, portrait: np.ndarray):
         """Reference latent, latents of the still portrait, and how well it is reconstructed."""
-        settings, graphdef = self.model.settings, self.model.vae.graphdef
-        latents = settings.warmup_latents
-        if settings.motion == "still":
-            latents = max(latents, _MOTION_LATENTS)
-        frames = 1 + 4 * (latents - 1)
-
-        @jax.jit
-        def encode(params, portrait):
-            vae = merge(graphdef, params)
-            still = vae.encode(jnp.broadcast_to(portrait, (1, frames, *portrait.shape[2:])))
-            again = jnp.clip(vae.decode_first(still[:, :1])[0], -1, 1)
-            return still, jnp.sqrt(jnp.mean((again - portrait) ** 2))
-
+        encode = make_encode(self.model.vae.graphdef, self.model.settings)
         placed = jax.device_put(jnp.asarray(portrait, jnp.float32), self._vae_device)
         still, error = encode(self._vae_params, placed)
         still = np.asarray(still)
         return still[:, :1], still, float(error)
-
-    def _make_decode(self, method: str):
-        graphdef = self.model.vae.graphdef
-
-        def decode(params, *arguments):
-            video, state = getattr(merge(graphdef, params), method)(*arguments)
-            pixels = jnp.round((jnp.clip(video.astype(jnp.float32), -1, 1) + 1) * 127.5)
-            return pixels.astype(jnp.uint8), state
-
-        return decode
 
     def _make_features(self):
         graphdef = self.model.speech.graphdef
