@@ -1,0 +1,291 @@
+"""The real step, tick and decoder of a model that has sizes but no weights.
+
+    sizes --abstract--> shapes of weights, windows, inputs --lower--> programs to compile and weigh
+
+Nothing is allocated: devices may be far away, or not exist yet.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from jax_avatar.diffusion.schedule import Schedule
+from jax_avatar.models.audio_tokens import AudioInjector
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.params import abstract, merge
+from jax_avatar.shapes import PyTree
+from jax_avatar.streaming.mesh import Layout, make_mesh
+from jax_avatar.streaming.model import _KINDS, Network, StreamSettings
+from jax_avatar.streaming.pipeline import make_tick, tick_arguments
+from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.sampler import make_step, step_arguments
+from jax_avatar.streaming.session import MOTION_LATENTS, make_decode
+
+__all__ = [
+    "AbstractModel",
+    "Compiled",
+    "Program",
+    "abstract_model",
+    "compile_program",
+    "count_step_flops",
+    "decode_program",
+    "step_program",
+]
+
+
+@dataclass(frozen=True)
+class AbstractModel:
+    """Networks and settings of a model; parameters are shapes.
+
+    Attributes:
+        name: of the model.
+        dit: the transformer.
+        vae: the video autoencoder.
+        settings: how it is streamed.
+    """
+
+    name: str
+    dit: Network
+    vae: Network
+    settings: StreamSettings
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function and the shapes and places of its arguments.
+
+    Attributes:
+        name: for messages.
+        function: jitted.
+        arguments: abstract, placed on devices.
+        platform: to compile for.
+        held: what stays on the devices between calls, by name, placed as the arguments.
+    """
+
+    name: str
+    function: Callable
+    arguments: tuple
+    platform: str
+    held: Mapping[str, PyTree]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says about a program, per device.
+
+    Attributes:
+        temporaries: bytes of intermediate values.
+        code: bytes of the program itself.
+        arguments: bytes of what it is given, as laid out in memory.
+        flops: operations counted; the body of a loop counts once.
+        seconds: it took to compile.
+        refused: the compiler's reason where it could not, and 0 for all of the above but seconds.
+    """
+
+    temporaries: int
+    code: int
+    arguments: int
+    flops: float
+    seconds: float
+    refused: str = ""
+
+
+def abstract_model(config: Mapping[str, Any]) -> AbstractModel:
+    """A model from the plain values of a config such as `configs/wan_s2v_14b.py`.
+
+    Args:
+        config: sections `name`, `kinds`, `dit`, `vae` and `stream`; others are not looked at.
+
+    Raises:
+        ValueError: a section is missing, or a kind or size is impossible.
+    """
+    missing = [key for key in ("name", "kinds", "dit", "vae", "stream") if key not in config]
+    if missing:
+        raise ValueError(f"the model's config lacks {missing}; see configs/wan_s2v_14b.py.")
+
+    def network(part):
+        kind = config["kinds"].get(part)
+        if kind not in _KINDS[part]:
+            raise ValueError(f"{part} is of kind {kind!r}, known are {list(_KINDS[part])}.")
+        build, config_class = _KINDS[part][kind]
+        sizes = config_class(**config[part])
+        graphdef, params = abstract(lambda: build(sizes, rngs=nnx.Rngs(0)))
+        return Network(graphdef, params, sizes, {"kind": kind})
+
+    settings = StreamSettings(**config["stream"])
+    return AbstractModel(config["name"], network("dit"), network("vae"), settings)
+
+
+def step_program(
+    model: AbstractModel, grid: tuple[int, int], layout: Layout, devices, *, attention: str
+) -> Program:
+    """The tick of all slices, or the step of a single device.
+
+    Args:
+        model: from `abstract_model`.
+        grid: latent rows and columns.
+        layout: of the slices.
+        devices: to compile for, as many as the layout needs.
+        attention: kernel, see `DiTConfig`.
+    """
+    config = model.dit.config.replace(attention=attention)
+    graphdef, params = _build(model, config)
+    parts = (graphdef, params, config, _plan(model), *_inputs(model, config, grid))
+    mesh, _ = make_mesh(layout, devices)
+    platform = mesh.devices.flat[0].platform
+    if layout.is_sequential:
+        device = mesh.devices[0, 0]
+        arguments = step_arguments(*parts, device)
+        params, _, _, _, cache, sink, *_ = arguments
+        windows = [cache] * model.settings.num_steps
+        held = {"weights": params, "windows": windows, "sink": sink}
+        return Program("denoising step", make_step(graphdef, device), arguments, platform, held)
+    tick = make_tick(graphdef, mesh, layout.steps_per_stage)
+    arguments = tick_arguments(*parts, mesh)
+    params, _, _, _, _, windows, sink, *_ = arguments
+    held = {"weights": params, "windows": windows, "sink": sink}
+    return Program("tick of all slices", tick, arguments, platform, held)
+
+
+def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Device) -> Program:
+    """The decoding of one block in the middle of a stream.
+
+    Args:
+        model: from `abstract_model`.
+        grid: latent rows and columns.
+        device: to compile for.
+    """
+    first, following = make_decode(model.vae.graphdef)
+    latent = _latent(model, grid)
+    block = model.dit.config.frames_per_block
+    _, state = jax.eval_shape(first, model.vae.params, latent(1))
+    place = SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (model.vae.params, state, latent(block)),
+    )
+    held = {"VAE weights": arguments[0], "VAE state": arguments[1]}
+    return Program("VAE, decoding a block", following, arguments, device.platform, held)
+
+
+def compile_program(program: Program) -> Compiled:
+    """Compiles, and asks the compiler what it made; a refusal for lack of memory is an answer."""
+    lowered = program.function.trace(*program.arguments).lower(
+        lowering_platforms=(program.platform,)
+    )
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"Used \S+ of \S+ hbm[^.]*\.[^.]*\.", str(error))
+        reason = needed[0] if needed else str(error).splitlines()[0]
+        return Compiled(0, 0, 0, 0.0, time.perf_counter() - began, reason)
+    memory = compiled.memory_analysis()
+    return Compiled(
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        memory.argument_size_in_bytes,
+        compiled.cost_analysis().get("flops", 0.0),
+        time.perf_counter() - began,
+    )
+
+
+def count_step_flops(model: AbstractModel, grid: tuple[int, int]) -> float:
+    """Operations of a denoising step as XLA counts them before optimising.
+
+    XLA counts the body of a loop once, so one and two layers are counted and the difference is
+    multiplied; both inject audio, so the injections of the other layers are taken off again.
+
+    Args:
+        model: from `abstract_model`.
+        grid: latent rows and columns.
+    """
+    whole = model.dit.config
+
+    def count(layers):
+        config = whole.replace(
+            num_layers=layers,
+            audio_inject_layers=tuple(range(layers)),
+            unroll=layers,
+            attention="xla",
+        )
+        small = AbstractModel(
+            model.name,
+            Network(*_build(model, config), config, model.dit.metadata),
+            model.vae,
+            model.settings,
+        )
+        program = step_program(
+            small, grid, Layout(1, 1, False, 1), jax.devices("cpu"), attention="xla"
+        )
+        return _count(program.function, program.arguments)
+
+    one, two = count(1), count(2)
+    without = whole.num_layers - len(whole.audio_inject_layers)
+    return one + (whole.num_layers - 1) * (two - one) - without * _injection(whole, grid)
+
+
+def _injection(config: DiTConfig, grid: tuple[int, int]) -> float:
+    graphdef, params = abstract(lambda: AudioInjector(config, rngs=nnx.Rngs(0)))
+    t, d = config.frames_per_block, config.width
+    x = jax.ShapeDtypeStruct((1, t * (grid[0] // 2) * (grid[1] // 2), d), config.dtype)
+    local = jax.ShapeDtypeStruct((1, 1, t, config.num_audio_tokens + 1, d), config.dtype)
+    overall = jax.ShapeDtypeStruct((1, 1, t, d), config.dtype)
+
+    def inject(params, x, local, overall):
+        return x + merge(graphdef, params)(x, (local, overall), None).astype(x.dtype)
+
+    return _count(jax.jit(inject), (params, x, local, overall))
+
+
+def _count(function: Callable, arguments: tuple) -> float:
+    return function.lower(*arguments).cost_analysis()["flops"]
+
+
+def _build(model: AbstractModel, config: DiTConfig) -> tuple[Any, PyTree]:
+    build = _KINDS["dit"][model.dit.metadata["kind"]][0]
+    return abstract(lambda: build(config, rngs=nnx.Rngs(0)))
+
+
+def _plan(model: AbstractModel) -> StreamPlan:
+    settings = model.settings
+    return StreamPlan(
+        schedule=Schedule(settings.sigmas),
+        aas_after_blocks=settings.aas_after_blocks,
+        sink_distance=settings.sink_distance,
+    )
+
+
+def _latent(model: AbstractModel, grid: tuple[int, int]) -> Callable:
+    config = model.dit.config
+
+    def latent(frames, channels=config.latent_channels):
+        return jax.ShapeDtypeStruct((1, frames, *grid, channels), config.dtype)
+
+    return latent
+
+
+def _inputs(
+    model: AbstractModel, config: DiTConfig, grid: tuple[int, int]
+) -> tuple[Conditions, jax.ShapeDtypeStruct]:
+    """Conditions of a stream, and the speech features of a block."""
+    latent = _latent(model, grid)
+    motion = config.framepack and model.settings.motion == "still"
+    conditions = Conditions(
+        jax.ShapeDtypeStruct((1, config.text_len, config.text_width), config.dtype),
+        latent(1),
+        latent(MOTION_LATENTS) if motion else None,
+        latent(config.frames_per_block, config.pose_channels),
+    )
+    frames = 4 * config.frames_per_block
+    shape = (1, 1, frames, config.audio_layers, config.audio_width)
+    return conditions, jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -1,0 +1,378 @@
+"""What a stream asks of its devices, before there are any: bytes, arithmetic, bounds on time.
+
+    compiled   by the real compiler, from the real step      temporaries, operations
+    computed   from shapes, formulas and published peaks     weights, windows, bounds
+
+A bound is what no program can beat; measured times are longer. Sums over the devices of a slice
+and latents between slices take time too, which is left out.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+
+from jax_avatar.models.config import DiTConfig, WanVAEConfig
+from jax_avatar.models.params import flatten
+from jax_avatar.shapes import PyTree
+from jax_avatar.streaming.abstract import (
+    AbstractModel,
+    Compiled,
+    Program,
+    compile_program,
+    count_step_flops,
+    decode_program,
+    step_program,
+)
+from jax_avatar.streaming.hardware import Hardware, stand_ins
+from jax_avatar.streaming.mesh import Layout, make_mesh
+from jax_avatar.streaming.pipeline import param_specs
+
+__all__ = ["DTYPES", "DeviceUse", "Figure", "StreamNeeds", "plan_stream", "step_flops"]
+
+DTYPES = ("bf16", "int8", "fp8")
+"""Types of the weights of the large linears."""
+
+# Weights that only make the sink and the prompt's keys and values, once per stream.
+_PREFILL_ONLY = ("text_", "motion_", "blocks/cross_attention/key", "blocks/cross_attention/value")
+_GUESS = 2 * 2**30  # temporaries where the compiler refused to say
+_VAE_FLOP = 9.76e12  # of a latent at 400x720, published size, convolutions as the official code has
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number and where it is from: "compiled", "computed" or "measured"."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class DeviceUse:
+    """What lives on a device, in bytes.
+
+    Attributes:
+        role: what the device does.
+        count: devices of that role.
+        bytes: by what they hold.
+        limit: memory of the device; 0 if unknown.
+        refused: why the compiler could not, if so.
+    """
+
+    role: str
+    count: int
+    bytes: dict[str, Figure]
+    limit: float
+    refused: str = ""
+
+    @property
+    def total(self) -> float:
+        """All bytes."""
+        return _total(self.bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the compiler agrees and the memory is large enough, as far as known."""
+        return not self.refused and (not self.limit or self.total <= self.limit)
+
+
+@dataclass(frozen=True)
+class StreamNeeds:
+    """Everything `launch/plan.py` tells about a stream.
+
+    Attributes:
+        compiled_for: "tpu v5p:2x2x2", or "cpu" for stand-ins.
+        devices: by role.
+        figures: operations, bounds on times and rates; empty of bounds where no peak is known.
+        fps: wanted frames per second.
+        advice: what to change if something does not fit or is too slow.
+        compile_s: seconds that compiling took, by part.
+    """
+
+    compiled_for: str
+    devices: tuple[DeviceUse, ...]
+    figures: dict[str, Figure]
+    fps: int
+    advice: tuple[str, ...]
+    compile_s: dict[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has room."""
+        return all(device.fits for device in self.devices)
+
+
+def step_flops(config: DiTConfig, height: int, width: int) -> float:
+    """Floating-point operations of a step: large matrix products and attention.
+
+    Left out are the patch projections, the audio encoder and everything elementwise.
+
+    Args:
+        config: size of the transformer.
+        height: latent rows.
+        width: latent columns.
+    """
+    d, patches = config.width, (height // 2) * (width // 2)
+    n = config.frames_per_block * patches
+    slots = config.cond_tokens(height, width) + config.ring_frames * patches
+    self_attention = 8 * n * d * d + 4 * n * slots * d
+    prompt = 4 * n * d * d + 4 * n * config.text_len * d
+    feed_forward = 4 * n * d * config.ffn_width
+    # Queries and output of every token; a frame's few audio tokens as keys.
+    audio = 4 * n * d * d + 4 * n * (config.num_audio_tokens + 1) * d
+    per_layer = self_attention + prompt + feed_forward
+    return float(config.num_layers * per_layer + len(config.audio_inject_layers) * audio)
+
+
+def plan_stream(
+    model: AbstractModel,
+    grid: tuple[int, int],
+    layout: Layout,
+    hardware: Hardware,
+    *,
+    dtype: str = "bf16",
+    parts: tuple[str, ...] = ("step", "decode"),
+    say: Callable[[str], None] = lambda text: None,
+) -> StreamNeeds:
+    """Compiles the step and the decoder of a stream, and adds up what they need.
+
+    Args:
+        model: from `abstract_model`.
+        grid: latent rows and columns.
+        layout: from `parse_layout`.
+        hardware: to plan for.
+        dtype: of the large linears' weights, one of `DTYPES`.
+        parts: what to compile, "step" and "decode"; temporaries of the others are missing.
+        say: told what is being done, since compiling takes minutes.
+
+    Raises:
+        ValueError: the layout does not fit the transformer, or no slice is large enough.
+    """
+    devices, compiled_for = stand_ins(hardware, layout)
+    mesh, vae_device = make_mesh(layout, devices)
+    attention = "splash" if devices[0].platform == "tpu" else "xla"
+    programs = {
+        "step": step_program(model, grid, layout, devices, attention=attention),
+        "decode": decode_program(model, grid, vae_device),
+    }
+    made = {}
+    for part, program in programs.items():
+        if part in parts:
+            say(f"{program.name}: compiling for {compiled_for}")
+            made[part] = compile_program(program)
+            outcome = made[part].refused or "compiled"
+            say(f"{program.name}: {outcome}, {made[part].seconds:.0f} s")
+    held = {part: _held(program.held, dtype) for part, program in programs.items()}
+    scores = _score_bytes(model.dit.config, grid) if hardware.platform == "gpu" else 0.0
+    working = {part: _working(made.get(part), scores * (part == "step")) for part in programs}
+
+    def use(role, count, *roles):
+        larger = max((working[part] for part in roles), key=_total)  # one program runs at a time
+        kept = {name: figure for part in roles for name, figure in held[part].items()}
+        reasons = [made[part].refused for part in roles if part in made and made[part].refused]
+        limit = 1e9 * hardware.memory_gb
+        return DeviceUse(role, count, kept | larger, limit, "; ".join(reasons))
+
+    if layout.has_vae_slice:
+        uses = (use("denoising", mesh.size, "step"), use("VAE", 1, "decode"))
+    else:
+        uses = (use("denoising", mesh.size - 1, "step"),) if mesh.size > 1 else ()
+        uses += (use("denoising and VAE", 1, "step", "decode"),)
+
+    figures = _arithmetic(model, grid, made)
+    figures |= _bounds(model, grid, programs, held, figures, layout, hardware, dtype)
+    widths = _widths(model, programs["step"], uses, layout, hardware)
+    advice = _advice(model, uses, figures, widths, layout, hardware, dtype)
+    compile_s = {part: result.seconds for part, result in made.items()}
+    return StreamNeeds(compiled_for, uses, figures, model.settings.fps, advice, compile_s)
+
+
+def _total(figures: dict[str, Figure]) -> float:
+    return sum(figure.value for figure in figures.values())
+
+
+# ---- bytes ------------------------------------------------------------------------------
+
+
+def _held(trees: Mapping[str, PyTree], dtype: str) -> dict[str, Figure]:
+    figures = {}
+    for name, tree in trees.items():
+        size = _weight_bytes(tree, dtype) if name == "weights" else _placed_bytes(tree)
+        # The renewed sink is made while the old one is still in use.
+        name, size = ("sink, old and renewed", 2 * size) if name == "sink" else (name, size)
+        figures[name] = Figure(size, "computed")
+    return figures
+
+
+def _placed_bytes(tree: PyTree) -> float:
+    """Bytes on each device."""
+    sizes = (
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+    return float(sum(sizes))
+
+
+def _weight_bytes(params: PyTree, dtype: str, skip: tuple[str, ...] = ()) -> float:
+    """Bytes of weights on each device; a quantised linear has a byte a weight, and scales."""
+    leaves = (item for item in flatten(params).items() if not item[0].startswith(skip))
+    return float(
+        sum(
+            _leaf_bytes(path, leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize, dtype)
+            for path, leaf in leaves
+        )
+    )
+
+
+def _leaf_bytes(path: str, shape: tuple[int, ...], itemsize: int, dtype: str) -> float:
+    if dtype != "bf16" and _is_large_linear(path, shape):
+        return math.prod(shape) + 4 * shape[0] * shape[-1]  # float32 per output channel
+    return math.prod(shape) * itemsize
+
+
+def _is_large_linear(path: str, shape: tuple[int, ...]) -> bool:
+    """Linears of the layers and the audio injectors; the rest is small or sensitive."""
+    return path.startswith(("blocks/", "injectors/")) and path.endswith("kernel") and len(shape) > 2
+
+
+def _working(made: Compiled | None, scores: float) -> dict[str, Figure]:
+    if made is None or made.refused:
+        return {}
+    figures = {"temporaries": Figure(max(0.0, made.temporaries - scores), "compiled")}
+    return figures | ({"program": Figure(made.code, "compiled")} if made.code else {})
+
+
+def _score_bytes(config: DiTConfig, grid: tuple[int, int]) -> float:
+    """Attention scores that XLA holds on a CPU, and cuDNN does not on a GPU."""
+    n, slots = _tokens(config, grid)
+    return 4.0 * config.num_heads * n * slots
+
+
+def _tokens(config: DiTConfig, grid: tuple[int, int]) -> tuple[int, int]:
+    """Tokens of a block, and slots of its window."""
+    patches = (grid[0] // 2) * (grid[1] // 2)
+    slots = config.cond_tokens(*grid) + config.ring_frames * patches
+    return config.frames_per_block * patches, slots
+
+
+# ---- arithmetic and time ----------------------------------------------------------------
+
+
+def _arithmetic(
+    model: AbstractModel, grid: tuple[int, int], made: Mapping[str, Compiled]
+) -> dict[str, Figure]:
+    figures = {
+        "step_flop": Figure(step_flops(model.dit.config, *grid), "computed"),
+        "step_flop_counted": Figure(count_step_flops(model, grid), "compiled"),
+    }
+    if model.vae.config == WanVAEConfig(dtype=model.vae.config.dtype).replace(
+        param_dtype=model.vae.config.param_dtype
+    ):
+        per_pixel = _VAE_FLOP / (400 * 720)
+        pixels = 64 * grid[0] * grid[1] * model.dit.config.frames_per_block
+        figures["decode_flop"] = Figure(per_pixel * pixels, "computed")
+    if "decode" in made and made["decode"].flops:
+        figures["decode_flop_counted"] = Figure(made["decode"].flops, "compiled")
+    return figures
+
+
+def _bounds(model, grid, programs, held, figures, layout, hardware, dtype) -> dict[str, Figure]:
+    """Shortest times that the published peaks allow; nothing where they are unknown."""
+    if not hardware.tflops:
+        return {}
+    config = model.dit.config
+    n, slots = _tokens(config, grid)
+    attention = 4.0 * config.num_layers * n * slots * config.width
+    linear = figures["step_flop"].value - attention
+    wide = layout.stage_devices
+    compute = (attention / hardware.peak("bf16") + linear / hardware.peak(dtype)) / wide
+    own = programs["step"].held
+    windows = held["step"]["windows"].value / (
+        model.settings.num_steps if layout.is_sequential else layout.steps_per_stage
+    )
+    read = (
+        _weight_bytes(own["weights"], dtype, _PREFILL_ONLY) + windows + _placed_bytes(own["sink"])
+    )
+    bandwidth = 1e9 * hardware.bandwidth_gb_s
+    step = max(compute, read / bandwidth)
+    flop = figures.get("decode_flop_counted", figures.get("decode_flop", Figure(0.0, "computed")))
+    vae = held["decode"]
+    moved = vae["VAE weights"].value + 2 * vae["VAE state"].value
+    decode = max(flop.value / hardware.peak("bf16"), moved / bandwidth)
+    tick = layout.steps_per_stage * step
+    # Slices take turns with different blocks; the VAE's own slice works beside them.
+    period = max(tick, decode) if layout.has_vae_slice else tick + decode
+    frames = 4 * config.frames_per_block
+    values = {
+        "step_compute_s": compute,
+        "step_bandwidth_s": read / bandwidth,
+        "step_s": step,
+        "decode_s": decode,
+        "block_period_s": period,
+        "fps": frames / period,
+        "first_frame_s": model.settings.num_steps * step + decode,
+    }
+    return {name: Figure(value, "computed") for name, value in values.items()}
+
+
+# ---- what to change ---------------------------------------------------------------------
+
+
+def _widths(
+    model: AbstractModel, step: Program, uses: Sequence[DeviceUse], layout: Layout, hardware
+) -> dict[tuple[int, str], float]:
+    """Bytes of a denoising device by devices per slice and type of weights."""
+    specs = flatten(param_specs(step.held["weights"]))
+    whole = flatten(step.held["weights"])
+    used = uses[0].bytes
+    other = sum(f.value for name, f in used.items() if name not in ("weights", "program"))
+    if "temporaries" not in used:
+        other += _GUESS
+    config, sizes = model.dit.config, {}
+    for width in (1, 2, 4, 8, 16, 20, 40):
+        if config.num_heads % width or config.ffn_width % width:
+            continue
+        for dtype in ("bf16", *(d for d in DTYPES if d in hardware.tflops and d != "bf16")):
+            weights = sum(
+                _leaf_bytes(path, leaf.shape, leaf.dtype.itemsize, dtype)
+                / (width if "model" in specs[path] else 1)
+                for path, leaf in whole.items()
+            )
+            rest = other * layout.stage_devices / width
+            if layout.is_sequential:  # a slice of its own for every step
+                rest -= used["windows"].value * (1 - 1 / model.settings.num_steps) / width
+            sizes[width, dtype] = weights + rest
+    return sizes
+
+
+def _advice(model, uses, figures, widths, layout, hardware, dtype) -> tuple[str, ...]:
+    advice = []
+    limit = 1e9 * hardware.memory_gb
+    stages = model.settings.num_steps if layout.is_sequential else layout.stages
+    suffix = "+1" if layout.has_vae_slice or layout.is_sequential else ""
+    denoising, last = uses[0], uses[-1]
+    if not denoising.fits:
+        for (width, kind), size in widths.items():
+            is_same = width == layout.stage_devices and not layout.is_sequential
+            if size <= 0.95 * limit and (not is_same or kind != dtype):
+                mesh = f"{stages}x{width}{suffix}"
+                advice.append(
+                    f"--mesh {mesh} --dtype {kind}: {size / 2**30:.1f} GiB per denoising device "
+                    "(computed; temporaries scaled from this plan)"
+                )
+        advice = advice[:4] or ["no width of a slice is enough; choose a smaller --size"]
+    if layout.has_vae_slice and not last.fits:
+        advice.append(
+            f"the VAE's device needs {last.total / limit:.1f} times its memory: choose a --size of "
+            f"at most {0.95 * limit / last.total:.0%} of the area"
+            if not last.refused
+            else "the VAE's device is too small: choose a smaller --size"
+        )
+    fps = figures.get("fps")
+    if fps and fps.value < model.settings.fps:
+        slow = figures["decode_s"].value > figures["step_s"].value * layout.steps_per_stage
+        what = "a smaller --size, for the VAE" if slow else "more devices per slice (--mesh 4x2+1)"
+        advice.append(
+            f"at most {fps.value:.1f} of {model.settings.fps} frames per second: choose {what}"
+        )
+    return tuple(advice)

@@ -1,0 +1,119 @@
+"""What a stream needs of its devices, without weights and without the devices.
+
+python launch/plan.py --model wan_s2v_14b --mesh 5 --hardware h200
+python launch/plan.py --model wan_s2v_14b --mesh 4x2+1 --hardware v6e --json
+
+The real step is compiled on shapes alone: for TPUs by the TPU compiler, which needs no TPU
+(pip install -e ".[plan]"; minutes), for all others by the compiler for CPUs (seconds).
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+# A TPU compiler without a TPU: do not look for one, do not wait for answers about it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+from absl import app, flags
+
+from jax_avatar.io.image import fit_size
+from jax_avatar.streaming.abstract import abstract_model
+from jax_avatar.streaming.hardware import find_hardware
+from jax_avatar.streaming.mesh import parse_layout
+from jax_avatar.streaming.sizing import DTYPES, plan_stream
+from jax_avatar.streaming.tables import plan_as_dict, plan_as_text
+#from jax_avatar.training.sizing import plan_training
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TASKS = ["stream", "diffusion_forcing", "dmd"]
+flags.DEFINE_string("model", "wan_s2v_14b", "a config of sizes: a name in configs/, or a .py file")
+flags.DEFINE_string("mesh", "5", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
+flags.DEFINE_string("hardware", "h200", "h100, h200, h800, v5e, v5p, v6e, v7x or cpu")
+flags.DEFINE_enum("task", "stream", TASKS, "what the devices are to do")
+flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels; the model's usual if not given")
+flags.DEFINE_enum("dtype", "bf16", DTYPES, "of the large weights; programs are compiled in bf16")
+flags.DEFINE_list("compile", ["step", "decode"], "parts to compile; the rest is only computed")
+flags.DEFINE_bool("json", False, "print one JSON object instead of a table")
+FLAGS = flags.FLAGS
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_config(name: str) -> dict:
+    path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
+    if not path.is_file():
+        raise ValueError(f"--model {name}: {path} does not exist; pass wan_s2v_14b or a .py file.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config().to_dict()
+
+
+def latent_grid(model, size: str | None) -> tuple[int, int]:
+    """Latent rows and columns."""
+    settings, stride = model.settings, model.vae.config.spatial_stride
+    height, width = settings.size or fit_size(400, 720, settings.max_area, settings.multiple)
+    if size:
+        try:
+            height, width = (int(side) for side in size.split("x"))
+        except ValueError:
+            raise ValueError(f"--size {size}: expected HEIGHTxWIDTH, such as 384x704.") from None
+    multiple = 2 * stride
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        raise ValueError(f"--size {height}x{width}: sides must be multiples of {multiple}.")
+    return height // stride, width // stride
+
+
+def run() -> None:
+    if FLAGS.task == "dmd":
+        raise ValueError("--task dmd: this version has no DMD; pass stream or diffusion_forcing.")
+    if unknown := set(FLAGS.compile) - {"step", "decode", ""}:
+        raise ValueError(f"--compile {','.join(sorted(unknown))}: expected step, decode or both.")
+    hardware = find_hardware(FLAGS.hardware)
+    model = abstract_model(read_config(FLAGS.model))
+    grid = latent_grid(model, FLAGS.size)
+    stride = model.vae.config.spatial_stride
+    layout = parse_layout(FLAGS.mesh, model.settings.num_steps)
+    jax.config.update("jax_num_cpu_devices", layout.num_devices)
+    arguments = (model, grid, layout, hardware)
+    if FLAGS.task == "stream":
+        options = {"dtype": FLAGS.dtype, "parts": tuple(FLAGS.compile), "say": say}
+        needs = plan_stream(*arguments, **options)
+    else:
+        needs = plan_training(*arguments, say=say)
+    header = {
+        "model": model.name,
+        "task": FLAGS.task,
+        "mesh": FLAGS.mesh,
+        "size": f"{stride * grid[0]}x{stride * grid[1]}",
+        "dtype": FLAGS.dtype,
+    }
+    if FLAGS.json:
+        print(json.dumps(header | plan_as_dict(needs, hardware)))
+    else:
+        print(", ".join(f"{key} {value}" for key, value in header.items()) + "\n")
+        print(plan_as_text(needs, hardware))
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
+        return 2
+    try:
+        run()
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)
