@@ -27,6 +27,7 @@ from jax_avatar.models.config import DiTConfig, wan_s2v_14b
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract
 from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.planning.stream import step_flops
 from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
 
 CONFIGS: dict[str, tuple[Callable, Callable[[], DiTConfig], str]] = {
@@ -71,28 +72,6 @@ def random_params(shapes, seed: int = 0):
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     drawn = [make(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, drawn)
-
-
-def step_flops(config: DiTConfig, height: int, width: int) -> float:
-    """Floating-point operations of a step: large matrix products and attention.
-
-    Left out are the patch projections, the audio encoder and everything elementwise.
-
-    Args:
-        config: size of the transformer.
-        height: latent rows.
-        width: latent columns.
-    """
-    d, patches = config.width, (height // 2) * (width // 2)
-    n = config.frames_per_block * patches
-    slots = config.cond_tokens(height, width) + config.ring_frames * patches
-    self_attention = 8 * n * d * d + 4 * n * slots * d
-    prompt = 4 * n * d * d + 4 * n * config.text_len * d
-    feed_forward = 4 * n * d * config.ffn_width
-    # Queries and output of every token; a frame's few audio tokens as keys.
-    audio = 4 * n * d * d + 4 * n * (config.num_audio_tokens + 1) * d
-    per_layer = self_attention + prompt + feed_forward
-    return float(config.num_layers * per_layer + len(config.audio_inject_layers) * audio)
 
 
 def shrink(config: DiTConfig, layers: int | None) -> DiTConfig:

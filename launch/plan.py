@@ -23,17 +23,17 @@ import jax
 from absl import app, flags
 
 from jax_avatar.io.image import fit_size
-from jax_avatar.streaming.abstract import abstract_model
-from jax_avatar.streaming.hardware import find_hardware
+from jax_avatar.planning.hardware import find_hardware
+from jax_avatar.planning.programs import abstract_model
+from jax_avatar.planning.stream import DTYPES, plan_stream
+from jax_avatar.planning.tables import plan_as_dict, plan_as_text
+from jax_avatar.planning.training import plan_training
 from jax_avatar.streaming.mesh import parse_layout
-from jax_avatar.streaming.sizing import DTYPES, plan_stream
-from jax_avatar.streaming.tables import plan_as_dict, plan_as_text
-#from jax_avatar.training.sizing import plan_training
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TASKS = ["stream", "diffusion_forcing", "dmd"]
 flags.DEFINE_string("model", "wan_s2v_14b", "a config of sizes: a name in configs/, or a .py file")
-flags.DEFINE_string("mesh", "5", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
+flags.DEFINE_string("mesh", "5", "slices as in stream.py: 5, 1, 4x2+1, ...; training: devices")
 flags.DEFINE_string("hardware", "h200", "h100, h200, h800, v5e, v5p, v6e, v7x or cpu")
 flags.DEFINE_enum("task", "stream", TASKS, "what the devices are to do")
 flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels; the model's usual if not given")
@@ -81,14 +81,16 @@ def run() -> None:
     model = abstract_model(read_config(FLAGS.model))
     grid = latent_grid(model, FLAGS.size)
     stride = model.vae.config.spatial_stride
-    layout = parse_layout(FLAGS.mesh, model.settings.num_steps)
-    jax.config.update("jax_num_cpu_devices", layout.num_devices)
-    arguments = (model, grid, layout, hardware)
     if FLAGS.task == "stream":
+        layout = parse_layout(FLAGS.mesh, model.settings.num_steps)
+        jax.config.update("jax_num_cpu_devices", layout.num_devices)
         options = {"dtype": FLAGS.dtype, "parts": tuple(FLAGS.compile), "say": say}
-        needs = plan_stream(*arguments, **options)
+        needs = plan_stream(model, grid, layout, hardware, **options)
     else:
-        needs = plan_training(*arguments, say=say)
+        if not FLAGS.mesh.isdigit() or not int(FLAGS.mesh):
+            raise ValueError(f"--mesh {FLAGS.mesh}: training takes a number of devices, such as 8.")
+        jax.config.update("jax_num_cpu_devices", int(FLAGS.mesh))
+        needs = plan_training(model, grid, int(FLAGS.mesh), hardware, say=say)
     header = {
         "model": model.name,
         "task": FLAGS.task,

@@ -1,4 +1,4 @@
-"""Imports point one way: shapes <- models, diffusion <- streaming, training <- launch."""
+"""Imports point one way: shapes <- models, diffusion <- streaming, training <- planning <- launch."""
 
 import ast
 from pathlib import Path
@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "data": {"io"},
     "streaming": {"models", "diffusion", "io"},
     "training": {"models", "diffusion", "data", "io"},
+    "planning": {"models", "diffusion", "streaming", "training"},
 }
 FORBIDDEN = {"torch", "absl", "argparse", "conversion", "launch", "configs", "pickle"}
 

@@ -5,6 +5,7 @@
 Nothing is allocated: devices may be far away, or not exist yet.
 """
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ __all__ = [
     "compile_program",
     "count_step_flops",
     "decode_program",
+    "placed_bytes",
     "step_program",
 ]
 
@@ -197,6 +199,12 @@ def compile_program(program: Program) -> Compiled:
         compiled.cost_analysis().get("flops", 0.0),
         time.perf_counter() - began,
     )
+
+
+def placed_bytes(tree: PyTree) -> float:
+    """Bytes on each device of shapes with a place."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
 
 def count_step_flops(model: AbstractModel, grid: tuple[int, int]) -> float:

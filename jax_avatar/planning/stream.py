@@ -9,27 +9,26 @@ and latents between slices take time too, which is left out.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-
-import jax
 
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.params import flatten
-from jax_avatar.shapes import PyTree
-from jax_avatar.streaming.abstract import (
+from jax_avatar.planning.figures import DeviceUse, Figure, Needs
+from jax_avatar.planning.hardware import Hardware, stand_ins
+from jax_avatar.planning.programs import (
     AbstractModel,
     Compiled,
     Program,
     compile_program,
     count_step_flops,
     decode_program,
+    placed_bytes,
     step_program,
 )
-from jax_avatar.streaming.hardware import Hardware, stand_ins
+from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout, make_mesh
 from jax_avatar.streaming.pipeline import param_specs
 
-__all__ = ["DTYPES", "DeviceUse", "Figure", "StreamNeeds", "plan_stream", "step_flops"]
+__all__ = ["DTYPES", "plan_stream", "step_flops"]
 
 DTYPES = ("bf16", "int8", "fp8")
 """Types of the weights of the large linears."""
@@ -38,69 +37,6 @@ DTYPES = ("bf16", "int8", "fp8")
 _PREFILL_ONLY = ("text_", "motion_", "blocks/cross_attention/key", "blocks/cross_attention/value")
 _GUESS = 2 * 2**30  # temporaries where the compiler refused to say
 _VAE_FLOP = 9.76e12  # of a latent at 400x720, published size, convolutions as the official code has
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number and where it is from: "compiled", "computed" or "measured"."""
-
-    value: float
-    source: str
-
-
-@dataclass(frozen=True)
-class DeviceUse:
-    """What lives on a device, in bytes.
-
-    Attributes:
-        role: what the device does.
-        count: devices of that role.
-        bytes: by what they hold.
-        limit: memory of the device; 0 if unknown.
-        refused: why the compiler could not, if so.
-    """
-
-    role: str
-    count: int
-    bytes: dict[str, Figure]
-    limit: float
-    refused: str = ""
-
-    @property
-    def total(self) -> float:
-        """All bytes."""
-        return _total(self.bytes)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the compiler agrees and the memory is large enough, as far as known."""
-        return not self.refused and (not self.limit or self.total <= self.limit)
-
-
-@dataclass(frozen=True)
-class StreamNeeds:
-    """Everything `launch/plan.py` tells about a stream.
-
-    Attributes:
-        compiled_for: "tpu v5p:2x2x2", or "cpu" for stand-ins.
-        devices: by role.
-        figures: operations, bounds on times and rates; empty of bounds where no peak is known.
-        fps: wanted frames per second.
-        advice: what to change if something does not fit or is too slow.
-        compile_s: seconds that compiling took, by part.
-    """
-
-    compiled_for: str
-    devices: tuple[DeviceUse, ...]
-    figures: dict[str, Figure]
-    fps: int
-    advice: tuple[str, ...]
-    compile_s: dict[str, float]
-
-    @property
-    def fits(self) -> bool:
-        """Whether every device has room."""
-        return all(device.fits for device in self.devices)
 
 
 def step_flops(config: DiTConfig, height: int, width: int) -> float:
@@ -134,7 +70,7 @@ def plan_stream(
     dtype: str = "bf16",
     parts: tuple[str, ...] = ("step", "decode"),
     say: Callable[[str], None] = lambda text: None,
-) -> StreamNeeds:
+) -> Needs:
     """Compiles the step and the decoder of a stream, and adds up what they need.
 
     Args:
@@ -185,11 +121,9 @@ def plan_stream(
     widths = _widths(model, programs["step"], uses, layout, hardware)
     advice = _advice(model, uses, figures, widths, layout, hardware, dtype)
     compile_s = {part: result.seconds for part, result in made.items()}
-    return StreamNeeds(compiled_for, uses, figures, model.settings.fps, advice, compile_s)
-
-
-def _total(figures: dict[str, Figure]) -> float:
-    return sum(figure.value for figure in figures.values())
+    missing = ", ".join(part for part in programs if part not in made)
+    remarks = (f"not compiled, so temporaries are missing: {missing}",) if missing else ()
+    return Needs(compiled_for, uses, figures, model.settings.fps, advice, compile_s, remarks)
 
 
 # ---- bytes ------------------------------------------------------------------------------
@@ -198,19 +132,11 @@ def _total(figures: dict[str, Figure]) -> float:
 def _held(trees: Mapping[str, PyTree], dtype: str) -> dict[str, Figure]:
     figures = {}
     for name, tree in trees.items():
-        size = _weight_bytes(tree, dtype) if name == "weights" else _placed_bytes(tree)
+        size = _weight_bytes(tree, dtype) if name == "weights" else placed_bytes(tree)
         # The renewed sink is made while the old one is still in use.
         name, size = ("sink, old and renewed", 2 * size) if name == "sink" else (name, size)
         figures[name] = Figure(size, "computed")
     return figures
-
-
-def _placed_bytes(tree: PyTree) -> float:
-    """Bytes on each device."""
-    sizes = (
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-    return float(sum(sizes))
 
 
 def _weight_bytes(params: PyTree, dtype: str, skip: tuple[str, ...] = ()) -> float:
@@ -290,9 +216,7 @@ def _bounds(model, grid, programs, held, figures, layout, hardware, dtype) -> di
     windows = held["step"]["windows"].value / (
         model.settings.num_steps if layout.is_sequential else layout.steps_per_stage
     )
-    read = (
-        _weight_bytes(own["weights"], dtype, _PREFILL_ONLY) + windows + _placed_bytes(own["sink"])
-    )
+    read = _weight_bytes(own["weights"], dtype, _PREFILL_ONLY) + windows + placed_bytes(own["sink"])
     bandwidth = 1e9 * hardware.bandwidth_gb_s
     step = max(compute, read / bandwidth)
     flop = figures.get("decode_flop_counted", figures.get("decode_flop", Figure(0.0, "computed")))
@@ -352,15 +276,7 @@ def _advice(model, uses, figures, widths, layout, hardware, dtype) -> tuple[str,
     suffix = "+1" if layout.has_vae_slice or layout.is_sequential else ""
     denoising, last = uses[0], uses[-1]
     if not denoising.fits:
-        for (width, kind), size in widths.items():
-            is_same = width == layout.stage_devices and not layout.is_sequential
-            if size <= 0.95 * limit and (not is_same or kind != dtype):
-                mesh = f"{stages}x{width}{suffix}"
-                advice.append(
-                    f"--mesh {mesh} --dtype {kind}: {size / 2**30:.1f} GiB per denoising device "
-                    "(computed; temporaries scaled from this plan)"
-                )
-        advice = advice[:4] or ["no width of a slice is enough; choose a smaller --size"]
+        advice += _narrowest(widths, limit, layout, dtype, f"{stages}x{{}}{suffix}")
     if layout.has_vae_slice and not last.fits:
         advice.append(
             f"the VAE's device needs {last.total / limit:.1f} times its memory: choose a --size of "
@@ -370,9 +286,27 @@ def _advice(model, uses, figures, widths, layout, hardware, dtype) -> tuple[str,
         )
     fps = figures.get("fps")
     if fps and fps.value < model.settings.fps:
-        slow = figures["decode_s"].value > figures["step_s"].value * layout.steps_per_stage
-        what = "a smaller --size, for the VAE" if slow else "more devices per slice (--mesh 4x2+1)"
+        more = f"{stages}x{2 * layout.stage_devices}{suffix}"
+        if layout.is_sequential:
+            what = f"a slice for every step (--mesh {stages + 1})"
+        elif figures["decode_s"].value > layout.steps_per_stage * figures["step_s"].value:
+            what = "a smaller --size, since the VAE is what takes long"
+        else:
+            what = f"more devices per slice (--mesh {more})"
         advice.append(
             f"at most {fps.value:.1f} of {model.settings.fps} frames per second: choose {what}"
         )
     return tuple(advice)
+
+
+def _narrowest(widths, limit: float, layout: Layout, dtype: str, mesh: str) -> list[str]:
+    """The narrowest slice that has room, for each type of weights."""
+    advice = {}
+    for (width, kind), size in widths.items():
+        is_this = (width, kind) == (layout.stage_devices, dtype) and not layout.is_sequential
+        if kind not in advice and size <= 0.95 * limit and not is_this:
+            advice[kind] = (
+                f"--mesh {mesh.format(width)} --dtype {kind}: {size / 2**30:.1f} GiB per denoising "
+                "device (computed; temporaries scaled from this plan)"
+            )
+    return list(advice.values()) or ["no slice is wide enough: choose a smaller --size"]

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from jax_avatar.streaming.hardware import Hardware
-from jax_avatar.streaming.sizing import DeviceUse, Figure, StreamNeeds
+from jax_avatar.planning.figures import DeviceUse, Figure, Needs
+from jax_avatar.planning.hardware import Hardware
 
 __all__ = ["plan_as_dict", "plan_as_text"]
 
@@ -13,6 +13,7 @@ _ROWS = {
     "step_flop_counted": ("  the same, counted by XLA", "TFLOP", 1e-12),
     "decode_flop": ("arithmetic of decoding a block, formula", "TFLOP", 1e-12),
     "decode_flop_counted": ("  the same, counted by XLA (fewer: taps are summed)", "TFLOP", 1e-12),
+    "training_flop": ("arithmetic of training on a clip, formula", "TFLOP", 1e-12),
     "step_compute_s": ("denoising step, bound by arithmetic", "ms", 1e3),
     "step_bandwidth_s": ("denoising step, bound by memory traffic", "ms", 1e3),
     "decode_s": ("decoding a block, bound", "ms", 1e3),
@@ -22,7 +23,7 @@ _ROWS = {
 }
 
 
-def plan_as_dict(needs: StreamNeeds, hardware: Hardware) -> dict[str, Any]:
+def plan_as_dict(needs: Needs, hardware: Hardware) -> dict[str, Any]:
     """Plain values for JSON; every number comes with its source."""
     content = dataclasses.asdict(needs)
     for plain, device in zip(content["devices"], needs.devices, strict=True):
@@ -30,7 +31,7 @@ def plan_as_dict(needs: StreamNeeds, hardware: Hardware) -> dict[str, Any]:
     return content | {"fits": needs.fits, "hardware": dataclasses.asdict(hardware)}
 
 
-def plan_as_text(needs: StreamNeeds, hardware: Hardware) -> str:
+def plan_as_text(needs: Needs, hardware: Hardware) -> str:
     """A table for a terminal."""
     lines = []
     for device in needs.devices:
@@ -47,7 +48,7 @@ def plan_as_text(needs: StreamNeeds, hardware: Hardware) -> str:
     return "\n".join([*lines, *(f"  -> {text}" for text in needs.advice)])
 
 
-def _device(device: DeviceUse, needs: StreamNeeds, hardware: Hardware) -> list[str]:
+def _device(device: DeviceUse, needs: Needs, hardware: Hardware) -> list[str]:
     count = f"{device.count} devices" if device.count > 1 else "1 device"
     lines = [f"{device.role}: {count}, each {hardware.name}"]
     for name, figure in device.bytes.items():
@@ -66,11 +67,11 @@ def _gib(name: str, figure: Figure, source: str) -> str:
     return f"  {name:52s}{figure.value / 2**30:12.2f} {'GiB':6s}{source}".rstrip()
 
 
-def _source(figure: Figure, needs: StreamNeeds) -> str:
+def _source(figure: Figure, needs: Needs) -> str:
     return f"compiled, {needs.compiled_for}" if figure.source == "compiled" else figure.source
 
 
-def _remarks(needs: StreamNeeds, hardware: Hardware) -> list[str]:
+def _remarks(needs: Needs, hardware: Hardware) -> list[str]:
     lines = []
     if hardware.tflops:
         peaks = ", ".join(f"{kind} {peak:g}" for kind, peak in hardware.tflops.items())
@@ -88,6 +89,4 @@ def _remarks(needs: StreamNeeds, hardware: Hardware) -> list[str]:
             "temporaries come from a compiler for CPUs, attention scores included, since the TPU "
             'compiler is not installed: pip install -e ".[plan]"'
         )
-    if missing := sorted({"step", "decode"} - set(needs.compile_s)):
-        lines.append(f"not compiled, so temporaries are missing: {', '.join(missing)}")
-    return lines
+    return lines + list(needs.remarks)
