@@ -1,4 +1,4 @@
-"""Imports point one way: shapes <- models, diffusion <- streaming, training <- planning <- launch."""
+"""Imports point one way: shapes <- models, diffusion <- streaming, training <- planning."""
 
 import ast
 from pathlib import Path

@@ -11,6 +11,7 @@ stands for one frame alone, every later one for four.
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class VAEState:
             execution; the official cache has the same slots.
     """
 
-    buffers: Buffers  # each b T H W c
+    buffers: Any  # each b T H W c
 
 
 class WanVAE(nnx.Module):

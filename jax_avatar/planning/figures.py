@@ -78,4 +78,4 @@ class Needs:
 
 def total_bytes(figures: Mapping[str, Figure]) -> float:
     """Their sum."""
-    return sum(figure.value for figure in figures.values())
+    return float(sum(figure.value for figure in figures.values()))

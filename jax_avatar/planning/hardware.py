@@ -63,15 +63,15 @@ def _gpu(name: str, memory_gb: float, bandwidth_gb_s: float) -> Hardware:
 HARDWARE: dict[str, Hardware] = {
     hardware.name: hardware
     for hardware in (
-        _gpu("h100", 80, 3350),
-        _gpu("h200", 141, 4800),
-        _gpu("h800", 80, 3350),
+        _gpu("h100", 80.0, 3350.0),
+        _gpu("h200", 141.0, 4800.0),
+        _gpu("h800", 80.0, 3350.0),
         Hardware(
             "v5e",
             "tpu",
             {"bf16": 197.0, "int8": 394.0},
-            16,
-            819,
+            16.0,
+            819.0,
             f"{_CLOUD}/v5e",
             _square("v5e"),
         ),
@@ -79,8 +79,8 @@ HARDWARE: dict[str, Hardware] = {
             "v5p",
             "tpu",
             {"bf16": 459.0, "int8": 918.0},
-            95,
-            2765,
+            95.0,
+            2765.0,
             f"{_CLOUD}/v5p",
             _cube("v5p"),
         ),
@@ -88,8 +88,8 @@ HARDWARE: dict[str, Hardware] = {
             "v6e",
             "tpu",
             {"bf16": 918.0, "int8": 1836.0},
-            32,
-            1640,
+            32.0,
+            1640.0,
             f"{_CLOUD}/v6e",
             _square("v6e"),
         ),
@@ -97,12 +97,12 @@ HARDWARE: dict[str, Hardware] = {
             "v7x",
             "tpu",
             {"bf16": 1153.5, "fp8": 2307.0},
-            96,
-            3690,
+            96.0,
+            3690.0,
             f"{_CLOUD}/tpu7x, half a chip",
             _cube("tpu7x"),
         ),
-        Hardware("cpu", "cpu", {}, 0, 0, "this machine; nothing is published"),
+        Hardware("cpu", "cpu", {}, 0.0, 0.0, "this machine; nothing is published"),
     )
 }
 """Devices by name."""

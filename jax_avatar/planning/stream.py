@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.params import flatten
-from jax_avatar.planning.figures import DeviceUse, Figure, Needs
+from jax_avatar.planning.figures import DeviceUse, Figure, Needs, total_bytes
 from jax_avatar.planning.hardware import Hardware, stand_ins
 from jax_avatar.planning.programs import (
     AbstractModel,
@@ -104,7 +104,8 @@ def plan_stream(
     working = {part: _working(made.get(part), scores * (part == "step")) for part in programs}
 
     def use(role, count, *roles):
-        larger = max((working[part] for part in roles), key=_total)  # one program runs at a time
+        # One program runs at a time.
+        larger = max((working[part] for part in roles), key=total_bytes)
         kept = {name: figure for part in roles for name, figure in held[part].items()}
         reasons = [made[part].refused for part in roles if part in made and made[part].refused]
         limit = 1e9 * hardware.memory_gb
@@ -150,7 +151,7 @@ def _weight_bytes(params: PyTree, dtype: str, skip: tuple[str, ...] = ()) -> flo
     )
 
 
-def _leaf_bytes(path: str, shape: tuple[int, ...], itemsize: int, dtype: str) -> float:
+def _leaf_bytes(path: str, shape: tuple[int, ...], itemsize: int, dtype: str) -> int:
     if dtype != "bf16" and _is_large_linear(path, shape):
         return math.prod(shape) + 4 * shape[0] * shape[-1]  # float32 per output channel
     return math.prod(shape) * itemsize
@@ -165,7 +166,7 @@ def _working(made: Compiled | None, scores: float) -> dict[str, Figure]:
     if made is None or made.refused:
         return {}
     figures = {"temporaries": Figure(max(0.0, made.temporaries - scores), "compiled")}
-    return figures | ({"program": Figure(made.code, "compiled")} if made.code else {})
+    return figures | ({"program": Figure(float(made.code), "compiled")} if made.code else {})
 
 
 def _score_bytes(config: DiTConfig, grid: tuple[int, int]) -> float:

@@ -82,7 +82,7 @@ def plan_training(
     say(f"{program.name}: {made.refused or 'compiled'}, {made.seconds:.0f} s")
     used = {name: Figure(placed_bytes(tree), "computed") for name, tree in program.held.items()}
     if not made.refused:
-        used["gradients, activations, temporaries"] = Figure(made.temporaries, "compiled")
+        used["gradients, activations, temporaries"] = Figure(float(made.temporaries), "compiled")
     limit = 1e9 * hardware.memory_gb
     use = DeviceUse("training", num_devices, used, limit, made.refused)
     advice = ()

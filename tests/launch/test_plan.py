@@ -1,0 +1,67 @@
+"""The command as a user runs it, on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.planning.test_stream import NANO
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "nano.py"
+    plain = NANO | {"dit": {k: v for k, v in NANO["dit"].items() if "dtype" not in k}}
+    lines = ["from ml_collections import ConfigDict", "", "def get_config():"]
+    path.write_text("\n".join([*lines, f"    return ConfigDict({plain!r})", ""]))
+    return path
+
+
+def run(*flags):
+    kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, str(ROOT / "launch" / "plan.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, env=kept, timeout=500)
+
+
+def test_a_tiny_stream_is_planned(config):
+    result = run(f"--model={config}", "--mesh=2x2+1", "--hardware=h200", "--json")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["model"] == "nano" and plan["size"] == "64x64" and plan["fits"]
+    assert [device["count"] for device in plan["devices"]] == [4, 1]
+    sources = {f["source"] for device in plan["devices"] for f in device["bytes"].values()}
+    assert sources == {"compiled", "computed"}
+    assert plan["hardware"]["bandwidth_gb_s"] == 4800
+    assert "compiling for cpu" in result.stderr
+
+
+def test_a_table_says_where_numbers_are_from(config):
+    result = run(f"--model={config}", "--mesh=1", "--hardware=cpu", "--compile=step")
+    assert result.returncode == 0, result.stderr
+    rows = {line[:54].strip(): line.split()[-1] for line in result.stdout.splitlines() if line}
+    assert rows["weights"] == "computed" and rows["temporaries"] == "cpu"
+    assert "not compiled, so temporaries are missing: decode" in result.stdout
+    assert "nothing is published about this hardware" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mesh=7"], "--mesh 7: 4 timesteps"),
+        (["--hardware=a100"], "--hardware a100 is unknown; known are h100"),
+        (["--task=dmd"], "--task dmd: this version has no DMD"),
+        (["--size=384*704"], "--size 384*704: expected HEIGHTxWIDTH"),
+        (["--size=100x100"], "sides must be multiples of 16"),
+        (["--model=wan_s2v_15b"], "--model wan_s2v_15b: "),
+        (["--task=diffusion_forcing", "--mesh=4x2"], "training takes a number of devices"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_clear_error(flags, message):
+    result = run(*flags)
+    assert result.returncode == 2 and not result.stdout
+    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr

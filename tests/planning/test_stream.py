@@ -1,0 +1,197 @@
+"""Plans without weights: what they weigh is what a stream holds."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jax_avatar.planning import stream as planning
+from jax_avatar.planning.hardware import HARDWARE, find_hardware, has_tpu_compiler, stand_ins
+from jax_avatar.planning.programs import (
+    abstract_model,
+    compile_program,
+    count_step_flops,
+    step_program,
+)
+from jax_avatar.planning.stream import plan_stream, step_flops
+from jax_avatar.planning.tables import plan_as_text
+from jax_avatar.streaming.mesh import Layout, make_mesh, parse_layout
+from jax_avatar.streaming.pipeline import PipelinedStream, tick_arguments
+from jax_avatar.streaming.plan import StreamPlan
+from jax_avatar.streaming.sampler import SequentialStream, step_arguments
+from tests.nano import CONFIG, GRID, make_audio, make_conditions, make_dit
+
+NANO = {
+    "name": "nano",
+    "kinds": {"dit": "wan_s2v", "vae": "wan"},
+    "dit": dataclasses.asdict(CONFIG),
+    "vae": {
+        "dim": 4,
+        "z_dim": 4,
+        "num_res_blocks": 1,
+        "latent_mean": (0.0,) * 4,
+        "latent_std": (1.0,) * 4,
+    },
+    "stream": {
+        "fps": 16,
+        "size": (64, 64),
+        "sigmas": (1.0, 0.9, 0.75, 0.5, 0.0),
+        "motion": "still",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return abstract_model(NANO)
+
+
+@pytest.fixture(scope="module")
+def large():
+    from configs.wan_s2v_14b import get_config
+
+    return abstract_model(get_config().to_dict())
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+
+
+def places(tree):
+    return jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), tree)
+
+
+@pytest.mark.parametrize("mesh", ["4x2", "2+1"])
+def test_a_tick_is_planned_for_what_a_stream_passes(mesh, monkeypatch):
+    graphdef, params = make_dit()
+    conditions, plan = make_conditions(), StreamPlan()
+    mesh, _ = make_mesh(parse_layout(mesh, 4))
+    stream = PipelinedStream(graphdef, params, CONFIG, plan, conditions, mesh)
+    audio = make_audio(1)[0]
+    passed, tick = [], stream._tick
+    monkeypatch.setattr(stream, "_tick", lambda *args: passed.append(args) or tick(*args))
+    planned = tick_arguments(
+        graphdef, params, CONFIG, plan, conditions,
+        jax.ShapeDtypeStruct(audio.shape, audio.dtype), mesh,
+    )  # fmt: skip
+    stream.push(audio)
+    assert shapes(planned) == shapes(passed[0])
+    held = (0, 5, 6)  # weights, windows, sinks
+    assert places([planned[i] for i in held]) == places(
+        [stream.params, stream._caches, stream._sinks]
+    )
+
+
+def test_a_step_is_planned_for_what_a_stream_passes(monkeypatch):
+    graphdef, params = make_dit()
+    conditions, plan = make_conditions(), StreamPlan()
+    stream = SequentialStream(graphdef, params, CONFIG, plan, conditions)
+    audio = make_audio(1)[0]
+    passed, step = [], stream._step
+    monkeypatch.setattr(stream, "_step", lambda *args: passed.append(shapes(args)) or step(*args))
+    stream.push(audio)
+    planned = step_arguments(
+        graphdef, params, CONFIG, plan, conditions,
+        jax.ShapeDtypeStruct(audio.shape, audio.dtype), jax.devices()[0],
+    )  # fmt: skip
+    assert shapes(planned) == passed[0]
+
+
+@pytest.mark.parametrize("mesh", ["1", "5", "4x2"])
+def test_figures_add_up_and_name_their_source(nano, mesh):
+    needs = plan_stream(nano, GRID, parse_layout(mesh, 4), find_hardware("h200"))
+    assert needs.fits and needs.compiled_for == "cpu"
+    layout = parse_layout(mesh, 4)
+    assert sum(device.count for device in needs.devices) == layout.num_devices
+    for device in needs.devices:
+        assert device.total == sum(figure.value for figure in device.bytes.values())
+        assert device.bytes["temporaries"].source == "compiled"
+        assert {figure.source for figure in device.bytes.values()} == {"compiled", "computed"}
+    assert needs.figures["fps"].value > 0 and needs.figures["fps"].source == "computed"
+    text = plan_as_text(needs, HARDWARE["h200"])
+    assert "compiled, cpu" in text and text.endswith("fits")
+
+
+def test_wider_slices_hold_less_each(nano):
+    def held(mesh):
+        needs = plan_stream(nano, GRID, parse_layout(mesh, 4), HARDWARE["v5p"], parts=())
+        return {name: figure.value for name, figure in needs.devices[0].bytes.items()}
+
+    one, two = held("4+1"), held("4x2+1")
+    assert two["windows"] == one["windows"] / 2
+    assert one["weights"] / 2 < two["weights"] < one["weights"]
+
+
+def test_xla_counts_what_the_layers_have(nano):
+    """Where every layer injects audio nothing is estimated: the count is that of all layers."""
+    config = nano.dit.config.replace(num_layers=4, audio_inject_layers=(0, 1, 2, 3), unroll=4)
+    model = abstract_model(NANO | {"dit": dataclasses.asdict(config)})
+    program = step_program(model, GRID, Layout(1, 1, False, 1), jax.devices(), attention="xla")
+    whole = program.function.lower(*program.arguments).cost_analysis()["flops"]
+    np.testing.assert_allclose(count_step_flops(model, GRID), whole, rtol=1e-3)
+
+
+def test_the_formula_agrees_with_xla_on_the_published_size(large):
+    counted = count_step_flops(large, (48, 88))
+    np.testing.assert_allclose(step_flops(large.dit.config, 48, 88), counted, rtol=0.01)
+
+
+def test_one_device_of_80_gb_is_too_small_and_what_to_change_is_said(large):
+    needs = plan_stream(large, (48, 88), parse_layout("1", 4), HARDWARE["h100"], parts=())
+    assert not needs.fits
+    assert any(text.startswith("--mesh 4x1+1 --dtype bf16") for text in needs.advice)
+    assert any("--mesh 5" in text and "frames per second" in text for text in needs.advice)
+    needs = plan_stream(large, (48, 88), parse_layout("5", 4), HARDWARE["h100"], parts=())
+    assert needs.fits and not needs.advice
+    assert needs.figures["fps"].value > 25
+
+
+def test_a_byte_per_weight_halves_the_large_linears(large):
+    def weights(dtype):
+        needs = plan_stream(
+            large, (48, 88), parse_layout("5", 4), HARDWARE["h200"], dtype=dtype, parts=()
+        )
+        return needs.devices[0].bytes["weights"].value
+
+    assert 0.5 < weights("int8") / weights("bf16") < 0.55
+
+
+def test_what_the_compiler_refuses_does_not_fit(nano, monkeypatch):
+    refusal = planning.Compiled(0, 0, 0, 0.0, 0.0, "Used 40G of 16G hbm.")
+    monkeypatch.setattr(planning, "compile_program", lambda program: refusal)
+    needs = plan_stream(nano, GRID, parse_layout("5", 4), HARDWARE["h200"])
+    assert not needs.fits
+    assert "the compiler refuses: Used 40G of 16G hbm." in plan_as_text(needs, HARDWARE["h200"])
+
+
+def test_without_the_tpu_compiler_cpus_stand_in(nano, monkeypatch):
+    monkeypatch.setattr("jax_avatar.planning.hardware.has_tpu_compiler", lambda: False)
+    needs = plan_stream(nano, GRID, parse_layout("5", 4), HARDWARE["v5p"], parts=("step",))
+    assert needs.compiled_for == "cpu"
+    text = plan_as_text(needs, HARDWARE["v5p"])
+    assert 'pip install -e ".[plan]"' in text and "temporaries are missing: decode" in text
+
+
+def test_unknown_hardware_and_incomplete_configs_are_named():
+    with pytest.raises(ValueError, match=r"--hardware v4 is unknown; known are h100.*v7x, cpu"):
+        find_hardware("v4")
+    with pytest.raises(ValueError, match=r"lacks \['vae'\]"):
+        abstract_model({key: value for key, value in NANO.items() if key != "vae"})
+    with pytest.raises(ValueError, match="dit is of kind 'wan', known are"):
+        abstract_model(NANO | {"kinds": {"dit": "wan", "vae": "wan"}})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_tpu_compiler(), reason='needs libtpu: pip install -e ".[plan]"')
+@pytest.mark.parametrize(("hardware", "mesh"), [("v5p", "4"), ("v6e", "4x2")])
+def test_the_14b_tick_compiles_for_tpus(large, monkeypatch, hardware, mesh):
+    """A minute or two each: `TPU_SKIP_MDS_QUERY=1 pytest -m slow tests/planning`."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    layout = parse_layout(mesh, 4)
+    devices, name = stand_ins(HARDWARE[hardware], layout)
+    assert name.startswith(f"tpu {hardware}:")
+    made = compile_program(step_program(large, (48, 88), layout, devices, attention="splash"))
+    assert not made.refused
+    # A window is 11.7 GiB: none is copied, and no attention scores are held (7.2 GiB).
+    assert made.temporaries < 4 * 2**30
