@@ -178,7 +178,7 @@ def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Devi
 
 
 def compile_program(program: Program) -> Compiled:
-    """Compiles, and asks the compiler what it made; a refusal for lack of memory is an answer."""
+    """Compiles, and asks the compiler what it made; a refusal is an answer."""
     lowered = program.function.trace(*program.arguments).lower(
         lowering_platforms=(program.platform,)
     )
@@ -186,11 +186,7 @@ def compile_program(program: Program) -> Compiled:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        needed = re.search(r"Used \S+ of \S+ hbm[^.]*\.[^.]*\.", str(error))
-        reason = needed[0] if needed else str(error).splitlines()[0]
-        return Compiled(0, 0, 0, 0.0, time.perf_counter() - began, reason)
+        return Compiled(0, 0, 0, 0.0, time.perf_counter() - began, _refusal(error))
     memory = compiled.memory_analysis()
     return Compiled(
         memory.temp_size_in_bytes,
@@ -199,6 +195,20 @@ def compile_program(program: Program) -> Compiled:
         compiled.cost_analysis().get("flops", 0.0),
         time.perf_counter() - began,
     )
+
+
+def _refusal(error: Exception) -> str:
+    """Why a program cannot be, in a line; raises the error again if that is not what it says."""
+    text = str(error)
+    if "should include all slice devices" in text:
+        return (
+            "programs on this hardware run on all devices of a slice; choose a --mesh without +1 "
+            "whose devices make a whole slice, such as 4x2 or 4x4"
+        )
+    if "RESOURCE_EXHAUSTED" not in text:
+        raise error
+    needed = re.search(r"Used \S+ of \S+ hbm[^.]*\.[^.]*\.", text)
+    return needed[0] if needed else text.splitlines()[0]
 
 
 def placed_bytes(tree: PyTree) -> float:
