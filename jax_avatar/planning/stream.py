@@ -276,8 +276,10 @@ def _advice(model, uses, figures, widths, layout, hardware, dtype) -> tuple[str,
     stages = model.settings.num_steps if layout.is_sequential else layout.stages
     suffix = "+1" if layout.has_vae_slice or layout.is_sequential else ""
     denoising, last = uses[0], uses[-1]
-    if not denoising.fits:
-        advice += _narrowest(widths, limit, layout, dtype, f"{stages}x{{}}{suffix}")
+    if not denoising.fits or not (layout.has_vae_slice or last.fits):
+        extra = last.total - denoising.total if last is not denoising else 0.0
+        room = limit - (0.0 if layout.has_vae_slice else extra)
+        advice += _narrowest(widths, room, layout, dtype, f"{stages}x{{}}{suffix}")
     if layout.has_vae_slice and not last.fits:
         advice.append(
             f"the VAE's device needs {last.total / limit:.1f} times its memory: choose a --size of "

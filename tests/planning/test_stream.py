@@ -9,6 +9,7 @@ import pytest
 from jax_avatar.planning import stream as planning
 from jax_avatar.planning.hardware import HARDWARE, find_hardware, has_tpu_compiler, stand_ins
 from jax_avatar.planning.programs import (
+    Program,
     abstract_model,
     compile_program,
     count_step_flops,
@@ -163,6 +164,42 @@ def test_what_the_compiler_refuses_does_not_fit(nano, monkeypatch):
     needs = plan_stream(nano, GRID, parse_layout("5", 4), HARDWARE["h200"])
     assert not needs.fits
     assert "the compiler refuses: Used 40G of 16G hbm." in plan_as_text(needs, HARDWARE["h200"])
+
+
+class Refusing:
+    """A function whose compiler says no."""
+
+    def __init__(self, reason):
+        self.reason = reason
+
+    def __call__(self):
+        raise NotImplementedError
+
+    def trace(self):
+        return self
+
+    def lower(self, lowering_platforms):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.reason)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("RESOURCE_EXHAUSTED: x. Used 40G of 16G hbm. Exceeded by 24G. Use less.", "Used 40G of"),
+        ("INTERNAL: device assignment should include all slice devices", "such as 4x2 or 4x4"),
+    ],
+)
+def test_a_refusal_is_an_answer(reason, said):
+    made = compile_program(Program("no", Refusing(reason), (), "cpu", {}))
+    assert said in made.refused and made.temporaries == 0
+
+
+def test_other_failures_of_the_compiler_are_not_hidden():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: a bug"):
+        compile_program(Program("no", Refusing("INTERNAL: a bug"), (), "cpu", {}))
 
 
 def test_without_the_tpu_compiler_cpus_stand_in(nano, monkeypatch):
