@@ -39,7 +39,7 @@ flags.DEFINE_string("mesh", "5", "slices as in stream.py: 5, 1, 4x2+1, ...; trai
 flags.DEFINE_string("hardware", "h200", "h100, h200, h800, v5e, v5p, v6e, v7x or cpu")
 flags.DEFINE_enum("task", "stream", TASKS, "what the devices are to do")
 flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels; the model's usual if not given")
-flags.DEFINE_enum("dtype", "bf16", DTYPES, "of the large weights; programs are compiled in bf16")
+flags.DEFINE_enum("dtype", "bf16", DTYPES, "of the large products: bf16, or eight bits")
 flags.DEFINE_list("compile", ["step", "decode"], "parts to compile; the rest is only computed")
 flags.DEFINE_bool("json", False, "print one JSON object instead of a table")
 FLAGS = flags.FLAGS

@@ -7,7 +7,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-__all__ = ["ATTENTION_KERNELS", "DiTConfig", "UMT5Config", "WanVAEConfig", "umt5_xxl", "wan_s2v_14b"]
+__all__ = [
+    "ATTENTION_KERNELS",
+    "DiTConfig",
+    "UMT5Config",
+    "WanVAEConfig",
+    "umt5_xxl",
+    "wan_s2v_14b",
+]
 
 ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
 """How attention may be computed: by the backend's best, or always by the named one."""

@@ -126,7 +126,13 @@ def abstract_model(config: Mapping[str, Any]) -> AbstractModel:
 
 
 def step_program(
-    model: AbstractModel, grid: tuple[int, int], layout: Layout, devices, *, attention: str
+    model: AbstractModel,
+    grid: tuple[int, int],
+    layout: Layout,
+    devices,
+    *,
+    attention: str,
+    weights: str = "",
 ) -> Program:
     """The tick of all slices, or the step of a single device.
 
@@ -136,8 +142,9 @@ def step_program(
         layout: of the slices.
         devices: to compile for, as many as the layout needs.
         attention: kernel, see `DiTConfig`.
+        weights: type of the large products, see `DiTConfig`.
     """
-    config = model.dit.config.replace(attention=attention)
+    config = model.dit.config.replace(attention=attention, weights=weights)
     graphdef, params = _build(model, config)
     parts = (graphdef, params, config, _plan(model), *_inputs(model, config, grid))
     mesh, _ = make_mesh(layout, devices)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.params import flatten
+from jax_avatar.models.quantise import quantised_leaves
 from jax_avatar.planning.figures import DeviceUse, Figure, Needs, total_bytes
 from jax_avatar.planning.hardware import Hardware, stand_ins
 from jax_avatar.planning.programs import (
@@ -88,8 +89,9 @@ def plan_stream(
     devices, compiled_for = stand_ins(hardware, layout)
     mesh, vae_device = make_mesh(layout, devices)
     attention = "splash" if devices[0].platform == "tpu" else "xla"
+    weights = "" if dtype == "bf16" else dtype
     programs = {
-        "step": step_program(model, grid, layout, devices, attention=attention),
+        "step": step_program(model, grid, layout, devices, attention=attention, weights=weights),
         "decode": decode_program(model, grid, vae_device),
     }
     made = {}
@@ -99,7 +101,7 @@ def plan_stream(
             made[part] = compile_program(program)
             outcome = made[part].refused or "compiled"
             say(f"{program.name}: {outcome}, {made[part].seconds:.0f} s")
-    held = {part: _held(program.held, dtype) for part, program in programs.items()}
+    held = {part: _held(program.held) for part, program in programs.items()}
     scores = _score_bytes(model.dit.config, grid) if hardware.platform == "gpu" else 0.0
     working = {part: _working(made.get(part), scores * (part == "step")) for part in programs}
 
@@ -130,36 +132,20 @@ def plan_stream(
 # ---- bytes ------------------------------------------------------------------------------
 
 
-def _held(trees: Mapping[str, PyTree], dtype: str) -> dict[str, Figure]:
+def _held(trees: Mapping[str, PyTree]) -> dict[str, Figure]:
     figures = {}
     for name, tree in trees.items():
-        size = _weight_bytes(tree, dtype) if name == "weights" else placed_bytes(tree)
+        size = placed_bytes(tree)
         # The renewed sink is made while the old one is still in use.
         name, size = ("sink, old and renewed", 2 * size) if name == "sink" else (name, size)
         figures[name] = Figure(size, "computed")
     return figures
 
 
-def _weight_bytes(params: PyTree, dtype: str, skip: tuple[str, ...] = ()) -> float:
-    """Bytes of weights on each device; a quantised linear has a byte a weight, and scales."""
-    leaves = (item for item in flatten(params).items() if not item[0].startswith(skip))
-    return float(
-        sum(
-            _leaf_bytes(path, leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize, dtype)
-            for path, leaf in leaves
-        )
-    )
-
-
-def _leaf_bytes(path: str, shape: tuple[int, ...], itemsize: int, dtype: str) -> int:
-    if dtype != "bf16" and _is_large_linear(path, shape):
-        return math.prod(shape) + 4 * shape[0] * shape[-1]  # float32 per output channel
-    return math.prod(shape) * itemsize
-
-
-def _is_large_linear(path: str, shape: tuple[int, ...]) -> bool:
-    """Linears of the layers and the audio injectors; the rest is small or sensitive."""
-    return path.startswith(("blocks/", "injectors/")) and path.endswith("kernel") and len(shape) > 2
+def _weight_bytes(params: PyTree, skip: tuple[str, ...] = ()) -> float:
+    """Bytes of weights on each device, those under the paths `skip` left out."""
+    kept = {path: x for path, x in flatten(params).items() if not path.startswith(skip)}
+    return placed_bytes(kept)
 
 
 def _working(made: Compiled | None, scores: float) -> dict[str, Figure]:
@@ -217,7 +203,7 @@ def _bounds(model, grid, programs, held, figures, layout, hardware, dtype) -> di
     windows = held["step"]["windows"].value / (
         model.settings.num_steps if layout.is_sequential else layout.steps_per_stage
     )
-    read = _weight_bytes(own["weights"], dtype, _PREFILL_ONLY) + windows + placed_bytes(own["sink"])
+    read = _weight_bytes(own["weights"], _PREFILL_ONLY) + windows + placed_bytes(own["sink"])
     bandwidth = 1e9 * hardware.bandwidth_gb_s
     step = max(compute, read / bandwidth)
     flop = figures.get("decode_flop_counted", figures.get("decode_flop", Figure(0.0, "computed")))
@@ -247,8 +233,9 @@ def _widths(
     model: AbstractModel, step: Program, uses: Sequence[DeviceUse], layout: Layout, hardware
 ) -> dict[tuple[int, str], float]:
     """Bytes of a denoising device by devices per slice and type of weights."""
-    specs = flatten(param_specs(step.held["weights"]))
-    whole = flatten(step.held["weights"])
+    plain = flatten(model.dit.params)
+    leaves = {"bf16": plain} | {d: quantised_leaves(plain, d) for d in DTYPES if d != "bf16"}
+    specs = flatten(param_specs(model.dit.params))
     used = uses[0].bytes
     other = sum(f.value for name, f in used.items() if name not in ("weights", "program"))
     if "temporaries" not in used:
@@ -259,9 +246,10 @@ def _widths(
             continue
         for dtype in ("bf16", *(d for d in DTYPES if d in hardware.tflops and d != "bf16")):
             weights = sum(
-                _leaf_bytes(path, leaf.shape, leaf.dtype.itemsize, dtype)
-                / (width if "model" in specs[path] else 1)
-                for path, leaf in whole.items()
+                math.prod(leaf.shape)
+                * leaf.dtype.itemsize
+                / (width if "model" in specs.get(path, ()) else 1)
+                for path, leaf in leaves[dtype].items()
             )
             rest = other * layout.stage_devices / width
             if layout.is_sequential:  # a slice of its own for every step
