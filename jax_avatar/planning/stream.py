@@ -102,7 +102,9 @@ def plan_stream(
             outcome = made[part].refused or "compiled"
             say(f"{program.name}: {outcome}, {made[part].seconds:.0f} s")
     held = {part: _held(program.held) for part, program in programs.items()}
-    scores = _score_bytes(model.dit.config, grid) if hardware.platform == "gpu" else 0.0
+    scores = 0.0
+    if hardware.platform == "gpu":
+        scores = _score_bytes(model.dit.config, grid) / layout.stage_devices
     working = {part: _working(made.get(part), scores * (part == "step")) for part in programs}
 
     def use(role, count, *roles):
