@@ -68,30 +68,33 @@ def _vae() -> dict:
 
 
 def _speech() -> dict:
-    """wav2vec2-large-xlsr-53, under its own names."""
+    """wav2vec2-large-xlsr-53."""
     return {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "conv_dim": (512, 512, 512, 512, 512, 512, 512),
-        "conv_kernel": (10, 3, 3, 3, 3, 2, 2),
-        "conv_stride": (5, 2, 2, 2, 2, 2, 2),
-        "num_conv_pos_embeddings": 128,
-        "num_conv_pos_embedding_groups": 16,
+        "width": 1024,
+        "num_layers": 24,
+        "num_heads": 16,
+        "ffn_width": 4096,
+        "conv_widths": (512, 512, 512, 512, 512, 512, 512),
+        "conv_kernels": (10, 3, 3, 3, 3, 2, 2),
+        "conv_strides": (5, 2, 2, 2, 2, 2, 2),
+        "position_kernel": 128,
+        "position_groups": 16,
+        "fps": 25,
     }
 
 
 def _text() -> dict:
-    """UMT5-xxl's encoder, under its own names."""
+    """UMT5-xxl's encoder."""
     return {
         "vocab_size": 256384,
-        "d_model": 4096,
-        "d_ff": 10240,
-        "d_kv": 64,
+        "width": 4096,
+        "ffn_width": 10240,
         "num_heads": 64,
+        "head_dim": 64,
         "num_layers": 24,
-        "relative_attention_num_buckets": 32,
+        "num_buckets": 32,
+        "dtype": "bfloat16",
+        "param_dtype": "bfloat16",
     }
 
 

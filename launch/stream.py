@@ -44,6 +44,7 @@ flags.DEFINE_string("out", "avatar.mp4", "video to write: .mp4, .mov or .mkv")
 flags.DEFINE_float("duration", None, "seconds: cuts the audio, or goes on in silence")
 flags.DEFINE_integer("seed", 420, "of the noise", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
+flags.DEFINE_enum("weights", "", ["", "int8", "fp8"], "round the transformer's large kernels")
 flags.DEFINE_string("size", None, "HEIGHT*WIDTH; only the area counts for models of any size")
 flags.DEFINE_integer("pcm_rate", 16000, "samples per second of raw PCM", lower_bound=1000)
 flags.DEFINE_enum("pcm_format", "s16le", ["s16le", "f32le"], "of raw PCM")
@@ -117,7 +118,7 @@ def run() -> int:
     jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     text = read_prompt()  # first: its encoder is gone before the model comes
-    model = load_model(FLAGS.checkpoint, **changes)
+    model = load_model(FLAGS.checkpoint, weights=FLAGS.weights, **changes)
     speech = model.speech.config
     chunk = 4 * model.dit.config.frames_per_block * speech.samples_per_frame
     audio = open_audio(speech.sample_rate, chunk)

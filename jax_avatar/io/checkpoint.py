@@ -37,10 +37,13 @@ __all__ = [
     "load_weights",
     "on_host",
     "open_leaf",
+    "open_weights",
+    "place",
     "replace_folder",
     "save_json",
     "save_orbax",
     "save_weights",
+    "tree_of",
     "with_tuples",
 ]
 
@@ -118,6 +121,17 @@ def load_weights(
         tensors = ((key, file.get_tensor(key)) for key in file.keys())
         flat = {key: _widened(array) if widen else array for key, array in tensors}
     return traverse_util.unflatten_dict(flat, sep="/"), config, metadata
+
+
+def open_weights(
+    folder: str | Path, name: str
+) -> tuple["dict[str, Any] | StoredWeights", dict[str, Any], dict[str, Any]]:
+    """Like `load_weights`, but an Orbax folder's weights stay on disk until they are placed."""
+    path = _find_weights(Path(folder), name)
+    if not path.is_dir():
+        return load_weights(folder, name)
+    stored = StoredWeights(path)
+    return stored, stored.config, stored.metadata
 
 
 def load_header(folder: str | Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -263,6 +277,11 @@ class StoredWeights:
                 "the folder of one network, for example DIR/dit."
             ) from error
 
+    @property
+    def tree(self) -> dict[str, Any]:
+        """Shapes and types as a nested dictionary."""
+        return traverse_util.unflatten_dict(self.leaves, sep="/")
+
     def read(self, path: str, slot: tuple[int, ...] = ()) -> np.ndarray:
         """One leaf, or its part at some indices along the leading axes."""
         return np.asarray(open_leaf(self.folder, path)[slot].read().result())
@@ -274,7 +293,7 @@ class StoredWeights:
             shardings: nested dictionary of `jax.sharding.Sharding`; every device then reads
                 only what is its own. Host arrays if not given.
         """
-        leaves = traverse_util.unflatten_dict(self.leaves, sep="/")
+        leaves = self.tree
         if shardings is None:
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
         else:
@@ -288,6 +307,23 @@ class StoredWeights:
         with _checkpointer() as checkpointer:
             args = ocp.args.PyTreeRestore(item=leaves, restore_args=restore_args)
             return checkpointer.restore(self.folder, args=ocp.args.Composite(params=args))["params"]
+
+
+def tree_of(params: PyTree | StoredWeights) -> PyTree:
+    """Nested dictionary of shapes and types, wherever the weights are."""
+    return params.tree if isinstance(params, StoredWeights) else params
+
+
+def place(params: PyTree | StoredWeights, shardings: PyTree) -> PyTree:
+    """Puts weights where they belong; from disk, no device sees more than its own part.
+
+    Args:
+        params: nested dictionary of arrays, or weights on disk.
+        shardings: nested dictionary of `jax.sharding.Sharding`.
+    """
+    if isinstance(params, StoredWeights):
+        return params.restore(shardings)
+    return jax.device_put(params, shardings)
 
 
 def open_leaf(folder: Path, path: str) -> ts.TensorStore:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.params import flatten
 from jax_avatar.models.quantise import quantised_leaves
+from jax_avatar.models.sharding import param_specs
 from jax_avatar.planning.figures import DeviceUse, Figure, Needs, total_bytes
 from jax_avatar.planning.hardware import Hardware, stand_ins
 from jax_avatar.planning.programs import (
@@ -27,7 +28,6 @@ from jax_avatar.planning.programs import (
 )
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout, make_mesh
-from jax_avatar.streaming.pipeline import param_specs
 
 __all__ = ["DTYPES", "plan_stream", "step_flops"]
 
@@ -237,7 +237,7 @@ def _widths(
     """Bytes of a denoising device by devices per slice and type of weights."""
     plain = flatten(model.dit.params)
     leaves = {"bf16": plain} | {d: quantised_leaves(plain, d) for d in DTYPES if d != "bf16"}
-    specs = flatten(param_specs(model.dit.params))
+    specs = flatten(param_specs(model.dit.params, {"model": layout.stage_devices}))
     used = uses[0].bytes
     other = sum(f.value for name, f in used.items() if name not in ("weights", "program"))
     if "temporaries" not in used:

@@ -16,7 +16,15 @@ from typing import Any
 from flax import nnx
 
 from jax_avatar.diffusion.schedule import Schedule, euler_schedule
-from jax_avatar.io.checkpoint import load_json, load_weights, on_host, with_tuples
+from jax_avatar.io.checkpoint import (
+    StoredWeights,
+    load_json,
+    load_weights,
+    on_host,
+    open_weights,
+    tree_of,
+    with_tuples,
+)
 from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
 from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
 from jax_avatar.models.dit import DiT
@@ -131,7 +139,7 @@ LIVE_AVATAR = StreamSettings(
     size=None,
     # Euler with shift 3, applied twice, as the release does; see `euler_schedule`.
     sigmas=euler_schedule(4, shift=3.0).sigmas,
-    max_area=704 * 384,
+    max_area=720 * 400,
     warmup_latents=7,
     motion="still",
 )
@@ -143,10 +151,10 @@ Source: github.com/Alibaba-Quark/LiveAvatar, its multi-GPU script.
 
 @dataclass(frozen=True)
 class Network:
-    """Structure, weights and size of one network."""
+    """Structure, weights and size of one network; large weights are still on disk."""
 
     graphdef: Any
-    params: PyTree
+    params: PyTree | StoredWeights
     config: Any
     metadata: Mapping[str, Any]
 
@@ -240,7 +248,10 @@ def _load_network(folder: Path, name: str, kind: str, *, widen: bool = True) -> 
             f"{folder / 'config.json'}: {name} is of kind {kind!r}, known are {list(_KINDS[name])}."
         )
     build, config_class = _KINDS[name][kind]
-    params, fields, metadata = load_weights(folder, name, widen=widen)
+    if name == "dit":  # large: it goes from disk to its devices
+        params, fields, metadata = open_weights(folder, name)
+    else:
+        params, fields, metadata = load_weights(folder, name, widen=widen)
     try:
         config = config_class(**with_tuples(fields))
     except TypeError as error:
@@ -249,7 +260,7 @@ def _load_network(folder: Path, name: str, kind: str, *, widen: bool = True) -> 
             "folder of a whole model."
         ) from error
     graphdef, expected = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
-    got = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    got = {path: tuple(leaf.shape) for path, leaf in flatten(tree_of(params)).items()}
     want = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
     wrong = [path for path in got | want if got.get(path) != want.get(path)]
     if wrong:
@@ -270,8 +281,12 @@ def _with_adapter(dit: Network, folder: Path) -> Network:
             "transformer with --lora FILE --merge --dtype."
         )
     with on_host():
-        params = add_adapter(dit.params, adapter, fields["scaling"])
+        params = add_adapter(_in_memory(dit.params), adapter, fields["scaling"])
     return dataclasses.replace(dit, params=params)
+
+
+def _in_memory(params: PyTree | StoredWeights) -> PyTree:
+    return params.restore() if isinstance(params, StoredWeights) else params
 
 
 def _in_eight_bits(dit: Network, kind: str, weights: str) -> Network:
@@ -282,7 +297,7 @@ def _in_eight_bits(dit: Network, kind: str, weights: str) -> Network:
         )
     config = dit.config.replace(weights=weights)
     with on_host():
-        params = quantise_params(dit.params, weights)
+        params = quantise_params(_in_memory(dit.params), weights)
     build = _KINDS["dit"][kind][0]
     graphdef, _ = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
     return dataclasses.replace(dit, graphdef=graphdef, params=params, config=config)

@@ -19,41 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_avatar.io.checkpoint import StoredWeights, place, tree_of
 from jax_avatar.models.cache import KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.params import flatten, unflatten
+from jax_avatar.models.sharding import param_shardings
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
 from jax_avatar.streaming.mesh import cache_place
 from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
 
-__all__ = ["PipelinedStream", "check_mesh", "make_tick", "param_specs", "tick_arguments"]
+__all__ = ["PipelinedStream", "check_mesh", "make_tick", "tick_arguments"]
 
 _STAGE = PartitionSpec("stage")
 _EVERYWHERE = PartitionSpec()
-
-
-def param_specs(params: PyTree) -> PyTree:
-    """How the transformer's weights are split over the "model" axis of a slice.
-
-    Projections into heads and into the feed-forward are split by output, those back by input, so
-    that a layer needs one sum over the axis per projection back.
-
-    Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053.
-    """
-
-    def spec(path: str, leaf) -> PartitionSpec:
-        layer = path.rsplit("/", 2)[-2] if "/" in path else path
-        if not path.startswith(("blocks/", "injectors/")):
-            return _EVERYWHERE
-        if path.endswith("kernel") and layer in ("query", "key", "value", "ffn_in"):
-            return PartitionSpec(None, None, "model")
-        if path.endswith("bias") and layer in ("query", "key", "value", "ffn_in"):
-            return PartitionSpec(None, "model")
-        if path.endswith("kernel") and layer in ("out", "ffn_out"):
-            return PartitionSpec(None, "model", None)
-        return _EVERYWHERE
-
-    return unflatten({path: spec(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def check_mesh(config: DiTConfig, num_steps: int, mesh: Mesh) -> int:
@@ -154,7 +131,7 @@ def tick_arguments(
     steps = check_mesh(config, plan.schedule.num_steps, mesh)
     b, _, h, w, c = conditions.reference.shape
 
-    def place(tree, spec, lead=()):
+    def at(tree, spec, lead=()):
         sharding = NamedSharding(mesh, spec) if isinstance(spec, PartitionSpec) else spec
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=sharding), tree
@@ -166,20 +143,18 @@ def tick_arguments(
     position = plan.position(config, 0, 0)
     return (
         jax.tree.map(
-            lambda x, spec: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
-            ),
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             params,
-            param_specs(params),
+            param_shardings(params, mesh),
         ),
-        place(latent, _EVERYWHERE),
-        place(latent, _STAGE, (stages,)),
-        place(audio, _STAGE, (stages,)),
-        place(conditions.pose, _EVERYWHERE),
-        place(caches, cache_place(mesh)),
-        place(sink, cache_place(mesh), (stages,)),
-        place([position] * steps, _STAGE, (stages,)),
-        place(_levels(plan, stages), _STAGE),
+        at(latent, _EVERYWHERE),
+        at(latent, _STAGE, (stages,)),
+        at(audio, _STAGE, (stages,)),
+        at(conditions.pose, _EVERYWHERE),
+        at(caches, cache_place(mesh)),
+        at(sink, cache_place(mesh), (stages,)),
+        at([position] * steps, _STAGE, (stages,)),
+        at(_levels(plan, stages), _STAGE),
     )
 
 
@@ -194,7 +169,7 @@ class PipelinedStream:
     def __init__(
         self,
         graphdef: Any,
-        params: PyTree,
+        params: PyTree | StoredWeights,
         config: DiTConfig,
         plan: StreamPlan,
         conditions: Conditions,
@@ -206,7 +181,7 @@ class PipelinedStream:
 
         Args:
             graphdef: structure of the transformer, from `split`.
-            params: its parameters.
+            params: its parameters; from disk, every device reads only its own.
             config: its size.
             plan: settings of the stream; its steps are spread evenly over the slices.
             conditions: portrait, prompt, pose.
@@ -216,8 +191,7 @@ class PipelinedStream:
         self.config, self.plan, self.mesh = config, plan, mesh
         self.stages = mesh.shape["stage"]
         self.steps = check_mesh(config, plan.schedule.num_steps, mesh)
-        specs = jax.tree.map(lambda s: NamedSharding(mesh, s), param_specs(params))
-        self.params = jax.device_put(params, specs)
+        self.params = place(params, param_shardings(tree_of(params), mesh))
         self.conditions = self._put(conditions, _EVERYWHERE)
         b, _, h, w, c = conditions.reference.shape
         self._shape = (b, config.frames_per_block, h, w, c)
@@ -366,7 +340,7 @@ class PipelinedStream:
 
 
 def _shard_map(mesh: Mesh, function, in_specs, out_specs) -> Callable:
-    # The "model" axis is left to the compiler: `param_specs` says how it splits.
+    # The "model" axis is left to the compiler: `param_shardings` says how it splits.
     return jax.shard_map(
         function,
         mesh=mesh,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jax_avatar.io.checkpoint import StoredWeights, place, tree_of
 from jax_avatar.models.cache import KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
@@ -70,19 +71,19 @@ def step_arguments(
     """
     b, _, h, w, c = conditions.reference.shape
 
-    def place(tree, where=None):
+    def at(tree, where=None):
         where = where or SingleDeviceSharding(device)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
     return (
-        place(params),
-        place(jax.ShapeDtypeStruct((b, config.frames_per_block, h, w, c), config.dtype)),
-        place(audio),
-        place(conditions.pose),
-        place(jax.eval_shape(lambda: empty_cache(config, b, h, w)), cache_place(device)),
-        place(jax.eval_shape(make_prefill(graphdef), params, conditions), cache_place(device)),
-        place(plan.position(config, 0, 0)),
-        *place(tuple(np.float32(sigma) for sigma in plan.schedule.sigmas[:2])),
+        at(params),
+        at(jax.ShapeDtypeStruct((b, config.frames_per_block, h, w, c), config.dtype)),
+        at(audio),
+        at(conditions.pose),
+        at(jax.eval_shape(lambda: empty_cache(config, b, h, w)), cache_place(device)),
+        at(jax.eval_shape(make_prefill(graphdef), params, conditions), cache_place(device)),
+        at(plan.position(config, 0, 0)),
+        *at(tuple(np.float32(sigma) for sigma in plan.schedule.sigmas[:2])),
     )
 
 
@@ -96,7 +97,7 @@ class SequentialStream:
     def __init__(
         self,
         graphdef,
-        params: PyTree,
+        params: PyTree | StoredWeights,
         config: DiTConfig,
         plan: StreamPlan,
         conditions: Conditions,
@@ -109,7 +110,7 @@ class SequentialStream:
 
         Args:
             graphdef: structure of the transformer, from `split`.
-            params: its parameters.
+            params: its parameters; from disk, they go straight to the device.
             config: its size.
             plan: settings of the stream.
             conditions: portrait, prompt, pose.
@@ -119,7 +120,9 @@ class SequentialStream:
         """
         device = device or jax.devices()[0]
         put = lambda tree: jax.device_put(tree, device)  # noqa: E731
-        self.params, self.conditions = put(params), put(conditions)
+        on_device = SingleDeviceSharding(device)
+        self.params = place(params, jax.tree.map(lambda _: on_device, tree_of(params)))
+        self.conditions = put(conditions)
         self.config, self.plan = config, plan
         self._prefill = jax.jit(make_prefill(graphdef), out_shardings=cache_place(device))
         self._put, self._tap, self._device = put, tap, device
@@ -137,8 +140,10 @@ class SequentialStream:
         """Back to block 0: empty windows, the portrait in the sink."""
         self._sink = self._prefill(self.params, self.conditions)
         steps = range(self.plan.schedule.num_steps)
-        place = cache_place(self._device)
-        self.caches = [jax.device_put(empty_cache(self.config, *self._grid), place) for _ in steps]
+        windows = cache_place(self._device)
+        self.caches = [
+            jax.device_put(empty_cache(self.config, *self._grid), windows) for _ in steps
+        ]
         self._first_latent = None
         self._next_block = 0
 
