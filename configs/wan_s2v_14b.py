@@ -3,7 +3,7 @@
     python launch/plan.py --model wan_s2v_14b --mesh 5 --hardware h200
 
 Plain values, no weights. Five devices of 80 GB or more stream it at 25 frames per second in the
-release (four denoise, one decodes); `docs/fits.md` says what fits where. The release's sizes,
+release (four denoise, one decodes); `docs/weights.md` says what fits where. The release's sizes,
 720*400 and 704*384, both give 384x704 pixels (or 704x384), since sides snap to multiples of 64.
 48 frames per clip of the release are 4 blocks of 3 latents, the length of the window.
 """

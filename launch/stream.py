@@ -17,7 +17,7 @@ os.environ.setdefault("NPROC", "16")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -169,6 +169,7 @@ def main(argv: list[str]) -> int:
         say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every restore
     try:
         return run()
     except ValueError as error:

@@ -187,7 +187,10 @@ def load_settings(folder: str | Path = SMALL, **changes: Any) -> StreamSettings:
     content = load_json(folder / "config.json")
     missing = [key for key in ("name", *_STREAMED, "stream") if key not in content]
     if missing:
-        raise ValueError(f"{folder / 'config.json'} lacks {missing}; is this a model folder?")
+        raise ValueError(
+            f"{folder / 'config.json'} lacks {missing}; convert the missing networks "
+            "into it (python -m conversion.convert --help), or name another folder."
+        )
     known = {field.name for field in dataclasses.fields(StreamSettings)}
     unknown = sorted(set(content["stream"]) - known)
     if unknown:

@@ -322,7 +322,9 @@ class PipelinedStream:
     def _spread_last(self) -> Callable:
         def first_latent(done):
             is_last = jax.lax.axis_index("stage") == self.stages - 1
-            return jax.lax.psum(jnp.where(is_last, done[0, :, :1], 0), "stage")
+            # A sum of one value and zeros; XLA's CPU compiler aborts on bfloat16 sums in here.
+            latent = jnp.where(is_last, done[0, :, :1].astype(jnp.float32), 0)
+            return jax.lax.psum(latent, "stage").astype(done.dtype)
 
         return jax.jit(_shard_map(self.mesh, first_latent, (_STAGE,), _EVERYWHERE))
 

@@ -7,12 +7,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from conversion import wav2vec2
 from conversion.readers import SafetensorsFile
 from conversion.rules import export
 from conversion.wan_dit import LORA_TABLE, config_from_official
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import adapter_leaves
-from jax_avatar.models.params import abstract, flatten, unflatten
+from jax_avatar.models.params import abstract, flatten, split, unflatten
+from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INFO = json.loads((GOLDEN / "dit" / "cfgA.json").read_text())
@@ -73,3 +75,28 @@ def write_dit(folder: Path, weights=None, shards: int = 3) -> Path:
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (folder / "config.json").write_text(json.dumps(INFO["model_config"]))
     return folder
+
+
+def write_all(root: Path) -> Path:
+    """Everything that two downloads hold, in sizes that fit together."""
+    folder = write_dit(root / "Wan2.2-S2V-14B")
+    save_file(vae_weights(), folder / "Wan2.1_VAE.safetensors")
+    save_file(text_weights(), folder / "models_t5_umt5-xxl-enc-bf16.safetensors")
+    speech = folder / "wav2vec2-large-xlsr-53-english"
+    speech.mkdir()
+    audio = INFO["model_config"]["audio_dim"]
+    config = Wav2Vec2Config(
+        width=audio, num_heads=2, ffn_width=32, conv_widths=(8,) * 7, position_groups=4
+    )
+    weights = export(flatten(split(Wav2Vec2(config, rngs=nnx.Rngs(0)))[1]), wav2vec2.TABLE)
+    save_file({n: np.array(array) for n, array in weights.items()}, speech / "model.safetensors")
+    fields = {
+        "hidden_size": audio, "num_hidden_layers": 24, "num_attention_heads": 2,
+        "intermediate_size": 32, "conv_dim": [8] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+        "conv_stride": [5, 2, 2, 2, 2, 2, 2], "num_conv_pos_embeddings": 128,
+        "num_conv_pos_embedding_groups": 4,
+    }  # fmt: skip
+    (speech / "config.json").write_text(json.dumps(fields))
+    (root / "LiveAvatar").mkdir()
+    save_file(lora_weights(), root / "LiveAvatar" / "liveavatar.safetensors")
+    return root

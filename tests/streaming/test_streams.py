@@ -55,6 +55,16 @@ def test_every_layout_makes_the_same_latents(mesh, aas):
     np.testing.assert_allclose(run(pipelined(mesh, aas)), sequential(aas), atol=1e-5)
 
 
+def test_half_precision_survives_the_pipeline():
+    config = CONFIG.replace(dtype="bfloat16")
+    graphdef, params = make_dit(config)
+    arguments = (graphdef, params, config, StreamPlan(aas_after_blocks=1), CONDITIONS)
+    piped = run(PipelinedStream(*arguments, make_mesh(parse_layout("3", 4))[0]), 3)
+    plain = run(SequentialStream(*arguments), 3)
+    assert piped.dtype == plain.dtype == jax.numpy.bfloat16
+    np.testing.assert_allclose(piped.astype(float), plain.astype(float), atol=0.1)
+
+
 def test_a_stream_can_start_again():
     stream = pipelined("5", 1)
     first = run(stream, 3)
