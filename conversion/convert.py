@@ -26,8 +26,8 @@ from conversion.networks import (
     NETWORKS,
     NetworkKind,
     find_weights,
-    identify,
     plain_fields,
+    recognise,
     weight_files,
 )
 from conversion.readers import open_weights
@@ -240,9 +240,11 @@ def _convert_all(source: Path, out: Path, options: Options, *, merge: bool) -> d
         raise ValueError(f"--src {source}: no such folder.")
     found: dict[str, Path] = {}
     for path in weight_files(source, below=True):
-        kind = identify(open_weights(path).shapes)
+        kind, problem = recognise(path)
         if kind and kind.name not in found:
             found[kind.name] = path
+        elif not kind:
+            print(f"passed over {path}: {problem}")
     if not found:
         raise ValueError(
             f"--src {source} holds no weights of {', '.join(NETWORKS)}; download them first "

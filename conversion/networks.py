@@ -24,7 +24,15 @@ from jax_avatar.models.text import UMT5Encoder
 from jax_avatar.models.vae import WanVAE
 from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
-__all__ = ["NETWORKS", "NetworkKind", "find_weights", "identify", "plain_fields", "weight_files"]
+__all__ = [
+    "NETWORKS",
+    "NetworkKind",
+    "find_weights",
+    "identify",
+    "plain_fields",
+    "recognise",
+    "weight_files",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -120,6 +128,15 @@ def weight_files(folder: Path, *, below: bool = False) -> list[Path]:
     return found
 
 
+def recognise(path: Path) -> tuple[NetworkKind | None, str]:
+    """The network in a file, or None and why not; downloads hold other files too."""
+    try:
+        kind = identify(open_weights(path).shapes)
+    except (ValueError, OSError) as error:
+        return None, str(error)
+    return kind, "" if kind else "unknown tensors"
+
+
 def find_weights(kind: NetworkKind, source: str | Path) -> Path:
     """The network's file in a downloaded folder, or the file itself.
 
@@ -133,8 +150,8 @@ def find_weights(kind: NetworkKind, source: str | Path) -> Path:
         return source
     if not source.is_dir():
         raise ValueError(f"--src {source}: no such file or folder.")
-    there = {path: identify(open_weights(path).shapes) for path in weight_files(source)}
-    found = [path for path, what in there.items() if what is kind]
+    there = {path: recognise(path) for path in weight_files(source)}
+    found = [path for path, (what, _) in there.items() if what is kind]
     safe = [path for path in found if ".safetensors" in path.name]
     found = safe or found
     if len(found) == 1:
@@ -144,7 +161,9 @@ def find_weights(kind: NetworkKind, source: str | Path) -> Path:
             f"--src {source} holds {len(found)} files of {kind.name}: "
             f"{[path.name for path in found]}; name the one to convert."
         )
-    seen = [f"{path.name} ({what.name if what else 'unknown'})" for path, what in there.items()]
+    seen = [
+        f"{path.name} ({what.name if what else problem})" for path, (what, problem) in there.items()
+    ]
     raise ValueError(
         f"--src {source} holds no weights of {kind.name}; found: "
         f"{', '.join(seen) or 'no weights'}. Is the download complete?"

@@ -1,7 +1,9 @@
 import json
+import pickle
 import re
 import shutil
 import struct
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -195,6 +197,22 @@ def test_what_cannot_be_converted_is_said(download, tmp_path, capsys, arguments,
     assert run(*arguments, "--out", tmp_path / "model") == 1
     told = capsys.readouterr().err
     assert re.search(message, told), told
+
+
+def test_files_that_would_run_code_are_passed_over(download, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    folder = tmp_path / "src"
+    shutil.copytree(download / "LiveAvatar", folder)
+    with zipfile.ZipFile(folder / "training_args.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"w": Evil()}))
+    assert run("live_avatar", "--src", folder, "--out", tmp_path / "model") == 0
+    assert run("live_avatar", "--src", folder / "training_args.bin", "--out", tmp_path / "m") == 1
+    assert "only tensors and dictionaries are read" in capsys.readouterr().err
+    assert run("vae", "--src", folder, "--out", tmp_path / "m") == 1
+    assert not (tmp_path / "owned").exists()
 
 
 def test_the_adapter_of_another_size_is_refused(download, tmp_path, capsys):
