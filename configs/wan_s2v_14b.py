@@ -111,4 +111,5 @@ def _stream() -> dict:
         "pose": "zeros",
         "motion": "still",
         "warmup_latents": 7,
+        "speech_device": "vae",
     }

@@ -142,6 +142,8 @@ LIVE_AVATAR = StreamSettings(
     max_area=720 * 400,
     warmup_latents=7,
     motion="still",
+    # wav2vec 2.0 is too slow for most hosts.
+    speech_device="vae",
 )
 """How the released 14B model is streamed.
 
