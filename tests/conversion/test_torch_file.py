@@ -10,8 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from conversion import convert, export
 from conversion.readers import open_weights
 from conversion.torch_file import TorchFile
+from tests.conversion import official
 
 KINDS = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
 
@@ -123,3 +125,32 @@ def test_other_content_is_refused(tmp_path, torch_names):
     (tmp_path / "y.pth").write_bytes(pickle.dumps({"w": 1}))
     with pytest.raises(ValueError, match="not a readable file of weights"):
         TorchFile(tmp_path / "y.pth")
+
+
+def test_a_compressed_file_reads_the_same(tmp_path, torch_names):
+    base = np.arange(24, dtype=np.float32)
+    write(tmp_path / "x.pth", torch_names, {"w": (base, 4, (3, 4), (4, 1))})
+    with (
+        zipfile.ZipFile(tmp_path / "x.pth") as plain,
+        zipfile.ZipFile(tmp_path / "y.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    for file in ("x.pth", "y.pth"):
+        np.testing.assert_array_equal(TorchFile(tmp_path / file)["w"], base[4:16].reshape(3, 4))
+
+
+def test_the_official_vae_converts_from_its_pth_and_comes_back(tmp_path, torch_names):
+    weights = official.vae_weights()
+    views = {
+        name: (array.ravel(), 0, array.shape, tuple(s // 4 for s in array.strides))
+        for name, array in weights.items()
+    }
+    write(tmp_path / "Wan2.1_VAE.pth", torch_names, views)
+    model = tmp_path / "model"
+    assert convert.main(["vae", "--src", str(tmp_path), "--out", str(model)]) == 0
+    files, _ = export.export_network(model / "vae", tmp_path / "back")
+    back = open_weights(files[0])
+    assert set(back) == set(weights)
+    for name, array in weights.items():
+        np.testing.assert_array_equal(back[name], array)
