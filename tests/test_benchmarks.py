@@ -166,6 +166,7 @@ def test_scripts_for_a_gpu_are_shell_and_name_files_that_exist(script):
     assert all((ROOT / path).is_file() for path in named)
 
 
+@pytest.mark.slow
 def test_more_sound_around_a_block_brings_live_features_nearer(capsys):
     arguments = ["--seconds", "2.88", "--look-back", "0", "2", "--look-ahead", "0", "1"]
     record = audio_context.main([*arguments, "--repeats", "1"])

@@ -4,6 +4,7 @@ Peaks are of dense arithmetic, per device as JAX counts devices: a v7x chip is t
 """
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,6 +125,15 @@ def has_tpu_compiler() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+# The TPU's compiler without a TPU: it is not to look for one, nor to wait for answers about it.
+_COMPILER_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # of no consequence, but asked for
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
 def stand_ins(hardware: Hardware, layout: Layout) -> tuple[Sequence[jax.Device], str]:
     """Devices to compile for where the real ones are not at hand.
 
@@ -141,6 +151,8 @@ def stand_ins(hardware: Hardware, layout: Layout) -> tuple[Sequence[jax.Device],
         return jax.devices("cpu"), "cpu"
     from jax.experimental import topologies
 
+    for variable, value in _COMPILER_ALONE.items():
+        os.environ.setdefault(variable, value)
     wrong = None
     for name in hardware.topologies:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices

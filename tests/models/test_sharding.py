@@ -28,6 +28,7 @@ def mesh_of(name):
     return make_mesh(parse_layout(name, 4))[0]
 
 
+SOURCES = ["1", "4x2", "train 4x2", "train 8x1"]
 MESHES = ["1", "2", "5", "4x2", "2x2", "train 1x1", "train 4x1", "train 4x2", "train 8x1"]
 
 
@@ -39,13 +40,13 @@ def shardings(mesh):
 def saved(tmp_path_factory):
     """Checkpoints of the same weights, written from every mesh."""
     root = tmp_path_factory.mktemp("saved")
-    for name in MESHES:
+    for name in SOURCES:
         save_orbax(root / name.replace(" ", "_"), place(PARAMS, shardings(mesh_of(name))), {"w": 1})
     return root
 
 
 @pytest.mark.parametrize("target", MESHES)
-@pytest.mark.parametrize("source", ["1", "4x2", "train 4x2", "train 8x1"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_checkpoint_of_one_mesh_restores_on_another(saved, source, target):
     stored = StoredWeights(saved / source.replace(" ", "_"))
     wanted = shardings(mesh_of(target))
