@@ -1,5 +1,6 @@
 """Attention behind one function, so that a backend's kernel is chosen in one place."""
 
+import contextlib
 import functools
 
 import jax
@@ -135,7 +136,11 @@ def _splash(query: Heads, key: Array, value: Array, lengths: Array) -> Heads:
             segments = splash_attention_kernel.SegmentIds(jnp.zeros(shape[0], jnp.int32), hidden)
             return kernel(query, key, value, segments)
 
-        return jnp.moveaxis(jax.vmap(one)(query, key, value, lengths), 1, 2)[:, :n]
+        # TPUs refuse float32 precision for products of half precision, instead of ignoring it.
+        exact = query.dtype == jnp.float32
+        with contextlib.nullcontext() if exact else jax.default_matmul_precision("default"):
+            seen = jax.vmap(one)(query, key, value, lengths)
+        return jnp.moveaxis(seen, 1, 2)[:, :n]
 
     # Chosen when lowered, since programs for TPUs are also compiled where there is none.
     return jax.lax.platform_dependent(
