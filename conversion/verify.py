@@ -26,6 +26,7 @@ from conversion.cases_audio import (
 from conversion.cases_dit import DiTCases
 from conversion.cases_tables import DiTManifests, RotaryCases, RoutingCases, SamplerTables
 from conversion.cases_text import PromptCleaning, TextCases, TextManifests
+from conversion.cases_training import TrainingCases
 from conversion.cases_vae import VAECases, VAEManifests
 from conversion.readers import SafetensorsFile
 
@@ -47,6 +48,7 @@ CASES: tuple[Kind, ...] = (
     BucketCases(),
     BucketTables(),
     AudioFrontEndCases(),
+    TrainingCases(),
 )
 """The kinds of golden cases; a new one is added here."""
 

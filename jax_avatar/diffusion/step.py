@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from jax_avatar.diffusion.flow import add_noise, clean_from_velocity
 from jax_avatar.shapes import Latent, PyTree, Scalar
 
-__all__ = ["VelocityFn", "euler_step"]
+__all__ = ["VelocityFn", "euler_step", "move"]
 
 VelocityFn = Callable[[Latent, Scalar, PyTree], tuple[Latent, PyTree]]
 
@@ -29,6 +30,31 @@ def euler_step(
     Source: Liu et al., "Flow Straight and Fast", arXiv 2209.03003.
     """
     velocity, cache = velocity_fn(latent, sigma, cache)
+    return move(latent, velocity, sigma, next_sigma), cache
+
+
+def move(
+    latent: Latent,
+    velocity: Latent,
+    sigma: Scalar,
+    next_sigma: Scalar,
+    noise: Latent | None = None,
+) -> Latent:
+    """A latent taken along its velocity to another noise level.
+
+    Args:
+        latent: the block at `sigma`.
+        velocity: at that latent.
+        sigma: its noise level.
+        next_sigma: noise level to reach.
+        noise: the clean prediction is noised with it anew; without it the predicted noise stays,
+            which is Euler's step.
+    """
     # A late, small step would round away in bfloat16.
-    moved = latent.astype(jnp.float32) + (next_sigma - sigma) * velocity.astype(jnp.float32)
-    return moved.astype(latent.dtype), cache
+    wide = latent.astype(jnp.float32)
+    if noise is None:
+        moved = wide + (next_sigma - sigma) * velocity.astype(jnp.float32)
+    else:
+        clean = clean_from_velocity(wide, velocity, sigma)
+        moved = add_noise(clean, noise.astype(jnp.float32), next_sigma)
+    return moved.astype(latent.dtype)

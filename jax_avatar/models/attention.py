@@ -177,7 +177,9 @@ def _over_heads(function):
     )
 
 
-def block_causal_mask(num_noisy: int, num_cond: int, block_tokens: int) -> Array:
+def block_causal_mask(
+    num_noisy: int, num_cond: int, block_tokens: int, past_blocks: int | None = None
+) -> Array:
     """Who sees whom in the block-causal training form.
 
     Noisy tokens see their own and earlier blocks, and all conditioning tokens; conditioning
@@ -187,6 +189,7 @@ def block_causal_mask(num_noisy: int, num_cond: int, block_tokens: int) -> Array
         num_noisy: noisy tokens, whole frames; the last block may be short.
         num_cond: reference and motion tokens behind them.
         block_tokens: tokens of a full block.
+        past_blocks: earlier blocks that a block sees; all if not given.
 
     Returns:
         Boolean `[query, key]`.
@@ -194,7 +197,10 @@ def block_causal_mask(num_noisy: int, num_cond: int, block_tokens: int) -> Array
     index = jnp.arange(num_noisy + num_cond)
     is_cond = index >= num_noisy
     block = index // block_tokens
-    earlier = (block[None, :] <= block[:, None]) & ~is_cond[:, None] & ~is_cond[None, :]
+    distance = block[:, None] - block[None, :]
+    earlier = (distance >= 0) & ~is_cond[:, None] & ~is_cond[None, :]
+    if past_blocks is not None:
+        earlier &= distance <= past_blocks
     return earlier | is_cond[None, :]
 
 

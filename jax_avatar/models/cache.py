@@ -16,7 +16,7 @@ import numpy as np
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.rope import Rotation, frame_rotation
 
-__all__ = ["BlockPosition", "KVCache", "Sink", "block_position", "empty_cache"]
+__all__ = ["BlockPosition", "KVCache", "Sink", "block_position", "empty_cache", "sink_frame"]
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +54,18 @@ class BlockPosition:
     filled: Any  # block slots valid after the write
 
 
+def sink_frame(config: DiTConfig, current: Any, distance: Any) -> Any:
+    """Rotary frame of the rolling reference, on the host or traced.
+
+    Args:
+        config: has the frame below which the reference does not fall.
+        current: first latent frame of the block.
+        distance: that the reference keeps ahead of it.
+    """
+    ahead = current + distance - config.reference_frame
+    return config.reference_frame + ahead * (ahead > 0)
+
+
 def block_position(
     config: DiTConfig, block: int, sink_distance: int, *, first_frame: int = 0
 ) -> BlockPosition:
@@ -72,7 +84,7 @@ def block_position(
     random distance are the released code's.
     """
     current = config.frames_per_block * block
-    reference = max(config.reference_frame, current + sink_distance)
+    reference = int(sink_frame(config, current, sink_distance))
 
     def turn(frames):
         return frame_rotation(

@@ -106,7 +106,7 @@ class LoopConfig:
 def learning_rate(config: LoopConfig) -> optax.Schedule:
     """Linear warm-up, then a cosine."""
     return optax.warmup_cosine_decay_schedule(
-        0.0,
+        0.0 if config.warmup_steps else config.learning_rate,
         config.learning_rate,
         max(1, config.warmup_steps),
         config.num_steps,

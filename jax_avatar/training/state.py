@@ -11,7 +11,14 @@ import optax
 
 from jax_avatar.shapes import Array, PyTree
 
-__all__ = ["TrainState", "build_section", "config_differences", "start_state", "update_state"]
+__all__ = [
+    "TrainState",
+    "build_section",
+    "config_differences",
+    "start_state",
+    "update_ema",
+    "update_state",
+]
 
 Section = TypeVar("Section")
 
@@ -65,7 +72,7 @@ def update_state(
     params = optax.apply_updates(state.params, updates)
     taken = (state.step - state.skipped).astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
-    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+    ema = update_ema(state.ema, params, decay)
 
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
@@ -77,6 +84,11 @@ def update_state(
         keep(moved, state.optimiser),
         state.skipped + jnp.where(is_finite, 0, 1).astype(jnp.int32),
     )
+
+
+def update_ema(ema: PyTree, params: PyTree, decay: float | Array) -> PyTree:
+    """`decay * ema + (1 - decay) * params`."""
+    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 
 
 def config_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
