@@ -16,7 +16,16 @@ import numpy as np
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.rope import Rotation, frame_rotation
 
-__all__ = ["BlockPosition", "KVCache", "Sink", "block_position", "empty_cache", "sink_frame"]
+__all__ = [
+    "BlockPosition",
+    "KVCache",
+    "Sink",
+    "block_position",
+    "empty_cache",
+    "frame_table",
+    "position_in",
+    "sink_frame",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -99,6 +108,39 @@ def block_position(
         reference=turn([reference]),
         slot=np.int32(block % config.ring_blocks),
         filled=np.int32(min(block + 1, config.ring_blocks)),
+    )
+
+
+def frame_table(config: DiTConfig, frames: int) -> Rotation:
+    """Rotations along the frame axis at frames 0, 1, ...; host arrays, for `position_in`."""
+    return frame_rotation(
+        np.arange(frames), config.head_dim, theta=config.rope_theta, half=config.half_rotary
+    )
+
+
+def position_in(
+    table: Rotation, config: DiTConfig, block: Any, sink_distance: Any, *, first_frame: Any = 0
+) -> BlockPosition:
+    """`block_position` with numbers that are known only when running.
+
+    Args:
+        table: from `frame_table`, with all frames that can come.
+        config: size of the transformer.
+        block: number of the block, from 0.
+        sink_distance: see `block_position`.
+        first_frame: latent frame that block 0 starts with. The reference keeps its distance, as
+            if the blocks before had been streamed.
+    """
+    cos, sin = (jnp.asarray(part) for part in table)
+    size = config.frames_per_block
+    current = first_frame + size * block
+    reference = sink_frame(config, current, sink_distance)
+    frames = current + jnp.arange(size)
+    return BlockPosition(
+        frame=Rotation(cos[frames], sin[frames]),
+        reference=Rotation(cos[reference][None], sin[reference][None]),
+        slot=block % config.ring_blocks,
+        filled=jnp.minimum(block + 1, config.ring_blocks),
     )
 
 

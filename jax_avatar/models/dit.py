@@ -1,9 +1,10 @@
-"""The causal speech-to-video transformer of Live Avatar (Wan2.2-S2V), in four forms.
+"""The causal speech-to-video transformer of Live Avatar (Wan2.2-S2V), in five forms.
 
     bidirectional   whole clip, everything sees everything      teacher, base model
     block_causal    whole clip, a block sees itself and earlier ones      training
     prefill         reference and motion tokens -> sink         once per stream
     stream_block    one block against its cache                 every tick
+    block_after     the same, past given layer by layer         distillation
 
 All forms run the same layers. The network predicts the velocity `noise - clean`.
 """
@@ -47,6 +48,7 @@ Tap = Callable[[str, Array], None] | None
 SpeakerMask = Float[Array, "b u mask_t h2 w2"]
 Portrait = Float[Array, "b 1 h w c"]
 Motion = Float[Array, "b past h w c"]
+Past = Callable[[Array], tuple[Array, Array]]
 
 _PATCH = (1, 2, 2)
 _NOISY, _REFERENCE, _MOTION = 0, 1, 2  # rows of the token-kind embedding
@@ -153,7 +155,7 @@ class DiT(nnx.Module):
         outputs = int(np.prod(_PATCH)) * c
         self.head = linear(config, d, outputs, dtype=jnp.float32, zero=True, rngs=rngs)
 
-    # ---- the four forms -------------------------------------------------------------------
+    # ---- the five forms -------------------------------------------------------------------
 
     def bidirectional(
         self,
@@ -290,52 +292,78 @@ class DiT(nnx.Module):
         Returns:
             The velocity, and the window with this block in it.
         """
-        config = self.config
-        b, t, h, w, _ = noisy.shape
-        embedding, time_rows = self._time(timestep, tap)
-        x = self._noisy_tokens(noisy, pose, tap)
-        n = x.shape[1]
+        n = self._tokens(noisy)
         num_cond = sink.key.shape[2]
         window = position.slot * n + num_cond
         length = num_cond + position.filled * n
-        own = self._grid_rotation(position.frame, h, w, half=config.half_rotary)
-        has_motion = num_cond > (h // 2) * (w // 2)
-        cond = self._cond_rotation((h, w), position.reference, has_motion, half=config.half_rotary)
-        if tap:
-            for name, rotation in (("noisy", own), ("cond", cond)):
-                tap(f"rope_{name}_cos", rotation.cos)
-                tap(f"rope_{name}_sin", rotation.sin)
-        inject = self._injection(audio, (b, t, h, w), speaker_mask, tap)
 
-        def layer(x, block, index, xs, carry, tap):
-            sink_key, sink_value, text_key, text_value = xs
-
-            def self_attention(query, key, value):
-                keys = _write(carry[0], rotate(sink_key, cond), index, 0)
-                keys = _write(keys, rotate(key, own), index, window)
-                values = _write(carry[1], sink_value, index, 0)
-                values = _write(values, value, index, window)
-                seen = attend(
-                    rotate(query, own),
-                    keys[index],
-                    values[index],
-                    key_length=length,
-                    kernel=config.attention,
-                )
-                return seen, (keys, values)
-
-            x, carry = block(
-                x, time_rows, _spread_frames(t, n), self_attention, text_key, text_value, tap=tap
+        def look(query, own, cond, index, carry):
+            keys = _write(carry[0], cond[0], index, 0)
+            keys = _write(keys, own[0], index, window)
+            values = _write(carry[1], cond[1], index, 0)
+            values = _write(values, own[1], index, window)
+            seen = attend(
+                query,
+                keys[index],
+                values[index],
+                key_length=length,
+                kernel=self.config.attention,
             )
-            x = inject(x, index)
-            if tap:
-                tap("after_audio", x)
-            return x, carry, None
+            return seen, (keys, values), None
 
-        xs = (sink.key, sink.value, sink.text_key, sink.text_value)
-        x, (key, value), _ = self._layers(x, layer, xs, (cache.key, cache.value), tap=tap)
-        out = self.apply_head(x, embedding, (t, h, w), tap)
-        return self.velocity(out, noisy, timestep, pose), KVCache(key, value)
+        velocity, (key, value), _ = self._one_block(
+            noisy, timestep, pose, audio, sink, position, look, (cache.key, cache.value),
+            speaker_mask, tap,
+        )  # fmt: skip
+        return velocity, KVCache(key, value)
+
+    def block_after(
+        self,
+        noisy: Latent,
+        timestep: Float[Array, "b t"],
+        pose: Latent,
+        audio: AudioFeatures,
+        past: Past,
+        sink: Sink,
+        position: BlockPosition,
+    ) -> tuple[Latent, KVCache]:
+        """Velocity of one block whose past is given layer by layer, to differentiate through.
+
+        `stream_block` carries its window through the layers, of which a gradient would keep one
+        copy per layer; this form only reads.
+
+        Args:
+            noisy: the block at its noise level.
+            timestep: 0..1000 per latent frame.
+            pose: pose latents of the block.
+            audio: speech features of the block's video frames.
+            past: layer number -> keys and values of earlier blocks, `[b s m e]` each, filled ones
+                first; there are `position.filled - 1` of them.
+            sink: from `prefill`.
+            position: where the block stands; its slot does not matter.
+
+        Returns:
+            The velocity, and the block's own keys and values, `[l b n m e]`.
+        """
+        n = self._tokens(noisy)
+        length = sink.key.shape[2] + position.filled * n
+
+        def look(query, own, cond, index, carry):
+            key, value = (
+                jnp.concatenate([c, o, p.astype(o.dtype)], axis=1)
+                for c, o, p in zip(cond, own, past(index), strict=True)
+            )
+            seen = attend(query, key, value, key_length=length, kernel=self.config.attention)
+            return seen, carry, own
+
+        velocity, _, (key, value) = self._one_block(
+            noisy, timestep, pose, audio, sink, position, look, None, None, None
+        )
+        return velocity, KVCache(key, value)
+
+    def project_prompt(self, text: TextStates) -> tuple[Array, Array]:
+        """Keys and values of the prompt for all layers, `[l b p m e]`, as in the sink."""
+        return self._text_kv(text)
 
     # ---- parts ----------------------------------------------------------------------------
 
@@ -399,6 +427,57 @@ class DiT(nnx.Module):
         x, _, _ = self._layers(x, layer, self._text_kv(text, tap), None, tap=tap)
         out = self.apply_head(x[:, :n], embedding[:, :t], (t, h, w), tap)
         return self.velocity(out, noisy, timestep, pose)
+
+    def _one_block(
+        self, noisy, timestep, pose, audio, sink, position, look, carry, speaker_mask, tap
+    ):  # fmt: skip
+        """One block of a stream; `look` decides what it sees.
+
+        `look(query, own, cond, layer, carry) -> (seen, carry, kept)`: `own` and `cond` are keys,
+        rotated, and values of the block and of the sink.
+        """
+        half = self.config.half_rotary
+        b, t, h, w, _ = noisy.shape
+        embedding, time_rows = self._time(timestep, tap)
+        x = self._noisy_tokens(noisy, pose, tap)
+        own = self._grid_rotation(position.frame, h, w, half=half)
+        has_motion = sink.key.shape[2] > (h // 2) * (w // 2)
+        cond = self._cond_rotation((h, w), position.reference, has_motion, half=half)
+        if tap:
+            for name, rotation in (("noisy", own), ("cond", cond)):
+                tap(f"rope_{name}_cos", rotation.cos)
+                tap(f"rope_{name}_sin", rotation.sin)
+        inject = self._injection(audio, (b, t, h, w), speaker_mask, tap)
+        spread = _spread_frames(t, x.shape[1])
+
+        def layer(x, block, index, xs, carry, tap):
+            sink_key, sink_value, text_key, text_value = xs
+
+            def self_attention(query, key, value):
+                seen, carried, kept = look(
+                    rotate(query, own),
+                    (rotate(key, own), value),
+                    (rotate(sink_key, cond), sink_value),
+                    index,
+                    carry,
+                )
+                return seen, (carried, kept)
+
+            x, (carry, kept) = block(
+                x, time_rows, spread, self_attention, text_key, text_value, tap=tap
+            )
+            x = inject(x, index)
+            if tap:
+                tap("after_audio", x)
+            return x, carry, kept
+
+        xs = (sink.key, sink.value, sink.text_key, sink.text_value)
+        x, carry, kept = self._layers(x, layer, xs, carry, tap=tap)
+        out = self.apply_head(x, embedding, (t, h, w), tap)
+        return self.velocity(out, noisy, timestep, pose), carry, kept
+
+    def _tokens(self, noisy):
+        return noisy.shape[1] * (noisy.shape[2] // 2) * (noisy.shape[3] // 2)
 
     def _layers(self, x, layer, xs, carry, *, tap):
         """Runs `layer(x, block, index, xs, carry, tap) -> (x, carry, kept)` over all layers."""

@@ -1,0 +1,450 @@
+"""Self-forcing: the generator denoises a clip on its own past, as a stream would.
+
+    block i:  noise --step 1--> .. --step m - 1--> x~_i --step m--> X_i
+              each step sees the sink and its own history of blocks i - w .. i - 1
+
+Only step m, the exit, is differentiated: `x~_i` and all history are constants. So the gradient of
+a loss of the clip is a sum over blocks, and Algorithm 2 makes it from one block at a time.
+
+Source: Live Avatar (arXiv 2512.04677), Algorithms 1 and 2; Self-Forcing (arXiv 2506.08009).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_avatar.diffusion.flow import add_noise, clean_from_velocity
+from jax_avatar.diffusion.schedule import Schedule, few_step_schedule
+from jax_avatar.diffusion.step import move
+from jax_avatar.models.cache import Sink, frame_table, position_in
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.params import merge
+from jax_avatar.shapes import Array, IntScalar, Latent, PyTree
+
+__all__ = [
+    "Clip",
+    "Draws",
+    "Generator",
+    "RolloutConfig",
+    "Trace",
+    "clip_gradient",
+    "draw",
+    "joined",
+]
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the generator makes a clip in training.
+
+    Attributes:
+        sigmas: noise levels, falling to 0; the student is streamed with the same.
+        sampler: "euler", or "renoise", which noises every clean prediction anew.
+        cache: "per_step", every step sees history at its own noise level, as in a stream, or
+            "exit_only", all see that of the exit (Algorithm 1 as printed).
+        refresh: what history is written: "none", the exit's own, noisy; "clean", that of the
+            finished block at level 0; "fixed", that of the finished block noised to
+            `refresh_sigma`. The last two replace `cache`.
+        refresh_sigma: noise level of "fixed".
+        kv_noise: noise added to keys and values when they are written, relative to their size.
+        kv_noise_on: "k", "v" or "both".
+        kv_noise_sink: add it to the sink, too.
+        sink_distance: inclusive range of the frames that the reference stands ahead.
+        sink_distance_per: "call", drawn for every block and step, or "clip".
+        shift_max: clips start at a latent frame drawn from 0 to this.
+        gradient: "blocks", one block at a time (Algorithm 2), or "clip", through the whole rollout
+            (Algorithm 1); the same gradient, more memory.
+    """
+
+    sigmas: tuple[float, ...] = few_step_schedule(4).sigmas
+    sampler: str = "euler"
+    cache: str = "per_step"
+    refresh: str = "none"
+    refresh_sigma: float = 0.557
+    kv_noise: float = 0.0
+    kv_noise_on: str = "both"
+    kv_noise_sink: bool = False
+    sink_distance: tuple[int, int] = (4, 30)
+    sink_distance_per: str = "call"
+    shift_max: int = 1003
+    gradient: str = "blocks"
+
+    CHOICES = {
+        "sampler": ("euler", "renoise"),
+        "cache": ("per_step", "exit_only"),
+        "refresh": ("none", "clean", "fixed"),
+        "kv_noise_on": ("k", "v", "both"),
+        "sink_distance_per": ("call", "clip"),
+        "gradient": ("blocks", "clip"),
+    }
+
+    def __post_init__(self):
+        for name in ("sigmas", "sink_distance"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        Schedule(self.sigmas)
+        for name, choices in self.CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"rollout.{name} {getattr(self, name)!r} must be one of {', '.join(choices)}."
+                )
+        low, high = self.sink_distance
+        if not 0 <= low <= high:
+            raise ValueError(
+                f"rollout.sink_distance {self.sink_distance} must be two numbers of latent "
+                "frames, the smaller first, for example (4, 30)."
+            )
+        if not 0 < self.refresh_sigma < 1 or self.kv_noise < 0 or self.shift_max < 0:
+            raise ValueError(
+                f"rollout.refresh_sigma {self.refresh_sigma} must be between 0 and 1, kv_noise "
+                f"{self.kv_noise} and shift_max {self.shift_max} not negative."
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps."""
+        return len(self.sigmas) - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Clip:
+    """What a clip is told.
+
+    Attributes:
+        text: prompt states, `b p f`.
+        reference: the portrait's latent, `b 1 h w c`.
+        features: speech features, four video frames per latent, `b u T k a`.
+        pose: pose latents of one block, `b t h w c`.
+    """
+
+    text: Any
+    reference: Any
+    features: Any
+    pose: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Draws:
+    """All chance in one clip, so that Algorithm 2's second pass needs none."""
+
+    noise: Any  # N b t h w c, where the blocks start
+    distance: Any  # N T+1, of the reference, per block and step; the last is the refresh's
+    first_frame: Any  # latent frame of block 0
+    renoise_key: Any
+    history_key: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Trace:
+    """What a rollout leaves: the clip, and all that its exit steps saw."""
+
+    start: Any  # N b t h w c, x~: the blocks before their exit step
+    clean: Any  # N b t h w c, X: the blocks after it
+    key: Any  # N l b n m e, history as written, rotated
+    value: Any  # N l b n m e
+    sink: Sink
+
+
+def draw(key: Array, settings: RolloutConfig, num_blocks: int, shape: tuple[int, ...]) -> Draws:
+    """Draws the chance of one clip.
+
+    Args:
+        key: of this clip, role and step; nothing else decides.
+        settings: ranges.
+        num_blocks: blocks of the clip.
+        shape: of a block, `b t h w c`.
+    """
+    keys = jax.random.split(key, 5)
+    low, high = settings.sink_distance
+    table = (num_blocks, settings.num_steps + 1)
+    drawn = table if settings.sink_distance_per == "call" else (1, 1)
+    distance = jax.random.randint(keys[1], drawn, low, high + 1)
+    return Draws(
+        noise=jax.random.normal(keys[0], (num_blocks, *shape)),
+        distance=jnp.broadcast_to(distance, table),
+        first_frame=jax.random.randint(keys[2], (), 0, settings.shift_max + 1),
+        renoise_key=keys[3],
+        history_key=keys[4],
+    )
+
+
+def joined(blocks: Array) -> Latent:
+    """`[N b t h w c]` -> the clip `[b (N t) h w c]`."""
+    n, b, t = blocks.shape[:3]
+    return jnp.moveaxis(blocks, 0, 1).reshape(b, n * t, *blocks.shape[3:])
+
+
+@dataclass(frozen=True)
+class Generator:
+    """The transformer as a maker of clips; weights are an argument of what it does.
+
+    Attributes:
+        graphdef: structure of the transformer.
+        config: its size; `ring_blocks - 1` blocks of the past are seen.
+        settings: of the rollout.
+    """
+
+    graphdef: Any
+    config: DiTConfig
+    settings: RolloutConfig
+
+    def rollout(self, params: PyTree, clip: Clip, draws: Draws, exit_step: IntScalar) -> Trace:
+        """Makes a clip (pass F; with a gradient, Algorithm 1).
+
+        Args:
+            params: of the generator. Only the exit steps are differentiated in them.
+            clip: what it is told.
+            draws: its chance.
+            exit_step: 0 for the first, pure-noise step; the same for all blocks.
+        """
+        settings = self.settings
+        frozen = jax.lax.stop_gradient(params)
+        sigmas = jnp.asarray(settings.sigmas, jnp.float32)
+        sink = self._sink(frozen, clip, draws)
+        num_blocks, *shape = draws.noise.shape
+        own_history = settings.cache == "per_step" and settings.refresh == "none"
+        size = self._history_shape(sink, shape)
+        empty = jnp.zeros((num_blocks, *size), sink.key.dtype)
+        # One ring of past blocks per step before the exit.
+        window = min(self.config.ring_blocks - 1, num_blocks)
+        rings = (max(1, settings.num_steps - 1) if own_history else 0, window)
+        ring = jnp.zeros((*rings, *size), sink.key.dtype)
+
+        def block(carry, number):
+            rings, written = carry
+
+            def early(step, state):
+                x, rings = state
+                past = _from_ring(rings, step) if own_history else _before(written, number, window)
+                velocity, own = self._velocity(
+                    frozen, x, sigmas[step], clip, draws, sink, number, step, past
+                )
+                if own_history and window:
+                    own = self._corrupted(own, draws, number, step)
+                    rings = _write(rings, own, (step, number % window))
+                noise = self._fresh_noise(draws, number, step, x.shape)
+                return move(x, velocity, sigmas[step], sigmas[step + 1], noise), rings
+
+            x, rings = jax.lax.fori_loop(0, exit_step, early, (draws.noise[number], rings))
+            start = jax.lax.stop_gradient(x)
+            clean, own = self._exit(params, start, exit_step, clip, draws, sink, number, written)
+            if settings.refresh != "none":
+                own = self._refreshed(frozen, clean, clip, draws, sink, number, written)
+            own = self._corrupted(jax.lax.stop_gradient(own), draws, number, exit_step)
+            return (rings, _write(written, own, (number,))), (start, clean)
+
+        # Unrolled where it is differentiated: a scan would keep its carry once per block.
+        unroll = num_blocks if settings.gradient == "clip" else 1
+        (_, written), (start, clean) = jax.lax.scan(
+            block, ((ring, ring), (empty, empty)), jnp.arange(num_blocks), unroll=unroll
+        )
+        return Trace(start, clean, *written, sink)
+
+    def exit_block(
+        self,
+        params: PyTree,
+        trace: Trace,
+        clip: Clip,
+        draws: Draws,
+        exit_step: IntScalar,
+        number: IntScalar,
+    ) -> Latent:
+        """The exit step of one block again, on what the rollout left (pass B).
+
+        Arguments as in `rollout`; `number` is the block's.
+        """
+        trace = jax.lax.stop_gradient(trace)
+        written = (trace.key, trace.value)
+        clean, _ = self._exit(
+            params, trace.start[number], exit_step, clip, draws, trace.sink, number, written
+        )
+        return clean
+
+    def _exit(self, params, start, exit_step, clip, draws, sink, number, written):
+        window = min(self.config.ring_blocks - 1, len(written[0]))
+        sigma = jnp.asarray(self.settings.sigmas, jnp.float32)[exit_step]
+        # The prompt's keys and values are no history: they are differentiated.
+        key, value = merge(self.graphdef, params).project_prompt(clip.text)
+        told = dataclasses.replace(sink, text_key=key, text_value=value)
+        past = _before(written, number, window)
+        velocity, own = self._velocity(
+            params, start, sigma, clip, draws, told, number, exit_step, past
+        )
+        return clean_from_velocity(start, velocity, sigma), own
+
+    def _refreshed(self, params, clean, clip, draws, sink, number, written):
+        """Keys and values of the finished block, at level 0 or noised anew."""
+        settings, step = self.settings, self.settings.num_steps
+        x, sigma = jax.lax.stop_gradient(clean), jnp.float32(0)
+        if settings.refresh == "fixed":
+            sigma = jnp.float32(settings.refresh_sigma)
+            key = _fold(draws.renoise_key, number, step)
+            x = add_noise(x, jax.random.normal(key, x.shape), sigma)
+        past = _before(written, number, min(self.config.ring_blocks - 1, len(written[0])))
+        return self._velocity(params, x, sigma, clip, draws, sink, number, step, past)[1]
+
+    def _velocity(self, params, latent, sigma, clip, draws, sink, number, step, past):
+        config, t = self.config, latent.shape[1]
+        last = self.settings.shift_max + t * len(draws.noise)
+        frames = max(config.reference_frame, last + self.settings.sink_distance[1]) + 1
+        position = position_in(
+            frame_table(config, frames),
+            config,
+            number,
+            draws.distance[number, step],
+            first_frame=draws.first_frame,
+        )
+        features = jax.lax.dynamic_slice_in_dim(clip.features, 4 * t * number, 4 * t, axis=2)
+        timestep = jnp.broadcast_to(1000 * sigma, latent.shape[:2])
+        velocity, own = merge(self.graphdef, params).block_after(
+            latent, timestep, clip.pose, features, past, sink, position
+        )
+        return velocity, (own.key, own.value)
+
+    def _sink(self, params, clip, draws):
+        sink = merge(self.graphdef, params).prefill(clip.text, clip.reference, None)
+        if self.settings.kv_noise and self.settings.kv_noise_sink:
+            key, value = self._corrupted((sink.key, sink.value), draws, -1, 0)
+            sink = dataclasses.replace(sink, key=key, value=value)
+        return jax.lax.stop_gradient(sink)
+
+    def _history_shape(self, sink, shape):
+        b, t, h, w, _ = shape
+        layers, _, _, *heads = sink.key.shape
+        return (layers, b, t * (h // 2) * (w // 2), *heads)
+
+    def _fresh_noise(self, draws, number, step, shape):
+        if self.settings.sampler == "euler":
+            return None
+        return jax.random.normal(_fold(draws.renoise_key, number, step), shape)
+
+    def _corrupted(self, own, draws, number, step):
+        settings = self.settings
+        if not settings.kv_noise:
+            return own
+        keys = jax.random.split(_fold(draws.history_key, number, step))
+
+        def corrupt(part, key):
+            # Per layer and clip: `[l b n m e]`.
+            wide = part.astype(jnp.float32)
+            size = jnp.sqrt(jnp.mean(jnp.square(wide), axis=(2, 3, 4), keepdims=True))
+            noise = jax.random.normal(key, part.shape)
+            return (wide + settings.kv_noise * size * noise).astype(part.dtype)
+
+        chosen = {"k": (True, False), "v": (False, True), "both": (True, True)}
+        return tuple(
+            corrupt(part, key) if is_chosen else part
+            for part, key, is_chosen in zip(own, keys, chosen[settings.kv_noise_on], strict=True)
+        )
+
+
+def clip_gradient(
+    generator: Generator,
+    bind: Callable[[PyTree], PyTree],
+    weights: PyTree,
+    clips: Clip,
+    draws: Draws,
+    exit_step: IntScalar,
+    score: Callable[[Latent], Latent],
+) -> tuple[PyTree, Latent, dict[str, Array]]:
+    """Gradient of a clip's loss in the generator's weights.
+
+    Args:
+        generator: makes the clips.
+        bind: trained weights -> parameters of the transformer.
+        weights: what is trained.
+        clips: conditions, a leading axis of clips before what `Clip` says.
+        draws: chance of each, with the same leading axis.
+        exit_step: shared by all clips and blocks.
+        score: clips `[clips t h w c]` -> the gradient of the loss in them.
+
+    Returns:
+        The gradient, the clips, and `replay_error`, how far the second pass strayed from the
+        first.
+    """
+
+    def make(weights):
+        params = bind(weights)
+        return jax.vmap(lambda clip, chance: generator.rollout(params, clip, chance, exit_step))(
+            clips, draws
+        )
+
+    def whole(blocks):  # clips N 1 t h w c -> clips t h w c
+        return jax.vmap(joined)(blocks)[:, 0]
+
+    if generator.settings.gradient == "clip":
+        made, pull = jax.vjp(lambda weights: whole(make(weights).clean), weights)
+        return pull(score(made))[0], made, {"replay_error": jnp.float32(0)}
+
+    traces = jax.lax.stop_gradient(make(weights))
+    made = whole(traces.clean)
+    slope = score(made).reshape(len(made), traces.clean.shape[1], 1, -1, *made.shape[2:])
+
+    def block(total, number):
+        def exits(weights):
+            params = bind(weights)
+            return jax.vmap(
+                lambda trace, clip, chance: generator.exit_block(
+                    params, trace, clip, chance, exit_step, number
+                )
+            )(traces, clips, draws)
+
+        again, pull = jax.vjp(exits, weights)
+        (grads,) = pull(slope[:, number].astype(again.dtype))
+        error = jnp.max(jnp.abs(again - traces.clean[:, number]))
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), error
+
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights)
+    blocks = jnp.arange(traces.clean.shape[1])
+    total, errors = jax.lax.scan(block, zero, blocks, reverse=True)
+    return total, made, {"replay_error": jnp.max(errors).astype(jnp.float32)}
+
+
+def _from_ring(rings, step):
+    """History of one step: `layer -> (key, value)`; rings are `[T-1 w l b n m e]`."""
+
+    def past(layer):
+        return tuple(_tokens(_layer_of(ring[step], 0, ring.shape[1], layer)) for ring in rings)
+
+    return past
+
+
+def _before(written, number, window):
+    """History as written by the exits: the `window` blocks before, filled ones first."""
+    first = jnp.maximum(number - window, 0)
+
+    def past(layer):
+        return tuple(_tokens(_layer_of(part, first, window, layer)) for part in written)
+
+    return past
+
+
+def _layer_of(blocks, first, count, layer):
+    """`[w l b n m e]` -> some blocks of one layer; sliced inside the scan over layers, no sooner,
+    so that the window of all layers is never copied."""
+    zero = jnp.int32(0)
+    starts = (jnp.int32(first), jnp.int32(layer), *[zero] * (blocks.ndim - 2))
+    return jax.lax.dynamic_slice(blocks, starts, (count, 1, *blocks.shape[2:]))[:, 0]
+
+
+def _tokens(blocks):
+    """`[w b n m e]` -> `[b (w n) m e]`."""
+    w, b, n, *heads = blocks.shape
+    return jnp.moveaxis(blocks, 0, 1).reshape(b, w * n, *heads)
+
+
+def _write(histories, own, index):
+    return tuple(
+        history.at[index].set(part.astype(history.dtype))
+        for history, part in zip(histories, own, strict=True)
+    )
+
+
+def _fold(key, number, step):
+    return jax.random.fold_in(jax.random.fold_in(key, number + 1), step)

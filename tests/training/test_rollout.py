@@ -1,0 +1,201 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_avatar.diffusion.schedule import Schedule
+from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.sampler import SequentialStream
+from jax_avatar.training.rollout import (
+    Clip,
+    Draws,
+    Generator,
+    RolloutConfig,
+    clip_gradient,
+    draw,
+    joined,
+)
+from tests import nano
+
+BLOCKS = 3
+MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)
+SETTINGS = RolloutConfig(sigmas=(1.0, 0.9, 0.6, 0.0), shift_max=40)
+GRID = (4, 4)
+
+
+def make_clip(seed=0, blocks=BLOCKS, config=MODEL):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    audio = (1, 1, 12 * blocks, config.audio_layers, config.audio_width)
+    return Clip(
+        text=jax.random.normal(keys[0], (1, 2, config.text_width)),
+        reference=jax.random.normal(keys[1], (1, 1, *GRID, 4)),
+        features=jax.random.normal(keys[2], audio),
+        pose=jax.random.normal(keys[3], (1, 3, *GRID, 4)),
+    )
+
+
+def make_clips(count):
+    clips = [make_clip(seed) for seed in range(count)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *clips)
+
+
+def make_draws(settings=SETTINGS, seed=5, blocks=BLOCKS):
+    return draw(jax.random.key(seed), settings, blocks, (1, 3, *GRID, 4))
+
+
+@functools.cache
+def network(config=MODEL):
+    return nano.make_dit(config)
+
+
+def generator(settings=SETTINGS, config=MODEL):
+    return Generator(network(config)[0], config, settings)
+
+
+def norm(tree):
+    return np.sqrt(
+        sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(tree))
+    )
+
+
+def difference(left, right):
+    return norm(jax.tree.map(lambda a, b: a - b, left, right)) / norm(right)
+
+
+def gradient(settings, config, exit_step, algorithm, clips=2):
+    made = generator(dataclasses.replace(settings, gradient=algorithm), config)
+    told = make_clips(clips)
+    draws = jax.vmap(lambda key: draw(key, settings, BLOCKS, (1, 3, *GRID, 4)))(
+        jax.random.split(jax.random.key(3), clips)
+    )
+
+    @jax.jit
+    def run(params, exit_step):
+        return clip_gradient(
+            made, lambda params: params, params, told, draws, exit_step, lambda x: jnp.sin(3 * x)
+        )
+
+    return [run(network(config)[1], step) for step in exit_step]
+
+
+VARIANTS = [
+    ({}, 2),
+    ({"sampler": "renoise", "cache": "exit_only"}, 5),
+    ({"refresh": "fixed", "kv_noise": 0.3, "kv_noise_sink": True}, 5),
+]
+
+
+@pytest.mark.parametrize(("changes", "ring_blocks"), VARIANTS)
+def test_one_block_at_a_time_gives_the_gradient_of_the_whole_clip(changes, ring_blocks):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    config = MODEL.replace(ring_blocks=ring_blocks)
+    pairs = [gradient(settings, config, range(3), name) for name in ("blocks", "clip")]
+    for (blocks, made, figures), (whole, same, _) in zip(*pairs, strict=True):
+        np.testing.assert_allclose(made, same, atol=1e-6)
+        assert difference(blocks, whole) < 1e-5
+        assert figures["replay_error"] < 1e-5
+        # The prompt's projections and the audio tower are trained, too.
+        attention = blocks["blocks"]["cross_attention"]["key"]["kernel"]
+        assert np.abs(attention).max() > 0
+
+
+def test_the_rollout_to_the_last_step_is_the_stream():
+    config = MODEL.replace(ring_blocks=3)
+    blocks, settings = 4, dataclasses.replace(SETTINGS, shift_max=0)
+    clip, chance = make_clip(blocks=blocks), make_draws(settings, blocks=blocks)
+    graphdef, params = network(config)
+    trace = jax.jit(generator(settings, config).rollout)(params, clip, chance, 2)
+    plan = StreamPlan(
+        schedule=Schedule(settings.sigmas),
+        aas_after_blocks=0,
+        noise=lambda block, shape: chance.noise[block],
+        distance=lambda block, step: chance.distance[block, step],
+    )
+    conditions = Conditions(clip.text, clip.reference, None, clip.pose)
+    stream = SequentialStream(graphdef, params, config, plan, conditions)
+    for block in range(blocks):
+        (latent,) = stream.push(clip.features[:, :, 12 * block : 12 * block + 12])
+        np.testing.assert_allclose(trace.clean[block], latent, atol=2e-6)
+
+
+def test_later_audio_changes_no_earlier_block():
+    clip, chance = make_clip(), make_draws()
+    roll = jax.jit(generator().rollout)
+    before = roll(network()[1], clip, chance, 2).clean
+    louder = dataclasses.replace(clip, features=clip.features.at[:, :, 24:].multiply(2))
+    after = roll(network()[1], louder, chance, 2).clean
+    np.testing.assert_array_equal(after[:2], before[:2])
+    assert np.abs(after[2] - before[2]).max() > 1e-4
+
+
+def test_only_the_exit_step_is_differentiated():
+    """At the last of three steps, weights that only earlier steps or blocks used get nothing."""
+    clip, chance = make_clip(), make_draws()
+    made = generator(dataclasses.replace(SETTINGS, gradient="clip"))
+
+    def last_block(scale):
+        # The audio of earlier blocks acts on the last one through history alone.
+        heard = dataclasses.replace(clip, features=clip.features.at[:, :, :24].multiply(scale))
+        return jnp.sum(made.rollout(network()[1], heard, chance, 2).clean[2])
+
+    value, slope = jax.jit(jax.value_and_grad(last_block))(1.0)
+    assert slope == 0 and jax.jit(last_block)(1.5) != value
+
+
+def test_every_mode_of_history_is_another_clip():
+    changes = [{}, {"cache": "exit_only"}, {"refresh": "clean"}, {"kv_noise": 0.3}]
+    clips = []
+    for change in changes:
+        settings = dataclasses.replace(SETTINGS, **change)
+        roll = jax.jit(generator(settings).rollout)
+        clips.append(roll(network()[1], make_clip(), make_draws(), 2).clean)
+    for other in clips[1:]:
+        np.testing.assert_allclose(other[0], clips[0][0], atol=1e-6)  # it has no past
+        assert np.abs(other[2] - clips[0][2]).max() > 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["euler", "renoise"])
+def test_an_exact_velocity_leads_to_the_clean_clip(sampler, monkeypatch):
+    """`velocity = noise - clean`, known from the block's level, at any exit."""
+    settings = dataclasses.replace(SETTINGS, sampler=sampler)
+    made, chance = generator(settings), make_draws(settings)
+    clean = jax.random.normal(jax.random.key(8), chance.noise.shape)
+    real = Generator._velocity
+
+    def exact(self, params, latent, sigma, clip, draws, sink, number, step, past):
+        _, own = real(self, params, latent, sigma, clip, draws, sink, number, step, past)
+        return (latent - clean[number]) / sigma, own
+
+    monkeypatch.setattr(Generator, "_velocity", exact)
+    roll = jax.jit(made.rollout)
+    for step in range(3):
+        trace = roll(network()[1], make_clip(), chance, step)
+        np.testing.assert_allclose(trace.clean, clean, atol=1e-5)
+
+
+def test_chance_depends_on_the_key_and_stays_in_its_ranges():
+    many = jax.vmap(lambda key: draw(key, SETTINGS, 2, (1, 1, 2, 2, 1)))
+    drawn = many(jax.random.split(jax.random.key(0), 400))
+    assert isinstance(drawn, Draws)
+    assert (drawn.distance.min(), drawn.distance.max()) == (4, 30)
+    assert (drawn.first_frame.min(), drawn.first_frame.max()) == (0, 40)
+    per_clip = draw(
+        jax.random.key(0),
+        dataclasses.replace(SETTINGS, sink_distance_per="clip"),
+        2,
+        (1, 1, 2, 2, 1),
+    )
+    assert len(np.unique(per_clip.distance)) == 1
+
+
+def test_blocks_join_in_time():
+    blocks = jnp.arange(2 * 1 * 3).reshape(2, 1, 3, 1, 1, 1)
+    np.testing.assert_array_equal(joined(blocks).ravel(), np.arange(6))
+
+
+def test_settings_nobody_knows_are_named():
+    with pytest.raises(ValueError, match=r"rollout\.refresh 'noisy' must be one of none, clean"):
+        RolloutConfig(refresh="noisy")
