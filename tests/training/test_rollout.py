@@ -21,6 +21,8 @@ from jax_avatar.training.rollout import (
 from tests import nano
 
 BLOCKS = 3
+# Little is computed, much is compiled.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)
 SETTINGS = RolloutConfig(sigmas=(1.0, 0.9, 0.6, 0.0), shift_max=40)
 GRID = (4, 4)
@@ -72,7 +74,7 @@ def gradient(settings, config, exit_step, algorithm, clips=2):
         jax.random.split(jax.random.key(3), clips)
     )
 
-    @jax.jit
+    @jit
     def run(params, exit_step):
         return clip_gradient(
             made, lambda params: params, params, told, draws, exit_step, lambda x: jnp.sin(3 * x)
@@ -83,8 +85,10 @@ def gradient(settings, config, exit_step, algorithm, clips=2):
 
 VARIANTS = [
     ({}, 2),
-    ({"sampler": "renoise", "cache": "exit_only"}, 5),
-    ({"refresh": "fixed", "kv_noise": 0.3, "kv_noise_sink": True}, 5),
+    ({"sampler": "renoise", "cache": "exit_only", "kv_noise": 0.3}, 5),
+    pytest.param({"refresh": "fixed", "kv_noise_sink": True}, 5, marks=pytest.mark.slow),
+    pytest.param({"refresh": "clean", "sampler": "renoise"}, 2, marks=pytest.mark.slow),
+    pytest.param({"kv_noise": 0.3, "kv_noise_on": "k"}, 5, marks=pytest.mark.slow),
 ]
 
 
@@ -107,7 +111,7 @@ def test_the_rollout_to_the_last_step_is_the_stream():
     blocks, settings = 4, dataclasses.replace(SETTINGS, shift_max=0)
     clip, chance = make_clip(blocks=blocks), make_draws(settings, blocks=blocks)
     graphdef, params = network(config)
-    trace = jax.jit(generator(settings, config).rollout)(params, clip, chance, 2)
+    trace = jit(generator(settings, config).rollout)(params, clip, chance, 2)
     plan = StreamPlan(
         schedule=Schedule(settings.sigmas),
         aas_after_blocks=0,
@@ -123,10 +127,12 @@ def test_the_rollout_to_the_last_step_is_the_stream():
 
 def test_later_audio_changes_no_earlier_block():
     clip, chance = make_clip(), make_draws()
-    roll = jax.jit(generator().rollout)
+    roll = jit(generator().rollout)
     before = roll(network()[1], clip, chance, 2).clean
-    louder = dataclasses.replace(clip, features=clip.features.at[:, :, 24:].multiply(2))
-    after = roll(network()[1], louder, chance, 2).clean
+    other = dataclasses.replace(
+        clip, features=clip.features.at[:, :, 24:].set(clip.features[:, :, :12])
+    )
+    after = roll(network()[1], other, chance, 2).clean
     np.testing.assert_array_equal(after[:2], before[:2])
     assert np.abs(after[2] - before[2]).max() > 1e-4
 
@@ -138,11 +144,12 @@ def test_only_the_exit_step_is_differentiated():
 
     def last_block(scale):
         # The audio of earlier blocks acts on the last one through history alone.
-        heard = dataclasses.replace(clip, features=clip.features.at[:, :, :24].multiply(scale))
-        return jnp.sum(made.rollout(network()[1], heard, chance, 2).clean[2])
+        heard = dataclasses.replace(clip, features=clip.features.at[:, :, :24, :, 0].add(scale))
+        return jnp.sum(jnp.square(made.rollout(network()[1], heard, chance, 2).clean[2]))
 
-    value, slope = jax.jit(jax.value_and_grad(last_block))(1.0)
-    assert slope == 0 and jax.jit(last_block)(1.5) != value
+    run = jit(jax.value_and_grad(last_block))
+    value, slope = run(0.0)
+    assert slope == 0 and abs(run(3.0)[0] - value) > 1e-5
 
 
 def test_every_mode_of_history_is_another_clip():
@@ -150,7 +157,7 @@ def test_every_mode_of_history_is_another_clip():
     clips = []
     for change in changes:
         settings = dataclasses.replace(SETTINGS, **change)
-        roll = jax.jit(generator(settings).rollout)
+        roll = jit(generator(settings).rollout)
         clips.append(roll(network()[1], make_clip(), make_draws(), 2).clean)
     for other in clips[1:]:
         np.testing.assert_allclose(other[0], clips[0][0], atol=1e-6)  # it has no past
@@ -170,7 +177,7 @@ def test_an_exact_velocity_leads_to_the_clean_clip(sampler, monkeypatch):
         return (latent - clean[number]) / sigma, own
 
     monkeypatch.setattr(Generator, "_velocity", exact)
-    roll = jax.jit(made.rollout)
+    roll = jit(made.rollout)
     for step in range(3):
         trace = roll(network()[1], make_clip(), chance, step)
         np.testing.assert_allclose(trace.clean, clean, atol=1e-5)
@@ -192,7 +199,7 @@ def test_chance_depends_on_the_key_and_stays_in_its_ranges():
 
 
 def test_blocks_join_in_time():
-    blocks = jnp.arange(2 * 1 * 3).reshape(2, 1, 3, 1, 1, 1)
+    blocks = jnp.arange(6.0).reshape(2, 1, 3, 1, 1, 1)
     np.testing.assert_array_equal(joined(blocks).ravel(), np.arange(6))
 
 
