@@ -13,7 +13,7 @@ import numpy as np
 from jax_avatar.data.records import ClipRecord
 from jax_avatar.shapes import Array
 
-__all__ = ["LatentClips", "encode_clips", "mouth_cells"]
+__all__ = ["LatentClips", "encode_clips", "mouth_cells", "random_clips"]
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,37 @@ def mouth_cells(
     row = (rows * stride < high[:, 1:]) & ((rows + 1) * stride > low[:, 1:])
     col = (cols * stride < high[:, :1]) & ((cols + 1) * stride > low[:, :1])
     return row[:, :, None] & col[:, None, :]
+
+
+def random_clips(
+    count: int,
+    frames: int,
+    grid: tuple[int, int],
+    channels: int,
+    states: tuple[int, int],
+    *,
+    seed: int = 0,
+) -> LatentClips:
+    """Clips of noise, to see machinery run without data.
+
+    Args:
+        count: clips.
+        frames: latent frames of each.
+        grid: latent rows and columns.
+        channels: of the latents.
+        states: hidden states and channels of the speech features.
+        seed: of the noise.
+    """
+    rng = np.random.default_rng(seed)
+
+    def noise(*shape):
+        return rng.standard_normal((count, *shape)).astype(np.float16)
+
+    return LatentClips(
+        latent=noise(frames, *grid, channels),
+        reference=noise(1, *grid, channels),
+        features=noise(4 * frames, *states),
+        mouth=np.zeros((count, frames, *grid), bool),
+        lip_gap=np.zeros((count, 4 * frames), np.float32),
+        person=np.arange(count),
+    )

@@ -39,6 +39,10 @@ class Task(Protocol):
 
     A task may also have `evaluate(params, step) -> {name: value}`, called with the EMA weights,
     and `export(params, folder, metadata)`, called with them at the end.
+
+    A task that trains more than one network has `start(config, key) -> state` and
+    `make_step(config) -> compiled step` in place of `init` and `loss`; its state has `step`, `ema`
+    and `skipped`, whatever else.
     """
 
     name: str
@@ -114,12 +118,19 @@ def learning_rate(config: LoopConfig) -> optax.Schedule:
     )
 
 
-def make_optimiser(config: LoopConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW."""
+def make_optimiser(
+    config: LoopConfig, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW.
+
+    Args:
+        config: of the run.
+        schedule: learning rate after so many updates; `learning_rate` if not given.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
-            learning_rate(config),
+            schedule or learning_rate(config),
             *config.betas,
             weight_decay=config.weight_decay,
             mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
@@ -134,6 +145,8 @@ def make_step(
 
     The key is the run's; the step number is folded in here.
     """
+    if hasattr(task, "make_step"):
+        return task.make_step(config)
     optimiser, schedule = make_optimiser(config), learning_rate(config)
 
     def step(state, batch, key):
@@ -184,7 +197,6 @@ def train(
     """
     workdir = Path(workdir).resolve()
     settings = json.loads(json.dumps(_semantic(settings or {}, config)))
-    optimiser = make_optimiser(config)
     root, init_key = jax.random.split(jax.random.key(config.seed))
     with ocp.CheckpointManager(
         workdir / "checkpoints",
@@ -194,7 +206,7 @@ def train(
         ),
     ) as manager:
         _check_settings(manager, settings, force)
-        state = _restore_or_start(manager, lambda: start_state(task.init(init_key), optimiser))
+        state = _restore_or_start(manager, lambda: _start(task, config, init_key))
         try:
             with _Log(workdir, int(state.step)) as log, _until_interrupted() as interrupted:
                 run = (task, config, state, root, manager, settings, log, progress)
@@ -212,7 +224,8 @@ def restore(workdir: str | Path, like: TrainState | None = None) -> tuple[TrainS
     Args:
         workdir: folder given to `train`.
         like: a state of the same structure; without it `ema`, `params` and counters come back
-            as the plain dictionaries they were stored as.
+            as the plain dictionaries they were stored as, and another state than `TrainState` as
+            one.
     """
     with ocp.CheckpointManager(
         Path(workdir).resolve() / "checkpoints", item_names=("state", "settings")
@@ -227,9 +240,15 @@ def restore(workdir: str | Path, like: TrainState | None = None) -> tuple[TrainS
             ),
         )
     state = found["state"]
-    if isinstance(state, Mapping):
+    if isinstance(state, Mapping) and set(state) == set(TrainState.__dataclass_fields__):
         state = TrainState(**state)
     return state, found["settings"]
+
+
+def _start(task: Task, config: LoopConfig, key: Array) -> Any:
+    if hasattr(task, "start"):
+        return task.start(config, key)
+    return start_state(task.init(key), make_optimiser(config))
 
 
 def _run(task, config, state, root, manager, settings, log, progress, interrupted) -> TrainState:
@@ -348,8 +367,9 @@ def _semantic(settings: Mapping[str, Any], config: LoopConfig) -> dict[str, Any]
 def _mean(pending: list[dict[str, Array]]) -> dict[str, float]:
     fetched = jax.device_get(pending)
     values = {}
-    for name in fetched[0]:
-        column = np.array([metrics[name] for metrics in fetched], np.float64)
+    # Some steps may measure more than others.
+    for name in dict.fromkeys(name for metrics in fetched for name in metrics):
+        column = np.array([metrics[name] for metrics in fetched if name in metrics], np.float64)
         finite = column[np.isfinite(column)]
         # Counters and rates are reported as they stand, measurements as means.
         is_last = name in ("skipped", "learning_rate")

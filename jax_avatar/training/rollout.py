@@ -34,6 +34,8 @@ __all__ = [
     "clip_gradient",
     "draw",
     "joined",
+    "made_clips",
+    "roll_out",
 ]
 
 
@@ -344,6 +346,23 @@ class Generator:
         )
 
 
+def roll_out(
+    generator: Generator, params: PyTree, clips: Clip, draws: Draws, exit_step: IntScalar
+) -> Trace:
+    """`Generator.rollout` of several clips, each with its own chance and positions.
+
+    Arguments as there; clips, draws and the result have a leading axis of clips.
+    """
+    return jax.vmap(lambda clip, chance: generator.rollout(params, clip, chance, exit_step))(
+        clips, draws
+    )
+
+
+def made_clips(traces: Trace) -> Latent:
+    """The clips of several rollouts, `[clips t h w c]`."""
+    return jax.vmap(joined)(traces.clean)[:, 0]
+
+
 def clip_gradient(
     generator: Generator,
     bind: Callable[[PyTree], PyTree],
@@ -351,7 +370,7 @@ def clip_gradient(
     clips: Clip,
     draws: Draws,
     exit_step: IntScalar,
-    score: Callable[[Latent], Latent],
+    score: Callable[[Latent], tuple[Latent, dict[str, Array]]],
 ) -> tuple[PyTree, Latent, dict[str, Array]]:
     """Gradient of a clip's loss in the generator's weights.
 
@@ -362,29 +381,27 @@ def clip_gradient(
         clips: conditions, a leading axis of clips before what `Clip` says.
         draws: chance of each, with the same leading axis.
         exit_step: shared by all clips and blocks.
-        score: clips `[clips t h w c]` -> the gradient of the loss in them.
+        score: clips `[clips t h w c]` -> the gradient of the loss in them, and metrics.
 
     Returns:
-        The gradient, the clips, and `replay_error`, how far the second pass strayed from the
-        first.
+        The gradient, the clips, and the metrics with `replay_error`, how far the second pass
+        strayed from the first.
     """
 
-    def make(weights):
-        params = bind(weights)
-        return jax.vmap(lambda clip, chance: generator.rollout(params, clip, chance, exit_step))(
-            clips, draws
-        )
-
-    def whole(blocks):  # clips N 1 t h w c -> clips t h w c
-        return jax.vmap(joined)(blocks)[:, 0]
-
     if generator.settings.gradient == "clip":
-        made, pull = jax.vjp(lambda weights: whole(make(weights).clean), weights)
-        return pull(score(made))[0], made, {"replay_error": jnp.float32(0)}
 
-    traces = jax.lax.stop_gradient(make(weights))
-    made = whole(traces.clean)
-    slope = score(made).reshape(len(made), traces.clean.shape[1], 1, -1, *made.shape[2:])
+        def make(weights):
+            return made_clips(roll_out(generator, bind(weights), clips, draws, exit_step))
+
+        made, pull = jax.vjp(make, weights)
+        slope, metrics = score(made)
+        return pull(slope)[0], made, metrics
+
+    frozen = jax.lax.stop_gradient(weights)
+    traces = roll_out(generator, bind(frozen), clips, draws, exit_step)
+    made = made_clips(traces)
+    slope, metrics = score(made)
+    slope = slope.reshape(len(made), traces.clean.shape[1], 1, -1, *made.shape[2:])
 
     def block(total, number):
         def exits(weights):
@@ -403,7 +420,7 @@ def clip_gradient(
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights)
     blocks = jnp.arange(traces.clean.shape[1])
     total, errors = jax.lax.scan(block, zero, blocks, reverse=True)
-    return total, made, {"replay_error": jnp.max(errors).astype(jnp.float32)}
+    return total, made, metrics | {"replay_error": jnp.max(errors).astype(jnp.float32)}
 
 
 def _from_ring(rings, step):

@@ -1,7 +1,7 @@
 """The stages of training by name: plain settings -> a task for the loop.
 
 speech --> speech.safetensors --+
-vae -----> vae.safetensors -----+--> latents and features --> dit --> dit.safetensors
+vae -----> vae.safetensors -----+--> latents and features --> dit --> dit.safetensors --> dmd
 """
 
 from collections.abc import Callable, Mapping
@@ -11,15 +11,18 @@ from typing import Any
 from flax import nnx
 
 from jax_avatar.data.records import ClipSource, read_clips
-from jax_avatar.io.checkpoint import load_weights
+from jax_avatar.io.checkpoint import load_header, load_json, load_weights
 from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
+from jax_avatar.training.distillation import DistillConfig
+from jax_avatar.training.distillation_task import DistillTask, DistillWeights
 from jax_avatar.training.evaluate import ClipSampler, Truth, fit_probe, score
-from jax_avatar.training.latents import LatentClips, encode_clips
+from jax_avatar.training.latents import LatentClips, encode_clips, random_clips
 from jax_avatar.training.loop import LoopConfig, Task
+from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.speech import SpeechTask, SpeechTaskConfig
 from jax_avatar.training.state import build_section
 from jax_avatar.training.vae import FaceWindows, VAELossConfig, VAETask
@@ -36,6 +39,7 @@ _KEYS = {
     "speech": {"stage", "seed", "model", "task", "loop"},
     "vae": {"stage", "seed", "data", "model", "task", "loop"},
     "dit": {"stage", "seed", "data", "latents", "weights", "model", "task", "loop"},
+    "dmd": {"stage", "seed", "data", "latents", "weights", "model", "rollout", "task", "loop"},
 }
 
 
@@ -65,9 +69,14 @@ def build_stage(settings: Mapping[str, Any]) -> tuple[Callable[[], Task], LoopCo
         "speech": (SpeechConfig, SpeechTaskConfig, _speech),
         "vae": (LightVAEConfig, VAELossConfig, _vae),
         "dit": (DiTConfig, ForcingConfig, _dit),
+        "dmd": (DiTConfig, DistillConfig, _dmd),
     }
     model_kind, task_kind, build = kinds[stage]
-    model = build_section(model_kind, settings["model"], "model")
+    values = settings["model"]
+    if stage == "dmd":
+        build_section(RolloutConfig, settings["rollout"], "rollout")
+        values = _of_teacher(build_section(DistillWeights, settings["weights"], "weights"), values)
+    model = build_section(model_kind, values, "model")
     task = build_section(task_kind, settings["task"], "task")
     return lambda: build(settings, model, task), loop
 
@@ -122,11 +131,37 @@ def _dit(settings, model, task) -> Task:
     return built
 
 
+def _of_teacher(weights: DistillWeights, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Size of the teacher's transformer with some fields changed; without a teacher, only those."""
+    fields = load_header(weights.teacher, "dit")[0] if weights.teacher else {}
+    return {**fields, **changes}
+
+
+def _dmd(settings, model, task) -> Task:
+    weights = build_section(DistillWeights, settings["weights"], "weights")
+    rollout = build_section(RolloutConfig, settings["rollout"], "rollout")
+    if not settings["latents"]:
+        if weights.teacher:
+            raise ValueError("latents is empty; give the folder of encoded clips to distil on.")
+        states = (model.audio_layers, model.audio_width)
+        size = load_json(Path(weights.model) / "config.json")["stream"]["size"]
+        grid = (size[0] // 8, size[1] // 8)
+        clips = random_clips(8, task.latents, grid, model.latent_channels, states)
+        return DistillTask(model, rollout, task, weights, clips, seed=settings["seed"])
+    encoders = {**settings, "weights": {"vae": weights.model, "speech": weights.model}}
+    clips = load_latents(encoders, "train")
+    built = DistillTask(model, rollout, task, weights, clips, seed=settings["seed"])
+    evaluation = _Evaluation(encoders, built, sigmas=rollout.sigmas)
+    built.evaluate = lambda params, step: evaluation(built.whole(params), step)
+    return built
+
+
 class _Evaluation:
     """Scores of a few held-out clips during training, set up at the first call."""
 
-    def __init__(self, settings, task: ForcingTask, num_clips: int = 8):
+    def __init__(self, settings, task, num_clips: int = 8, sigmas=SIGMAS):
         self.settings, self.task, self.num_clips = settings, task, num_clips
+        self.sigmas = sigmas
         self._ready = None
 
     def __call__(self, params, step: int) -> dict[str, float]:
@@ -142,5 +177,5 @@ class _Evaluation:
         frames = 4 * self.task.settings.latents
         encoded = load_latents(self.settings, SHOWN_SPLIT).take(slice(0, self.num_clips))
         conditions = (encoded.reference, encoded.features[:, :frames])
-        sampler = ClipSampler(self.task.graphdef, vae, sigmas=SIGMAS)
+        sampler = ClipSampler(self.task.graphdef, vae, sigmas=self.sigmas)
         return sampler, conditions, Truth.from_clips(clips, 1, 1 + frames), probe

@@ -77,7 +77,13 @@ def gradient(settings, config, exit_step, algorithm, clips=2):
     @jit
     def run(params, exit_step):
         return clip_gradient(
-            made, lambda params: params, params, told, draws, exit_step, lambda x: jnp.sin(3 * x)
+            made,
+            lambda params: params,
+            params,
+            told,
+            draws,
+            exit_step,
+            lambda x: (jnp.sin(3 * x), {}),
         )
 
     return [run(network(config)[1], step) for step in exit_step]

@@ -1,0 +1,400 @@
+"""One outer step of self-forcing distribution matching distillation, as a pure function.
+
+every `generator_every` steps    generator makes clips, critic and teacher say where to go
+every step                       generator makes other clips, critic learns to denoise them
+
+    teacher = base            critic = base + adapter          generator = base + adapter
+
+With full fine-tuning, critic and generator are whole copies of the weights instead.
+
+Source: Live Avatar (arXiv 2512.04677), Algorithms 1 and 2; Self-Forcing (arXiv 2506.08009).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_avatar.diffusion.flow import add_noise, clean_from_velocity
+from jax_avatar.models.lora import add_adapter
+from jax_avatar.models.params import merge
+from jax_avatar.shapes import Array, Latent, PyTree
+from jax_avatar.training.dmd import (
+    NORMALIZERS,
+    critic_loss,
+    distillation_loss,
+    draw_level,
+    generator_gradient,
+    guide,
+)
+from jax_avatar.training.loop import LoopConfig, learning_rate, make_optimiser
+from jax_avatar.training.rollout import (
+    Clip,
+    Generator,
+    clip_gradient,
+    draw,
+    made_clips,
+    roll_out,
+)
+from jax_avatar.training.state import update_ema
+
+__all__ = ["DistillConfig", "DistillState", "Distiller", "Told"]
+
+_GENERATOR, _CRITIC = 0, 1  # roles, folded into the key
+_LARGEST_CLEAN, _LARGEST_NORM = 20.0, 1e4  # beyond, a step is skipped
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Batches, scores and what is trained.
+
+    Attributes:
+        batch_size: clips per update.
+        latents: latent frames per clip, whole blocks.
+        generator_every: steps per update of the generator; the critic learns in each.
+        critic_learning_rate: the generator's is the loop's.
+        guidance_scale: of the teacher, in the standard form: 1 is no guidance.
+        timestep_shift: of the scores' noise levels, toward noise.
+        sigma_bounds: they are clamped to these.
+        normalizer: "clip" or "block", see `generator_gradient`.
+        gradient_limit: largest element of the gradient.
+        ema_start: step at which averaging starts; before, the average is the weights.
+        adapter_rank: of the adapters on one frozen base; 0 trains whole copies of the weights.
+        adapter_alpha: adapters are scaled by this over their rank.
+    """
+
+    batch_size: int = 1
+    latents: int = 21
+    generator_every: int = 5
+    critic_learning_rate: float = 2e-6
+    guidance_scale: float = 4.0
+    timestep_shift: float = 5.0
+    sigma_bounds: tuple[float, float] = (0.02, 0.98)
+    normalizer: str = "clip"
+    gradient_limit: float = 10.0
+    ema_start: int = 200
+    adapter_rank: int = 0
+    adapter_alpha: float = 64.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "sigma_bounds", tuple(self.sigma_bounds))
+        if self.normalizer not in NORMALIZERS:
+            raise ValueError(
+                f"task.normalizer {self.normalizer!r} must be one of {', '.join(NORMALIZERS)}."
+            )
+        low, high = self.sigma_bounds
+        if not 0 < low < high < 1:
+            raise ValueError(
+                f"task.sigma_bounds {self.sigma_bounds} must rise within 0..1, both ends excluded."
+            )
+        if min(self.batch_size, self.generator_every, self.latents) < 1:
+            raise ValueError("task.batch_size, generator_every and latents must be at least 1.")
+
+    @property
+    def adapter_scaling(self) -> float:
+        """What the product of an adapter's factors is multiplied by."""
+        return self.adapter_alpha / self.adapter_rank
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DistillState:
+    """Everything that changes from step to step.
+
+    Attributes:
+        step: outer steps, each with one batch for the critic.
+        generator: weights or adapter, float32.
+        critic: likewise.
+        ema: average of the generator, used for evaluation and export.
+        ema_started: whether averaging has begun.
+        generator_optimiser: state of the optimiser.
+        critic_optimiser: likewise.
+        generator_updates: that were made.
+        critic_updates: that were made.
+        skipped: updates that were not, since something was not finite or too large.
+    """
+
+    step: Any
+    generator: PyTree
+    critic: PyTree
+    ema: PyTree
+    ema_started: Any
+    generator_optimiser: PyTree
+    critic_optimiser: PyTree
+    generator_updates: Any
+    critic_updates: Any
+    skipped: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Told:
+    """What clips are told, and what the teacher is told to be guided away from.
+
+    Attributes:
+        text: prompt states, `b p f`.
+        null_text: of the negative prompt.
+        reference: portraits' latents, `b 1 h w c`.
+        features: speech features, `b u T k a`; zeros in the null condition.
+        pose: pose latents of one latent frame, `b 1 h w c`.
+    """
+
+    text: Any
+    null_text: Any
+    reference: Any
+    features: Any
+    pose: Any
+
+
+@dataclass(frozen=True)
+class Distiller:
+    """The step, for one transformer.
+
+    Attributes:
+        generator: structure, size and rollout.
+        settings: batches, scores and what is trained.
+        loop: learning rate, betas, decay and clipping, of both optimisers.
+    """
+
+    generator: Generator
+    settings: DistillConfig
+    loop: LoopConfig
+
+    def start(self, generator: PyTree, critic: PyTree) -> DistillState:
+        """The state before the first step, from the weights or adapters to start with."""
+        # Copies, since the state is donated and one buffer cannot be given away twice.
+        generator, critic, ema = (
+            jax.tree.map(lambda p: jnp.array(p, jnp.float32), tree)
+            for tree in (generator, critic, generator)
+        )
+        for_generator, for_critic = self._optimisers()
+        return DistillState(
+            step=jnp.int32(0),
+            generator=generator,
+            critic=critic,
+            ema=ema,
+            ema_started=jnp.array(False),
+            generator_optimiser=for_generator.init(generator),
+            critic_optimiser=for_critic.init(critic),
+            generator_updates=jnp.int32(0),
+            critic_updates=jnp.int32(0),
+            skipped=jnp.int32(0),
+        )
+
+    def is_generator_step(self, step: int) -> bool:
+        """Whether the generator is updated in step number `step`, from 0."""
+        return (step + 1) % self.settings.generator_every == 0
+
+    def step(
+        self, state: DistillState, batch: Mapping[str, Told], key: Array, base: PyTree
+    ) -> tuple[DistillState, dict[str, Array]]:
+        """One outer step.
+
+        Args:
+            state: before it.
+            batch: "critic", and "generator" in steps that update the generator.
+            key: of the run; the step's number is folded in here.
+            base: the teacher's weights, frozen.
+
+        Returns:
+            The state after it, and metrics.
+        """
+        key, metrics = jax.random.fold_in(key, state.step), {}
+        if "generator" in batch:
+            state, metrics = self._update_generator(
+                state, batch["generator"], jax.random.fold_in(key, _GENERATOR), base
+            )
+        state, more = self._update_critic(
+            state, batch["critic"], jax.random.fold_in(key, _CRITIC), base
+        )
+        counts = {"skipped": state.skipped, "generator_updates": state.generator_updates}
+        return dataclasses.replace(state, step=state.step + 1), metrics | more | counts
+
+    def bind(self, base: PyTree) -> Callable[[PyTree], PyTree]:
+        """Returns `trained weights -> parameters of the transformer`."""
+        if not self.settings.adapter_rank:
+            return lambda weights: weights
+        scaling = self.settings.adapter_scaling
+        return lambda adapter: add_adapter(base, adapter, scaling)
+
+    def generator_slope(
+        self, critic: PyTree, base: PyTree, made: Latent, told: Told, key: Array
+    ) -> tuple[Latent, dict[str, Array]]:
+        """Gradient of the distillation loss in the clips, and metrics.
+
+        Args:
+            critic: parameters of the critic's transformer.
+            base: the teacher's.
+            made: clips of the generator.
+            told: what they were told.
+            key: of the noise and its level.
+        """
+        settings = self.settings
+        noise, sigma = self._noise(key, made)
+        noisy = add_noise(made, noise, sigma)
+        fake = self._score(critic, noisy, sigma, told)
+        cond = self._score(base, noisy, sigma, told)
+        guided = cond
+        if settings.guidance_scale != 1:
+            null = dataclasses.replace(
+                told, text=told.null_text, features=jnp.zeros_like(told.features)
+            )
+            null_velocity = self._score(base, noisy, sigma, null)
+            guided = guide(cond, null_velocity, settings.guidance_scale)
+        gradient = generator_gradient(
+            made,
+            clean_from_velocity(noisy, fake, sigma),
+            clean_from_velocity(noisy, guided, sigma),
+            normalizer=settings.normalizer,
+            frames_per_block=self.generator.config.frames_per_block,
+            limit=settings.gradient_limit,
+        )
+        loss, slope = jax.value_and_grad(distillation_loss)(made, gradient)
+        metrics = {
+            "dmd_loss": loss,
+            "dmd_gradient": jnp.mean(jnp.abs(gradient)),
+            # Below 1 where the critic knows the generator's clips better than the teacher does.
+            "critic_gap": critic_loss(fake, made, noise) / critic_loss(cond, made, noise),
+        }
+        return slope, metrics
+
+    def _update_generator(self, state, told, key, base):
+        bind, keys = self.bind(base), jax.random.split(key, 3)
+        critic = bind(state.critic)
+
+        def score(made):
+            return self.generator_slope(critic, base, made, told, keys[1])
+
+        grads, made, metrics = clip_gradient(
+            self.generator,
+            bind,
+            state.generator,
+            *self._clips(told, keys[0]),
+            self._exit_step(keys[2]),
+            score,
+        )
+        optimiser, _ = self._optimisers()
+        is_good, norm = _judge(metrics["dmd_loss"], grads, made)
+        new, moved = _stepped(optimiser, grads, state.generator_optimiser, state.generator, is_good)
+        starts = is_good & (state.step + 1 >= self.settings.ema_start)
+        # Until averaging starts, and when it does, the average is the weights.
+        decay = jnp.where(state.ema_started, self.loop.ema_decay, 0.0)
+        state = dataclasses.replace(
+            state,
+            generator=new,
+            generator_optimiser=moved,
+            ema=_chosen(is_good, update_ema(state.ema, new, decay), state.ema),
+            ema_started=state.ema_started | starts,
+            generator_updates=state.generator_updates + is_good.astype(jnp.int32),
+            skipped=state.skipped + (~is_good).astype(jnp.int32),
+        )
+        motion = jnp.mean(jnp.abs(jnp.diff(made, axis=1)))
+        metrics |= {"generator_norm": norm, "motion": motion, "largest_clean": _largest(made)}
+        return state, metrics
+
+    def _update_critic(self, state, told, key, base):
+        bind, keys = self.bind(base), jax.random.split(key, 3)
+        clips, draws = self._clips(told, keys[0])
+        params, exit_step = bind(state.generator), self._exit_step(keys[2])
+        made = made_clips(roll_out(self.generator, params, clips, draws, exit_step))
+        made = jax.lax.stop_gradient(made)
+        noise, sigma = self._noise(keys[1], made)
+        noisy = add_noise(made, noise, sigma)
+
+        def loss(critic):
+            return critic_loss(self._score(bind(critic), noisy, sigma, told), made, noise)
+
+        value, grads = jax.value_and_grad(loss)(state.critic)
+        _, optimiser = self._optimisers()
+        is_good, norm = _judge(value, grads, made)
+        new, moved = _stepped(optimiser, grads, state.critic_optimiser, state.critic, is_good)
+        state = dataclasses.replace(
+            state,
+            critic=new,
+            critic_optimiser=moved,
+            critic_updates=state.critic_updates + is_good.astype(jnp.int32),
+            skipped=state.skipped + (~is_good).astype(jnp.int32),
+        )
+        return state, {"loss": value, "critic_norm": norm}
+
+    def _optimisers(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+        every, loop = self.settings.generator_every, self.loop
+        critic = dataclasses.replace(loop, learning_rate=self.settings.critic_learning_rate)
+        rate = learning_rate(loop)
+        # The generator's n-th update comes at outer step n * every.
+        for_generator = make_optimiser(loop, lambda count: rate(count * every + every - 1))
+        return for_generator, make_optimiser(critic)
+
+    def _clips(self, told: Told, key: Array):
+        """Conditions and chance, with a leading axis of clips before batches of one."""
+        config = self.generator.config
+        frames = (1, config.frames_per_block, *told.reference.shape[2:])
+        pose = jnp.broadcast_to(told.pose, (len(told.pose), *frames[1:-1], told.pose.shape[-1]))
+        clips = Clip(
+            text=told.text[:, None],
+            reference=told.reference[:, None],
+            features=told.features[:, None],
+            pose=pose[:, None],
+        )
+        blocks = self.settings.latents // config.frames_per_block
+
+        def draw_one(key):
+            return draw(key, self.generator.settings, blocks, frames)
+
+        return clips, jax.vmap(draw_one)(_per_clip(key, len(told.pose)))
+
+    def _exit_step(self, key):
+        return jax.random.randint(key, (), 0, self.generator.settings.num_steps)
+
+    def _noise(self, key, made):
+        """Noise and its level, one per clip, ready to broadcast."""
+        settings = self.settings
+
+        def one(key):
+            level_key, noise_key = jax.random.split(key)
+            level = draw_level(level_key, settings.timestep_shift, settings.sigma_bounds)
+            return jax.random.normal(noise_key, made.shape[1:]), level
+
+        noise, sigma = jax.vmap(one)(_per_clip(key, len(made)))
+        return noise, sigma[:, None, None, None, None]
+
+    def _score(self, params, noisy, sigma, told):
+        """Velocity of whole clips, all frames seeing all others."""
+        b, t = noisy.shape[:2]
+        pose = jnp.broadcast_to(told.pose, (b, t, *told.pose.shape[2:]))
+        timestep = jnp.broadcast_to(1000 * sigma[:, :, 0, 0, 0], (b, t))
+        dit = merge(self.generator.graphdef, params)
+        return dit.bidirectional(
+            noisy, timestep, told.text, told.reference, None, pose, told.features
+        )
+
+
+def _per_clip(key, count):
+    # By the clip's number in the whole batch, so that no layout of devices changes it.
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(count))
+
+
+def _largest(made):
+    return jnp.max(jnp.abs(made))
+
+
+def _judge(loss, grads, made):
+    """Whether an update may be made, and the norm of its gradient."""
+    norm = optax.global_norm(grads)
+    # Comparisons with what is not a number are false.
+    is_good = jnp.isfinite(loss) & (norm < _LARGEST_NORM) & (_largest(made) < _LARGEST_CLEAN)
+    return is_good, norm
+
+
+def _stepped(optimiser, grads, moments, weights, is_good):
+    updates, moved = optimiser.update(grads, moments, weights)
+    new = optax.apply_updates(weights, updates)
+    return _chosen(is_good, new, weights), _chosen(is_good, moved, moments)
+
+
+def _chosen(is_good, new, old):
+    return jax.tree.map(lambda n, o: jnp.where(is_good, n, o), new, old)

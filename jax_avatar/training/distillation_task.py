@@ -1,0 +1,216 @@
+"""Distillation as a task for the loop: where its weights and clips come from and go to.
+
+model folder ----------+--> config.json, VAE, front ends ---------> exported model folder
+teacher, student ------+--> base, generator, critic --Distiller--> dit (or lora) --^
+encoded clips: portraits and speech, no video needed
+"""
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_avatar.io.checkpoint import load_json, load_weights, save_json, save_weights
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.lora import init_adapter
+from jax_avatar.models.params import abstract, flatten, split
+from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.shapes import Array, PyTree
+from jax_avatar.training.distillation import DistillConfig, Distiller, DistillState, Told
+from jax_avatar.training.latents import LatentClips
+from jax_avatar.training.loop import LoopConfig
+from jax_avatar.training.rollout import Generator, RolloutConfig
+
+__all__ = ["DistillTask", "DistillWeights"]
+
+_NETWORKS = {"portrait": PortraitDiT, "wan_s2v": DiT}
+_ROLES = {"generator": 0, "critic": 1}
+
+
+@dataclass(frozen=True)
+class DistillWeights:
+    """Folders with weights.
+
+    Attributes:
+        model: a whole model; its VAE, front ends and stream settings go with the student.
+        teacher: has the transformer to distil; "" starts from random weights, to see it run.
+        student: has the transformer, or with adapters the adapter `lora`, that the student starts
+            from; "" is the teacher's, or a fresh adapter.
+    """
+
+    model: str
+    teacher: str = ""
+    student: str = ""
+
+
+class DistillTask:
+    """Self-forcing distillation with its own state and step."""
+
+    name = "dmd"
+
+    def __init__(
+        self,
+        model: DiTConfig,
+        rollout: RolloutConfig,
+        settings: DistillConfig,
+        weights: DistillWeights,
+        clips: LatentClips,
+        *,
+        seed: int = 0,
+    ):
+        """Checks that the parts fit together.
+
+        Args:
+            model: size of the transformer of all three networks.
+            rollout: how the generator makes clips.
+            settings: batches, scores and what is trained.
+            weights: folders.
+            clips: portraits and speech to train on.
+            seed: of the choice of clips.
+        """
+        frames, channels = clips.latent.shape[1], clips.latent.shape[-1]
+        if channels != model.latent_channels:
+            raise ValueError(
+                f"latents have {channels} channels, the transformer expects "
+                f"{model.latent_channels}; train on latents of its own VAE."
+            )
+        if settings.latents > frames or settings.latents % model.frames_per_block:
+            raise ValueError(
+                f"task.latents={settings.latents}: clips have {frames} and a block has "
+                f"{model.frames_per_block}; give whole blocks, no more than a clip has."
+            )
+        if clips.features.shape[2:] != (model.audio_layers, model.audio_width):
+            raise ValueError(
+                f"speech features have {clips.features.shape[2:]} states and channels, the "
+                f"transformer expects {(model.audio_layers, model.audio_width)}; train on "
+                "features of its own front end."
+            )
+        content = load_json(Path(weights.model) / "config.json")
+        if content.get("dit") not in _NETWORKS:
+            raise ValueError(
+                f"{weights.model}/config.json: dit {content.get('dit')!r} must be one of "
+                f"{', '.join(_NETWORKS)}; give the folder of a whole model."
+            )
+        self.model, self.settings, self.weights = model, settings, weights
+        self.clips, self.seed, self._content = clips, seed, content
+        self._build = functools.partial(_NETWORKS[content["dit"]], model)
+        self.graphdef, self._expected = abstract(lambda: self._build(rngs=nnx.Rngs(0)))
+        self.generator = Generator(self.graphdef, model, rollout)
+        self._base = None
+
+    def start(self, config: LoopConfig, key: Array) -> DistillState:
+        """The state before the first step; `base` is read or drawn here."""
+        base = self.base()
+        rank, student = self.settings.adapter_rank, self.weights.student
+        if rank:
+            keys = jax.random.split(key)
+            generator, critic = (init_adapter(base, rank, key) for key in keys)
+            if student:
+                generator = self._checked(load_weights(student, "lora")[0], generator, student)
+        else:
+            generator = self._read(student) if student else base
+            critic = base
+        return self._distiller(config).start(generator, critic)
+
+    def make_step(self, config: LoopConfig):
+        """The compiled `(state, batch, key) -> (state, metrics)`; the state is donated.
+
+        Steps with and without an update of the generator are two programs.
+        """
+        distiller, base = self._distiller(config), self.base()
+        step = jax.jit(distiller.step, donate_argnums=0)
+        return lambda state, batch, key: step(state, batch, key, base)
+
+    def batches(self, step: int) -> dict[str, Told]:
+        """What clips are told in a step: other ones for the generator than for the critic."""
+        roles = ["critic"]
+        if (step + 1) % self.settings.generator_every == 0:
+            roles.append("generator")
+        return {role: self._told(step, role) for role in roles}
+
+    def base(self) -> PyTree:
+        """The teacher's weights, on the device; read, or drawn from the seed, once."""
+        if self._base is None:
+            if self.weights.teacher:
+                base = self._read(self.weights.teacher)
+            else:
+                base = split(jax.jit(lambda: self._build(rngs=nnx.Rngs(self.seed)))())[1]
+            self._base = jax.tree.map(jnp.asarray, base)
+        return self._base
+
+    def whole(self, weights: PyTree) -> PyTree:
+        """Parameters of the transformer from what is trained."""
+        return self._distiller(None).bind(self.base())(weights)
+
+    def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
+        """Writes a model folder that can be streamed: `config.json` and all its networks."""
+        folder, source = Path(folder), Path(self.weights.model)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in source.iterdir():
+            # The rest of the model goes along as it is.
+            if path.name.split(".")[0] not in ("config", "dit", "lora"):
+                copy = shutil.copytree if path.is_dir() else shutil.copy
+                if not (folder / path.name).exists():
+                    copy(path, folder / path.name)
+        config = dataclasses.asdict(self.model)
+        config |= {"dtype": str(config["dtype"]), "param_dtype": str(config["param_dtype"])}
+        content = dict(self._content)
+        content.pop("lora", None)
+        if self.settings.adapter_rank:
+            fields = {"scaling": self.settings.adapter_scaling, "rank": self.settings.adapter_rank}
+            save_weights(folder, "lora", jax.device_get(weights), fields, dict(metadata))
+            content["lora"] = "lora"
+            weights = self.base()
+        save_weights(folder, "dit", jax.device_get(weights), config, dict(metadata))
+        rollout = self.generator.settings
+        content["stream"] = content["stream"] | {
+            "sigmas": list(rollout.sigmas),
+            "sink_distance": list(rollout.sink_distance),
+        }
+        save_json(folder / "config.json", content)
+
+    def _distiller(self, config: LoopConfig | None) -> Distiller:
+        return Distiller(self.generator, self.settings, config)
+
+    def _told(self, step: int, role: str) -> Told:
+        clips, settings = self.clips, self.settings
+        rng = np.random.default_rng([self.seed, 2, _ROLES[role], step])
+        index = rng.integers(len(clips), size=settings.batch_size)
+        last = clips.latent.shape[1] - settings.latents
+        starts = rng.integers(last + 1, size=settings.batch_size)
+        features = np.stack(
+            [
+                clips.features[i, 4 * s : 4 * (s + settings.latents)]
+                for i, s in zip(index, starts, strict=True)
+            ]
+        )
+        reference = clips.reference[index].astype(np.float32)
+        text = np.zeros((len(index), 1, self.model.text_width), np.float32)
+        pose = reference
+        if self._content["stream"].get("pose", "zeros") == "zeros":
+            pose = np.zeros((*reference.shape[:-1], self.model.pose_channels), np.float32)
+        return Told(text, text, reference, features.astype(np.float32)[:, None], pose)
+
+    def _read(self, folder: str) -> PyTree:
+        return self._checked(load_weights(folder, "dit")[0], self._expected, folder)
+
+    def _checked(self, params: PyTree, expected: PyTree, folder: str) -> PyTree:
+        got = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+        want = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
+        wrong = [path for path in got | want if got.get(path) != want.get(path)]
+        if wrong:
+            raise ValueError(
+                f"weights in {folder} do not fit the transformer: {wrong[0]} is "
+                f"{got.get(wrong[0], 'missing')}, expected {want.get(wrong[0], 'nothing')}; "
+                "teacher and student must have the size that config.model says."
+            )
+        return params
