@@ -203,16 +203,11 @@ class Distiller:
         Returns:
             The state after it, and metrics.
         """
-        key, metrics = jax.random.fold_in(key, state.step), {}
+        metrics = {}
         if "generator" in batch:
-            state, metrics = self._update_generator(
-                state, batch["generator"], jax.random.fold_in(key, _GENERATOR), base
-            )
-        state, more = self._update_critic(
-            state, batch["critic"], jax.random.fold_in(key, _CRITIC), base
-        )
-        counts = {"skipped": state.skipped, "generator_updates": state.generator_updates}
-        return dataclasses.replace(state, step=state.step + 1), metrics | more | counts
+            state, metrics = self.update_generator(state, batch["generator"], key, base)
+        state, more = self.update_critic(state, batch["critic"], key, base)
+        return state, metrics | more
 
     def bind(self, base: PyTree) -> Callable[[PyTree], PyTree]:
         """Returns `trained weights -> parameters of the transformer`."""
@@ -262,8 +257,11 @@ class Distiller:
         }
         return slope, metrics
 
-    def _update_generator(self, state, told, key, base):
-        bind, keys = self.bind(base), jax.random.split(key, 3)
+    def update_generator(
+        self, state: DistillState, told: Told, key: Array, base: PyTree
+    ) -> tuple[DistillState, dict[str, Array]]:
+        """The generator's part of a step; arguments as in `step`."""
+        bind, keys = self.bind(base), _keys(key, state.step, _GENERATOR)
         critic = bind(state.critic)
 
         def score(made):
@@ -296,8 +294,11 @@ class Distiller:
         metrics |= {"generator_norm": norm, "motion": motion, "largest_clean": _largest(made)}
         return state, metrics
 
-    def _update_critic(self, state, told, key, base):
-        bind, keys = self.bind(base), jax.random.split(key, 3)
+    def update_critic(
+        self, state: DistillState, told: Told, key: Array, base: PyTree
+    ) -> tuple[DistillState, dict[str, Array]]:
+        """The critic's part of a step, which it ends; arguments as in `step`."""
+        bind, keys = self.bind(base), _keys(key, state.step, _CRITIC)
         clips, draws = self._clips(told, keys[0])
         params, exit_step = bind(state.generator), self._exit_step(keys[2])
         made = made_clips(roll_out(self.generator, params, clips, draws, exit_step))
@@ -314,12 +315,14 @@ class Distiller:
         new, moved = _stepped(optimiser, grads, state.critic_optimiser, state.critic, is_good)
         state = dataclasses.replace(
             state,
+            step=state.step + 1,
             critic=new,
             critic_optimiser=moved,
             critic_updates=state.critic_updates + is_good.astype(jnp.int32),
             skipped=state.skipped + (~is_good).astype(jnp.int32),
         )
-        return state, {"loss": value, "critic_norm": norm}
+        counts = {"skipped": state.skipped, "generator_updates": state.generator_updates}
+        return state, {"loss": value, "critic_norm": norm, **counts}
 
     def _optimisers(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
         every, loop = self.settings.generator_every, self.loop
@@ -371,6 +374,11 @@ class Distiller:
         return dit.bidirectional(
             noisy, timestep, told.text, told.reference, None, pose, told.features
         )
+
+
+def _keys(key, step, role):
+    """Keys of the clips' chance, of the scores' and of the exit step."""
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, step), role), 3)
 
 
 def _per_clip(key, count):

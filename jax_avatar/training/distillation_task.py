@@ -124,11 +124,23 @@ class DistillTask:
     def make_step(self, config: LoopConfig):
         """The compiled `(state, batch, key) -> (state, metrics)`; the state is donated.
 
-        Steps with and without an update of the generator are two programs.
+        It is `Distiller.step`, compiled in two parts, one of which most steps leave out.
         """
         distiller, base = self._distiller(config), self.base()
-        step = jax.jit(distiller.step, donate_argnums=0)
-        return lambda state, batch, key: step(state, batch, key, base)
+        parts = {
+            "generator": jax.jit(distiller.update_generator, donate_argnums=0),
+            "critic": jax.jit(distiller.update_critic, donate_argnums=0),
+        }
+
+        def step(state, batch, key):
+            metrics = {}
+            for role, update in parts.items():
+                if role in batch:
+                    state, more = update(state, batch[role], key, base)
+                    metrics |= more
+            return state, metrics
+
+        return step
 
     def batches(self, step: int) -> dict[str, Told]:
         """What clips are told in a step: other ones for the generator than for the critic."""
@@ -140,10 +152,8 @@ class DistillTask:
     def base(self) -> PyTree:
         """The teacher's weights, on the device; read, or drawn from the seed, once."""
         if self._base is None:
-            if self.weights.teacher:
-                base = self._read(self.weights.teacher)
-            else:
-                base = split(jax.jit(lambda: self._build(rngs=nnx.Rngs(self.seed)))())[1]
+            teacher = self.weights.teacher
+            base = self._read(teacher) if teacher else self._random_teacher()
             self._base = jax.tree.map(jnp.asarray, base)
         return self._base
 
@@ -199,6 +209,14 @@ class DistillTask:
         if self._content["stream"].get("pose", "zeros") == "zeros":
             pose = np.zeros((*reference.shape[:-1], self.model.pose_channels), np.float32)
         return Told(text, text, reference, features.astype(np.float32)[:, None], pose)
+
+    def _random_teacher(self) -> PyTree:
+        params = split(jax.jit(lambda: self._build(rngs=nnx.Rngs(self.seed)))())[1]
+        # Its output layer starts at zero, which would leave nothing to distil.
+        kernel = params["head"]["kernel"]
+        noise = jax.random.normal(jax.random.key(self.seed), kernel.shape, kernel.dtype)
+        params["head"]["kernel"] = 0.1 * noise
+        return params
 
     def _read(self, folder: str) -> PyTree:
         return self._checked(load_weights(folder, "dit")[0], self._expected, folder)

@@ -1,4 +1,4 @@
-"""The training loop: any task's loss, one optimiser, checkpoints that resume exactly.
+"""The training loop: any task's loss or step, checkpoints that resume exactly.
 
     batches(step) --> loss(params, batch, key) --> gradient --> AdamW, EMA --> metrics, checkpoints
 
@@ -28,9 +28,19 @@ from tqdm import tqdm
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.state import TrainState, config_differences, start_state, update_state
 
-__all__ = ["LoopConfig", "Task", "learning_rate", "make_optimiser", "make_step", "restore", "train"]
+__all__ = [
+    "LoopConfig",
+    "OwnStepTask",
+    "Task",
+    "learning_rate",
+    "make_optimiser",
+    "make_step",
+    "restore",
+    "train",
+]
 
-Batch = Mapping[str, np.ndarray]
+Batch = Mapping[str, Any]
+Step = Callable[[Any, Batch, Array], tuple[Any, dict[str, Array]]]
 
 
 @runtime_checkable
@@ -39,10 +49,6 @@ class Task(Protocol):
 
     A task may also have `evaluate(params, step) -> {name: value}`, called with the EMA weights,
     and `export(params, folder, metadata)`, called with them at the end.
-
-    A task that trains more than one network has `start(config, key) -> state` and
-    `make_step(config) -> compiled step` in place of `init` and `loss`; its state has `step`, `ema`
-    and `skipped`, whatever else.
     """
 
     name: str
@@ -55,6 +61,26 @@ class Task(Protocol):
 
     def batches(self, step: int) -> Batch:
         """The batch of a step; the same for the same step, whoever asks."""
+
+
+@runtime_checkable
+class OwnStepTask(Protocol):
+    """A stage that trains more than one network: with a state and a step of its own.
+
+    The state has `step`, `ema` and `skipped`, whatever else; `evaluate` and `export` are as for a
+    `Task`.
+    """
+
+    name: str
+
+    def start(self, config: "LoopConfig", key: Array) -> PyTree:
+        """The state before the first step."""
+
+    def make_step(self, config: "LoopConfig") -> Step:
+        """The compiled `(state, batch, key) -> (state, metrics)`, with `loss` in the metrics."""
+
+    def batches(self, step: int) -> Batch:
+        """As of a `Task`."""
 
 
 @dataclass(frozen=True)
@@ -138,14 +164,12 @@ def make_optimiser(
     )
 
 
-def make_step(
-    task: Task, config: LoopConfig
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
+def make_step(task: Task | OwnStepTask, config: LoopConfig) -> Step:
     """Returns the compiled `(state, batch, key) -> (state, metrics)`; the state is donated.
 
     The key is the run's; the step number is folded in here.
     """
-    if hasattr(task, "make_step"):
+    if isinstance(task, OwnStepTask):
         return task.make_step(config)
     optimiser, schedule = make_optimiser(config), learning_rate(config)
 
@@ -168,14 +192,14 @@ def make_step(
 
 
 def train(
-    task: Task,
+    task: Task | OwnStepTask,
     config: LoopConfig,
     workdir: str | Path,
     *,
     settings: Mapping[str, Any] | None = None,
     force: bool = False,
     progress: bool = True,
-) -> TrainState:
+) -> PyTree:
     """Runs a task to `num_steps`, from the latest checkpoint in `workdir` if there is one.
 
     An interruption (Ctrl-C) or the time limit saves and returns early; the same call continues.
@@ -190,7 +214,7 @@ def train(
         progress: show a progress bar.
 
     Returns:
-        The last state.
+        The last state, a `TrainState` or the task's own.
 
     Raises:
         ValueError: the checkpoint was made with other settings.
@@ -218,14 +242,13 @@ def train(
     return state
 
 
-def restore(workdir: str | Path, like: TrainState | None = None) -> tuple[TrainState, dict]:
+def restore(workdir: str | Path, like: PyTree = None) -> tuple[PyTree, dict]:
     """The latest checkpoint of a run and its settings.
 
     Args:
         workdir: folder given to `train`.
-        like: a state of the same structure; without it `ema`, `params` and counters come back
-            as the plain dictionaries they were stored as, and another state than `TrainState` as
-            one.
+        like: a state of the same structure; without it the fields of a `TrainState` come back as
+            the plain dictionaries they were stored as, and another state as one dictionary.
     """
     with ocp.CheckpointManager(
         Path(workdir).resolve() / "checkpoints", item_names=("state", "settings")
@@ -245,13 +268,13 @@ def restore(workdir: str | Path, like: TrainState | None = None) -> tuple[TrainS
     return state, found["settings"]
 
 
-def _start(task: Task, config: LoopConfig, key: Array) -> Any:
-    if hasattr(task, "start"):
+def _start(task: Task | OwnStepTask, config: LoopConfig, key: Array) -> PyTree:
+    if isinstance(task, OwnStepTask):
         return task.start(config, key)
     return start_state(task.init(key), make_optimiser(config))
 
 
-def _run(task, config, state, root, manager, settings, log, progress, interrupted) -> TrainState:
+def _run(task, config, state, root, manager, settings, log, progress, interrupted):
     step_fn = make_step(task, config)
     started, first = time.monotonic(), int(state.step)
     bar = tqdm(total=config.num_steps, initial=first, disable=not progress, desc=task.name)
@@ -316,7 +339,7 @@ def _until_interrupted() -> Iterator[Callable[[], bool]]:
             signal.signal(signal_number, handler)
 
 
-def _prefetch(task: Task, first: int, last: int) -> Iterator[tuple[int, Batch]]:
+def _prefetch(task: Task | OwnStepTask, first: int, last: int) -> Iterator[tuple[int, Batch]]:
     """Steps with their batches, the next one prepared while the current one is used."""
     if first >= last:
         return
@@ -331,7 +354,7 @@ def _prefetch(task: Task, first: int, last: int) -> Iterator[tuple[int, Batch]]:
                 return
 
 
-def _restore_or_start(manager, start: Callable[[], TrainState]) -> TrainState:
+def _restore_or_start(manager, start: Callable[[], PyTree]) -> PyTree:
     step = manager.latest_step()
     if step is None:
         return start()
@@ -372,7 +395,7 @@ def _mean(pending: list[dict[str, Array]]) -> dict[str, float]:
         column = np.array([metrics[name] for metrics in fetched if name in metrics], np.float64)
         finite = column[np.isfinite(column)]
         # Counters and rates are reported as they stand, measurements as means.
-        is_last = name in ("skipped", "learning_rate")
+        is_last = name in ("skipped", "generator_updates", "learning_rate")
         values[name] = float(column[-1] if is_last or not finite.size else finite.mean())
     return values
 

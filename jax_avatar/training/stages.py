@@ -21,7 +21,7 @@ from jax_avatar.training.distillation import DistillConfig
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
 from jax_avatar.training.evaluate import ClipSampler, Truth, fit_probe, score
 from jax_avatar.training.latents import LatentClips, encode_clips, random_clips
-from jax_avatar.training.loop import LoopConfig, Task
+from jax_avatar.training.loop import LoopConfig, OwnStepTask, Task
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.speech import SpeechTask, SpeechTaskConfig
 from jax_avatar.training.state import build_section
@@ -43,7 +43,7 @@ _KEYS = {
 }
 
 
-def build_stage(settings: Mapping[str, Any]) -> tuple[Callable[[], Task], LoopConfig]:
+def build_stage(settings: Mapping[str, Any]) -> tuple[Callable[[], Task | OwnStepTask], LoopConfig]:
     """Checks the settings of a stage.
 
     Args:
@@ -137,7 +137,7 @@ def _of_teacher(weights: DistillWeights, changes: Mapping[str, Any]) -> dict[str
     return {**fields, **changes}
 
 
-def _dmd(settings, model, task) -> Task:
+def _dmd(settings, model, task) -> OwnStepTask:
     weights = build_section(DistillWeights, settings["weights"], "weights")
     rollout = build_section(RolloutConfig, settings["rollout"], "rollout")
     if not settings["latents"]:

@@ -1,0 +1,184 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_avatar.io.checkpoint import load_json, save_json
+from jax_avatar.models.lora import init_adapter
+from jax_avatar.streaming.model import load_model
+from jax_avatar.training.distillation import DistillConfig, Distiller, Told
+from jax_avatar.training.distillation_task import DistillTask, DistillWeights
+from jax_avatar.training.latents import random_clips
+from jax_avatar.training.loop import LoopConfig, train
+from jax_avatar.training.rollout import Generator, RolloutConfig
+from tests import nano
+
+MODEL = nano.CONFIG.replace(framepack=False, num_layers=1, ring_blocks=2)
+ROLLOUT = RolloutConfig(sigmas=(1.0, 0.8, 0.0), shift_max=20)
+SETTINGS = DistillConfig(
+    batch_size=2, latents=6, generator_every=2, critic_learning_rate=1e-3, ema_start=3,
+    adapter_rank=2, adapter_alpha=4.0,
+)  # fmt: skip
+LOOP = LoopConfig(
+    num_steps=4, learning_rate=1e-3, final_learning_rate=1.0, warmup_steps=0, betas=(0.0, 0.999),
+    max_grad_norm=10.0, ema_decay=0.9, log_every=1, checkpoint_every=2,
+)  # fmt: skip
+KEY = jax.random.key(11)
+# Little is computed, much is compiled.
+FAST = {"xla_backend_optimization_level": 0}
+
+
+def make_told(seed=0, b=2, grid=(4, 4), config=MODEL):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    reference = jax.random.normal(keys[0], (b, 1, *grid, 4))
+    features = (b, 1, 24, config.audio_layers, config.audio_width)
+    text = jax.random.normal(keys[2], (b, 2, config.text_width))
+    return Told(
+        text, jnp.zeros_like(text), reference, jax.random.normal(keys[1], features), reference
+    )
+
+
+@functools.cache
+def distiller():
+    graphdef, base = nano.make_dit(MODEL)
+    return Distiller(Generator(graphdef, MODEL, ROLLOUT), SETTINGS, LOOP), base
+
+
+@functools.cache
+def compiled(role):
+    made, _ = distiller()
+    return jax.jit(getattr(made, f"update_{role}"), compiler_options=FAST)
+
+
+def start():
+    made, base = distiller()
+    adapters = [init_adapter(base, SETTINGS.adapter_rank, key) for key in jax.random.split(KEY)]
+    return made.start(*adapters)
+
+
+def update(role, state, told=None):
+    return compiled(role)(state, told or make_told(), KEY, distiller()[1])
+
+
+def assert_same(left, right):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def is_same(left, right):
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_an_update_of_one_network_leaves_the_other_alone():
+    state = start()
+    critic, _ = update("critic", state)
+    assert_same(critic.generator, state.generator)
+    assert_same(critic.ema, state.ema)
+    assert not is_same(critic.critic, state.critic)
+    assert (int(critic.step), int(critic.critic_updates), int(critic.generator_updates)) == (
+        1,
+        1,
+        0,
+    )
+
+    both, metrics = update("generator", critic)
+    assert_same(both.critic, critic.critic)
+    assert_same(both.critic_optimiser, critic.critic_optimiser)
+    assert not is_same(both.generator, critic.generator)
+    assert (int(both.step), int(both.generator_updates)) == (1, 1)
+    assert metrics["replay_error"] < 1e-5 and metrics["generator_norm"] > 0
+
+
+def test_the_average_copies_when_it_starts_and_then_lags():
+    state = dataclasses.replace(start(), step=jnp.int32(1))
+    early, _ = update("generator", state)
+    assert_same(early.ema, early.generator)
+    assert not early.ema_started
+    begun, _ = update("generator", dataclasses.replace(early, step=jnp.int32(3)))
+    assert_same(begun.ema, begun.generator)
+    assert begun.ema_started
+    later, _ = update("generator", dataclasses.replace(begun, step=jnp.int32(5)))
+    expected = jax.tree.map(lambda e, g: 0.9 * e + 0.1 * g, begun.ema, later.generator)
+    for a, b in zip(jax.tree.leaves(later.ema), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+@pytest.mark.parametrize("role", ["generator", "critic"])
+def test_what_is_not_finite_is_counted_and_changes_nothing(role):
+    state, told = start(), make_told()
+    broken = dataclasses.replace(told, features=told.features.at[0, 0, 3].set(jnp.nan))
+    after, _ = update(role, state, broken)
+    assert int(after.skipped) == 1
+    for name in ("generator", "critic", "ema", "generator_optimiser", "critic_optimiser"):
+        assert_same(getattr(after, name), getattr(state, name))
+    assert int(after.generator_updates) == int(after.critic_updates) == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_fresh_adapters_agree_with_the_teacher_only_without_guidance(scale):
+    made, base = distiller()
+    settings = dataclasses.replace(SETTINGS, guidance_scale=scale)
+    made = dataclasses.replace(made, settings=settings)
+    critic = made.bind(base)(start().critic)
+    clips = jax.random.normal(KEY, (2, 6, 4, 4, 4))
+    slope = jax.jit(made.generator_slope, compiler_options=FAST)
+    value, metrics = slope(critic, base, clips, make_told(), KEY)
+    assert bool(np.abs(value).max() > 0) == (scale != 1)
+    assert metrics["critic_gap"] == 1
+
+
+def test_the_loop_distils_resumes_bit_by_bit_and_exports_a_model(tmp_path):
+    nano.save_model(tmp_path / "model")
+    config = dataclasses.replace(MODEL, num_layers=nano.CONFIG.num_layers, ring_blocks=4)
+
+    def task(**changes):
+        return DistillTask(
+            config,
+            ROLLOUT,
+            dataclasses.replace(SETTINGS, **changes),
+            DistillWeights(str(tmp_path / "model"), str(tmp_path / "model")),
+            random_clips(3, 7, (4, 4), 4, (2, 6)),
+        )
+
+    whole = train(task(), LOOP, tmp_path / "whole", progress=False)
+    assert (int(whole.critic_updates), int(whole.generator_updates)) == (4, 2)
+    short = dataclasses.replace(LOOP, max_minutes=1e-9)
+    cut = train(task(), short, tmp_path / "cut", progress=False)
+    assert int(cut.step) == 1
+    assert_same(train(task(), LOOP, tmp_path / "cut", progress=False), whole)
+
+    model = load_model(tmp_path / "whole")
+    assert model.settings.sigmas == ROLLOUT.sigmas
+    assert load_json(tmp_path / "whole" / "config.json")["lora"] == "lora"
+    expected = task().whole(whole.ema)["blocks"]["ffn_in"]["kernel"]
+    np.testing.assert_allclose(model.dit.params["blocks"]["ffn_in"]["kernel"], expected, atol=1e-6)
+
+
+def test_clips_are_cut_with_their_speech_and_differ_by_role(tmp_path):
+    nano.save_model(tmp_path)
+    clips = random_clips(3, 7, (4, 4), 4, (2, 6))
+    made = DistillTask(MODEL, ROLLOUT, SETTINGS, DistillWeights(str(tmp_path)), clips)
+    assert set(made.batches(0)) == {"critic"} and set(made.batches(1)) == {"critic", "generator"}
+    assert_same(made.batches(1), made.batches(1))
+    pairs = [made.batches(step) for step in (1, 3, 5, 7)]
+    assert sum(is_same(pair["critic"], pair["generator"]) for pair in pairs) < 2
+    told = made.batches(1)["critic"]
+    index = [np.abs(clips.reference - r).sum((1, 2, 3, 4)).argmin() for r in told.reference]
+    for features, i in zip(told.features[:, 0], index, strict=True):
+        cuts = [clips.features[i, 4 * s : 4 * s + 24].astype(np.float32) for s in (0, 1)]
+        assert any(np.array_equal(features, cut) for cut in cuts)
+
+
+def test_parts_that_do_not_fit_are_named(tmp_path):
+    nano.save_model(tmp_path)
+    clips, weights = random_clips(3, 7, (4, 4), 4, (2, 6)), DistillWeights(str(tmp_path))
+    with pytest.raises(ValueError, match=r"task\.latents=8: clips have 7"):
+        settings = dataclasses.replace(SETTINGS, latents=8)
+        DistillTask(MODEL, ROLLOUT, settings, weights, clips)
+    save_json(tmp_path / "config.json", {"dit": "other"})
+    with pytest.raises(ValueError, match="'other' must be one of portrait, wan_s2v"):
+        DistillTask(MODEL, ROLLOUT, SETTINGS, weights, clips)
