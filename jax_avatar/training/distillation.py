@@ -99,6 +99,12 @@ class DistillConfig:
         """What the product of an adapter's factors is multiplied by."""
         return self.adapter_alpha / self.adapter_rank
 
+    def bind(self, base: PyTree) -> Callable[[PyTree], PyTree]:
+        """Returns `trained weights -> parameters of the transformer`."""
+        if not self.adapter_rank:
+            return lambda weights: weights
+        return lambda adapter: add_adapter(base, adapter, self.adapter_scaling)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -209,13 +215,6 @@ class Distiller:
         state, more = self.update_critic(state, batch["critic"], key, base)
         return state, metrics | more
 
-    def bind(self, base: PyTree) -> Callable[[PyTree], PyTree]:
-        """Returns `trained weights -> parameters of the transformer`."""
-        if not self.settings.adapter_rank:
-            return lambda weights: weights
-        scaling = self.settings.adapter_scaling
-        return lambda adapter: add_adapter(base, adapter, scaling)
-
     def generator_slope(
         self, critic: PyTree, base: PyTree, made: Latent, told: Told, key: Array
     ) -> tuple[Latent, dict[str, Array]]:
@@ -261,7 +260,7 @@ class Distiller:
         self, state: DistillState, told: Told, key: Array, base: PyTree
     ) -> tuple[DistillState, dict[str, Array]]:
         """The generator's part of a step; arguments as in `step`."""
-        bind, keys = self.bind(base), _keys(key, state.step, _GENERATOR)
+        bind, keys = self.settings.bind(base), _keys(key, state.step, _GENERATOR)
         critic = bind(state.critic)
 
         def score(made):
@@ -298,7 +297,7 @@ class Distiller:
         self, state: DistillState, told: Told, key: Array, base: PyTree
     ) -> tuple[DistillState, dict[str, Array]]:
         """The critic's part of a step, which it ends; arguments as in `step`."""
-        bind, keys = self.bind(base), _keys(key, state.step, _CRITIC)
+        bind, keys = self.settings.bind(base), _keys(key, state.step, _CRITIC)
         clips, draws = self._clips(told, keys[0])
         params, exit_step = bind(state.generator), self._exit_step(keys[2])
         made = made_clips(roll_out(self.generator, params, clips, draws, exit_step))

@@ -153,13 +153,15 @@ class DistillTask:
         """The teacher's weights, on the device; read, or drawn from the seed, once."""
         if self._base is None:
             teacher = self.weights.teacher
-            base = self._read(teacher) if teacher else self._random_teacher()
-            self._base = jax.tree.map(jnp.asarray, base)
+            # Kept, so it must be numbers, also when first asked for while something is traced.
+            with jax.ensure_compile_time_eval():
+                base = self._read(teacher) if teacher else self._random_teacher()
+                self._base = jax.tree.map(jnp.asarray, base)
         return self._base
 
     def whole(self, weights: PyTree) -> PyTree:
         """Parameters of the transformer from what is trained."""
-        return self._distiller(None).bind(self.base())(weights)
+        return self.settings.bind(self.base())(weights)
 
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder that can be streamed: `config.json` and all its networks."""
@@ -188,7 +190,7 @@ class DistillTask:
         }
         save_json(folder / "config.json", content)
 
-    def _distiller(self, config: LoopConfig | None) -> Distiller:
+    def _distiller(self, config: LoopConfig) -> Distiller:
         return Distiller(self.generator, self.settings, config)
 
     def _told(self, step: int, role: str) -> Told:
