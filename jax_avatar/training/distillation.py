@@ -11,7 +11,7 @@ Source: Live Avatar (arXiv 2512.04677), Algorithms 1 and 2; Self-Forcing (arXiv 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class DistillConfig:
     critic_learning_rate: float = 2e-6
     guidance_scale: float = 4.0
     timestep_shift: float = 5.0
-    sigma_bounds: tuple[float, float] = (0.02, 0.98)
+    sigma_bounds: Sequence[float] = (0.02, 0.98)
     normalizer: str = "clip"
     gradient_limit: float = 10.0
     ema_start: int = 200

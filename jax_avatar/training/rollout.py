@@ -10,7 +10,7 @@ Source: Live Avatar (arXiv 2512.04677), Algorithms 1 and 2; Self-Forcing (arXiv 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ class RolloutConfig:
             (Algorithm 1); the same gradient, more memory.
     """
 
-    sigmas: tuple[float, ...] = few_step_schedule(4).sigmas
+    sigmas: Sequence[float] = few_step_schedule(4).sigmas
     sampler: str = "euler"
     cache: str = "per_step"
     refresh: str = "none"
@@ -70,7 +70,7 @@ class RolloutConfig:
     kv_noise: float = 0.0
     kv_noise_on: str = "both"
     kv_noise_sink: bool = False
-    sink_distance: tuple[int, int] = (4, 30)
+    sink_distance: Sequence[int] = (4, 30)
     sink_distance_per: str = "call"
     shift_max: int = 1003
     gradient: str = "blocks"

@@ -8,6 +8,7 @@ import pytest
 
 from jax_avatar.io.checkpoint import load_json, save_json
 from jax_avatar.models.lora import init_adapter
+from jax_avatar.models.params import flatten
 from jax_avatar.streaming.model import load_model
 from jax_avatar.training.distillation import DistillConfig, Distiller, Told
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
@@ -137,31 +138,38 @@ def test_fresh_adapters_agree_with_the_teacher_only_without_guidance(scale):
     assert metrics["critic_gap"] == 1
 
 
-def test_the_loop_distils_resumes_bit_by_bit_and_exports_a_model(tmp_path):
-    nano.save_model(tmp_path / "model")
+def make_task(model, **changes):
+    nano.save_model(model)
     config = dataclasses.replace(MODEL, num_layers=nano.CONFIG.num_layers, ring_blocks=4)
+    settings = dataclasses.replace(SETTINGS, **changes)
+    weights = DistillWeights(str(model), str(model))
+    return DistillTask(config, ROLLOUT, settings, weights, random_clips(3, 7, (4, 4), 4, (2, 6)))
 
-    def task(**changes):
-        return DistillTask(
-            config,
-            ROLLOUT,
-            dataclasses.replace(SETTINGS, **changes),
-            DistillWeights(str(tmp_path / "model"), str(tmp_path / "model")),
-            random_clips(3, 7, (4, 4), 4, (2, 6)),
-        )
 
-    whole = train(task(), LOOP, tmp_path / "whole", progress=False)
-    assert (int(whole.critic_updates), int(whole.generator_updates)) == (2, 1)
-    short = dataclasses.replace(LOOP, max_minutes=1e-9)
-    cut = train(task(), short, tmp_path / "cut", progress=False)
-    assert int(cut.step) == 1
-    assert_same(train(task(), LOOP, tmp_path / "cut", progress=False), whole)
-
-    model = load_model(tmp_path / "whole")
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_exported_folder_is_a_model_with_the_student(tmp_path, rank):
+    task = make_task(tmp_path / "model", adapter_rank=rank)
+    weights = jax.tree.map(lambda p: p + 0.01, task.start(LOOP, KEY).ema)
+    task.export(weights, tmp_path / "out", {"step": 3})
+    model = load_model(tmp_path / "out")
     assert model.settings.sigmas == ROLLOUT.sigmas
-    assert load_json(tmp_path / "whole" / "config.json")["lora"] == "lora"
-    expected = task().whole(whole.ema)["blocks"]["ffn_in"]["kernel"]
-    np.testing.assert_allclose(model.dit.params["blocks"]["ffn_in"]["kernel"], expected, atol=1e-6)
+    assert ("lora" in load_json(tmp_path / "out" / "config.json")) == bool(rank)
+    expected, found = flatten(task.whole(weights)), flatten(model.dit.params)
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(found[path], leaf, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_loop_distils_and_resumes_bit_by_bit(tmp_path):
+    def run(name, **changes):
+        config = dataclasses.replace(LOOP, **changes)
+        return train(make_task(tmp_path / "model"), config, tmp_path / name, progress=False)
+
+    whole = run("whole")
+    assert (int(whole.critic_updates), int(whole.generator_updates)) == (2, 1)
+    assert int(run("cut", max_minutes=1e-9).step) == 1
+    assert_same(run("cut"), whole)
+    assert load_model(tmp_path / "cut").settings.sigmas == ROLLOUT.sigmas
 
 
 def test_clips_are_cut_with_their_speech_and_differ_by_role(tmp_path):
