@@ -98,7 +98,9 @@ def gradient(settings, config, exit_step, algorithm, clips=2):
 VARIANTS = [
     ({"kv_noise": 0.3}, 2),
     pytest.param({"sampler": "renoise", "cache": "exit_only"}, 5, marks=pytest.mark.slow),
-    pytest.param({"refresh": "fixed", "kv_noise_sink": True}, 5, marks=pytest.mark.slow),
+    pytest.param(
+        {"refresh": "fixed", "kv_noise": 0.3, "kv_noise_sink": True}, 5, marks=pytest.mark.slow
+    ),
     pytest.param({"refresh": "clean", "sampler": "renoise"}, 2, marks=pytest.mark.slow),
     pytest.param(
         {"sampler": "renoise", "kv_noise": 0.3, "kv_noise_on": "k"}, 5, marks=pytest.mark.slow
