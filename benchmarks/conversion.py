@@ -26,8 +26,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from benchmarks.common import emit, environment
+from benchmarks.device import official_shapes
 from conversion.readers import open_weights
-from conversion.rules import plan_export
 from conversion.wan_dit import TABLE
 from jax_avatar.models.config import DiTConfig, wan_s2v_14b
 from jax_avatar.models.dit import DiT
@@ -72,10 +72,7 @@ def write_download(folder: Path, config: DiTConfig) -> int:
     """Random bfloat16 weights under the official names; returns the bytes."""
     folder.mkdir(parents=True)
     leaves = flatten(abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1])
-    shapes = {}
-    for move in plan_export(leaves, TABLE):
-        slot = np.broadcast_to(np.int8(0), leaves[move.target].shape[len(move.slot) :])
-        shapes[move.source] = move.rule.transform.backward(slot).shape
+    shapes = official_shapes(leaves, TABLE)
     draw = np.random.default_rng(0)
     # Drawing 14 billion numbers would take longer than everything else.
     pool = (0.02 * draw.standard_normal(1 << 25, np.float32)).astype(ml_dtypes.bfloat16)

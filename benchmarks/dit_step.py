@@ -1,18 +1,22 @@
 """One streaming step of a transformer of random weights: time, arithmetic, memory.
 
-    python benchmarks/dit_step.py --config small
-    python benchmarks/dit_step.py --config 14b          one device with 60 GB
-    python benchmarks/dit_step.py --config 14b --layers 8 --size 384*704
+    python benchmarks/dit_step.py                              14B, one device with 60 GB
+    python benchmarks/dit_step.py --attention xla --weights fp8
+    python benchmarks/dit_step.py --layers 8 --size 720*400
+    python benchmarks/dit_step.py --tiny                       seconds, on any CPU
 
-The window is full, as it is from the fifth block of a stream on. Weights are made on the device,
-so that nothing is read or sent.
+The window is full, as it is from the fifth block of a stream on. Weights are made on the device
+in the type they are stored in, so that nothing is read, sent or converted. The prompt's keys and
+values are always cached: they are part of the sink.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -22,56 +26,46 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.common import NANO, SMALL_CONFIG, emit, environment, measure, quantiles
-from jax_avatar.models.cache import empty_cache
-from jax_avatar.models.config import DiTConfig, wan_s2v_14b
+from benchmarks.device import (
+    custom_calls,
+    latent_grid,
+    memory_use,
+    random_params,
+    share_of_peak,
+    speed,
+    weight_bytes,
+)
+from jax_avatar.models.attention import choose_kernel
+from jax_avatar.models.cache import KVCache, Sink, empty_cache
+from jax_avatar.models.config import ATTENTION_KERNELS, DiTConfig, wan_s2v_14b
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract
 from jax_avatar.models.portrait_dit import PortraitDiT
-from jax_avatar.planning.stream import step_flops
-from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
+from jax_avatar.planning.stream import compute_bound, step_flops
+from jax_avatar.streaming.mesh import cache_place
+from jax_avatar.streaming.plan import Conditions, StreamPlan, make_prefill
+from jax_avatar.streaming.sampler import make_step
 
 CONFIGS: dict[str, tuple[Callable, Callable[[], DiTConfig], str]] = {
     "nano": (DiT, lambda: NANO, "64*64"),
     "small": (PortraitDiT, lambda: SMALL_CONFIG, "96*96"),
     "14b": (DiT, wan_s2v_14b, "384*704"),
 }
-_LARGE = 2**26  # elements; above, a leaf is drawn part by part
-_COMPILED = 2**24  # elements; below, compiling takes longer than drawing on the host
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--config", choices=list(CONFIGS), default="small", help="size of the transformer")
+    add("--config", choices=list(CONFIGS), default="14b", help="size of the transformer")
+    add("--tiny", action="store_true", help="the same as --config nano")
     add("--size", default=None, help="HEIGHT*WIDTH of the video; the config's usual if not given")
     add("--layers", type=int, default=None, help="fewer layers, for a device with less memory")
+    add("--attention", choices=ATTENTION_KERNELS, default="auto", help="kernel; auto is the best")
+    add("--weights", choices=("", "int8", "fp8"), default="", help="eight bits for large products")
+    add("--unroll", type=int, default=None, help="layers per iteration of the loop over them")
     add("--repeats", type=int, default=20, help="steps to time")
     add("--out", default=None, help="JSON file to write")
     return parser.parse_args(argv)
-
-
-def random_params(shapes, seed: int = 0):
-    """Small random numbers of the given shapes and types; large ones are drawn on the device."""
-
-    def draw(key, shape, dtype):
-        if len(shape) > 1 and np.prod(shape) > _LARGE:
-            keys = jax.random.split(key, shape[0])
-            return jax.lax.map(lambda k: draw(k, shape[1:], dtype), keys)
-        return 0.02 * jax.random.normal(key, shape, dtype)
-
-    draw_one = jax.jit(draw, static_argnums=(1, 2))
-    on_host = np.random.default_rng(seed)
-
-    def make(key, leaf):
-        if leaf.size > _COMPILED:
-            return draw_one(key, leaf.shape, leaf.dtype)
-        small = 0.02 * on_host.standard_normal(leaf.shape, np.float32)
-        return jnp.asarray(small.astype(leaf.dtype))
-
-    leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [make(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
 
 
 def shrink(config: DiTConfig, layers: int | None) -> DiTConfig:
@@ -85,15 +79,105 @@ def shrink(config: DiTConfig, layers: int | None) -> DiTConfig:
     return config.replace(unroll=min(config.unroll, layers), **changes)
 
 
-def latent_grid(size: str) -> tuple[int, int]:
-    """Latent rows and columns of a video size."""
-    try:
-        height, width = (int(side) for side in size.split("*"))
-    except ValueError:
-        raise ValueError(f"--size {size}: expected HEIGHT*WIDTH, for example 384*704.") from None
-    if height % 16 or width % 16 or height < 64 or width < 64:
-        raise ValueError(f"--size {size}: sides must be multiples of 16, at least 64.")
-    return height // 8, width // 8
+@dataclass
+class Inputs:
+    """What a step of a stream takes beside window and sink, made of random numbers.
+
+    Attributes:
+        graphdef, params: of the transformer.
+        conditions: of the stream.
+        latent, audio: of the block.
+        position: where the block stands; the window is full.
+        sigmas: noise level before and after the step.
+    """
+
+    graphdef: Any
+    params: Any
+    conditions: Conditions
+    latent: Any
+    audio: Any
+    position: Any
+    sigmas: tuple
+
+
+def random_inputs(
+    build: Callable, config: DiTConfig, grid: tuple[int, int], seed: int = 0, spread: float = 0.02
+) -> Inputs:
+    """Random weights and inputs.
+
+    Args:
+        build: `DiT` or `PortraitDiT`.
+        config: size of the transformer.
+        grid: latent rows and columns.
+        seed: of the random numbers.
+        spread: standard deviation of the weights.
+    """
+    graphdef, shapes = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
+    params = jax.block_until_ready(random_params(shapes, seed, spread))
+    draw = np.random.default_rng(seed).standard_normal
+    put = lambda *shape: jnp.asarray(draw(shape, np.float32), config.dtype)  # noqa: E731
+    block, c = config.frames_per_block, config.latent_channels
+    conditions = Conditions(
+        put(1, min(64, config.text_len), config.text_width),
+        put(1, 1, *grid, c),
+        put(1, 19, *grid, c) if config.framepack else None,
+        put(1, block, *grid, config.pose_channels),
+    )
+    audio = put(1, 1, 4 * block, config.audio_layers, config.audio_width)
+    plan = StreamPlan()
+    position = plan.position(config, config.ring_blocks, 0)
+    sigmas = tuple(np.float32(sigma) for sigma in plan.schedule.sigmas[:2])
+    latent = put(1, block, *grid, c)
+    return Inputs(graphdef, params, conditions, latent, audio, position, sigmas)
+
+
+class Step:
+    """The compiled step of `streaming.sampler`; every call goes on from the latent before.
+
+    Attributes:
+        latent: of the block.
+        cache: the window.
+        program: what was compiled.
+        compile_s: seconds it took.
+    """
+
+    def __init__(self, inputs: Inputs, cache: KVCache, sink: Sink):
+        device = jax.devices()[0]
+        self._before = (inputs.audio, inputs.conditions.pose)
+        self._after = (sink, inputs.position, *inputs.sigmas)
+        self._params = inputs.params
+        self.latent, self.cache = (
+            jnp.copy(inputs.latent),
+            jax.device_put(cache, cache_place(device)),
+        )
+        jitted = make_step(inputs.graphdef, device)
+        began = time.perf_counter()
+        self.program = jitted.lower(*self._arguments()).compile()
+        self.compile_s = time.perf_counter() - began
+
+    def _arguments(self):
+        return (self._params, self.latent, *self._before, self.cache, *self._after)
+
+    def __call__(self) -> jax.Array:
+        """The latent after the step."""
+        self.latent, self.cache = self.program(*self._arguments())
+        return self.latent
+
+
+def kernels_used(config: DiTConfig, cache: KVCache, sink: Sink, tokens: int) -> dict[str, str]:
+    """The kernel of each attention of a step."""
+    kernels = {"asked": config.attention}
+
+    def look(query, keys):
+        for name, key in keys.items():
+            kernels[name] = choose_kernel(config.attention, query, key)
+        return query
+
+    query = jax.ShapeDtypeStruct((1, tokens, *cache.key.shape[-2:]), cache.key.dtype)
+    slots = {"window": cache.key, "prompt": sink.text_key}
+    keys = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in slots.items()}
+    jax.eval_shape(look, query, keys)
+    return kernels | {"audio": "xla"}  # a few keys per frame
 
 
 def run(build: Callable, config: DiTConfig, size: str, repeats: int) -> dict:
@@ -105,109 +189,86 @@ def run(build: Callable, config: DiTConfig, size: str, repeats: int) -> dict:
         size: of the video, "HEIGHT*WIDTH".
         repeats: steps to time.
     """
-    rows, columns = latent_grid(size)
-    graphdef, shapes = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
-    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
-    weights = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    grid = latent_grid(size)
     began = time.perf_counter()
-    params = jax.block_until_ready(random_params(shapes))
+    inputs = random_inputs(build, config, grid)
     made = time.perf_counter() - began
-
-    draw = np.random.default_rng(0).standard_normal
-    block = (1, config.frames_per_block, rows, columns)
-    put = lambda *shape: jnp.asarray(draw(shape, np.float32), config.dtype)  # noqa: E731
-    conditions = Conditions(
-        put(1, min(64, config.text_len), config.text_width),
-        put(1, 1, rows, columns, config.latent_channels),
-        put(1, 19, rows, columns, config.latent_channels) if config.framepack else None,
-        put(*block, config.pose_channels),
-    )
-    frames = 4 * config.frames_per_block
-    audio = put(1, 1, frames, config.audio_layers, config.audio_width)
-    latent = put(*block, config.latent_channels)
-    plan = StreamPlan()
-
-    prefill = jax.jit(make_prefill(graphdef))
+    place = cache_place(jax.devices()[0])
+    prefill = jax.jit(make_prefill(inputs.graphdef), out_shardings=place)
     began = time.perf_counter()
-    sink = jax.block_until_ready(prefill(params, conditions))
+    sink = jax.block_until_ready(prefill(inputs.params, inputs.conditions))
     prefill_first = time.perf_counter() - began
-    prefill_times = measure(lambda: prefill(params, conditions), max(1, repeats // 4))
+    prefill_times = measure(lambda: prefill(inputs.params, inputs.conditions), max(1, repeats // 4))
 
-    cache = empty_cache(config, 1, rows, columns)
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((cache, sink)))
-    position = plan.position(config, config.ring_blocks, 0)
-    sigmas = [np.float32(sigma) for sigma in plan.schedule.sigmas[:2]]
-
-    def step(params, latent, audio, pose, cache, sink, position, *sigmas):
-        return denoise(graphdef, params, latent, audio, pose, cache, sink, position, *sigmas)
-
-    jitted = jax.jit(step, donate_argnames=("cache",))
-    began = time.perf_counter()
-    arguments = (params, latent, audio, conditions.pose, cache, sink, position, *sigmas)
-    compiled = jitted.lower(*arguments).compile()
-    compile_s = time.perf_counter() - began
-
-    def call():
-        nonlocal cache
-        moved, cache = compiled(
-            params, latent, audio, conditions.pose, cache, sink, position, *sigmas
-        )
-        return moved
-
+    step = Step(inputs, empty_cache(config, 1, *grid), sink)
     for _ in range(2):
-        jax.block_until_ready(call())
-    times = measure(call, repeats)
+        jax.block_until_ready(step())
+    times = measure(step, repeats)
     began = time.perf_counter()
     for _ in range(repeats):
-        moved = call()
+        moved = step()
     jax.block_until_ready(moved)
     back_to_back = (time.perf_counter() - began) / repeats
 
-    median = float(np.median(times))
-    flops = step_flops(config, rows, columns)
-    analysis = compiled.memory_analysis()
-    stats = jax.devices()[0].memory_stats() or {}
-    gib = lambda size: round(size / 2**30, 3)  # noqa: E731
-    steps = plan.schedule.num_steps
+    tokens = config.frames_per_block * (grid[0] // 2) * (grid[1] // 2)
+    bound = lambda hardware: compute_bound(config, *grid, hardware, config.weights)  # noqa: E731
+    median, frames = float(np.median(times)), 4 * config.frames_per_block
+    steps = StreamPlan().schedule.num_steps
     return {
+        "framework": "jax",
+        "size": f"{8 * grid[0]}*{8 * grid[1]}",
         "dtype": str(config.dtype),
-        "parameters": count,
+        "weights": config.weights or str(config.param_dtype),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(inputs.params)),
         "shapes": {
-            "latent": list(latent.shape),
-            "tokens": config.frames_per_block * (rows // 2) * (columns // 2),
-            "window": cache.key.shape[2],
+            "latent": list(step.latent.shape),
+            "tokens": tokens,
+            "window": step.cache.key.shape[2],
+            "prompt": config.text_len,
             "width": config.width,
             "layers": config.num_layers,
         },
+        "attention": kernels_used(config, step.cache, sink, tokens),
+        "custom_calls": custom_calls(step.program),
+        "cached_text": "always: the sink holds the prompt's keys and values",
+        "unroll": config.unroll,
         "make_weights_s": round(made, 2),
-        "compile_s": round(compile_s, 2),
+        "compile_s": round(step.compile_s, 2),
         "prefill": {"first_s": round(prefill_first, 2)} | quantiles(prefill_times),
         "step": quantiles(times),
         "step_back_to_back_ms": round(1000 * back_to_back, 3),
-        "tflop_per_step": round(flops / 1e12, 6),
-        "tflop_per_s": round(flops / 1e12 / median, 4),
+        **speed(times, step_flops(config, *grid)),
+        **share_of_peak(jax.devices()[0].device_kind, times, bound),
         # Frames per second of the transformer alone, its steps in turn or one per device.
         "fps_sequential": round(frames / (steps * median), 3),
         "fps_pipelined": round(frames / median, 3),
-        "memory": {
-            "weights_gib": gib(weights),
-            "window_and_sink_gib": gib(cache_bytes),
-            "temporaries_gib": gib(analysis.temp_size_in_bytes) if analysis else None,
-            "peak_gib": gib(stats["peak_bytes_in_use"]) if "peak_bytes_in_use" in stats else None,
-        },
+        "memory": memory_use(
+            step.program,
+            weights=weight_bytes(inputs.params),
+            window_and_sink=weight_bytes((step.cache, sink)),
+        ),
     }
 
 
 def main(argv=None) -> dict:
     arguments = parse_arguments(argv)
-    build, make_config, usual = CONFIGS[arguments.config]
-    size = arguments.size or usual
+    name = "nano" if arguments.tiny else arguments.config
+    build, make_config, usual = CONFIGS[name]
     config = shrink(make_config(), arguments.layers)
+    if jax.default_backend() == "cpu" and config.width > 1024 and config.num_layers > 8:
+        raise ValueError(
+            "the 14B wants 60 GB and minutes a step on a CPU; pass --tiny, --config small or "
+            "--layers 1."
+        )
+    config = config.replace(
+        attention=arguments.attention,
+        weights=arguments.weights,
+        unroll=arguments.unroll or config.unroll,
+    )
     record = {
         "benchmark": "dit_step",
-        "config": arguments.config,
-        "size": size,
-        **run(build, config, size, arguments.repeats),
+        "config": name,
+        **run(build, config, arguments.size or usual, arguments.repeats),
         **environment(),
     }
     return emit(record, arguments.out)

@@ -12,7 +12,7 @@ import jax
 
 from jax_avatar.streaming.mesh import Layout, make_mesh
 
-__all__ = ["HARDWARE", "Hardware", "find_hardware", "has_tpu_compiler", "stand_ins"]
+__all__ = ["HARDWARE", "Hardware", "find_hardware", "has_tpu_compiler", "recognise", "stand_ins"]
 
 _CLOUD = "cloud.google.com/tpu/docs"
 _NVIDIA = "nvidia.com, data sheet of the SXM module"
@@ -118,6 +118,26 @@ def find_hardware(name: str) -> Hardware:
     if name not in HARDWARE:
         raise ValueError(f"--hardware {name} is unknown; known are {', '.join(HARDWARE)}.")
     return HARDWARE[name]
+
+
+_KINDS = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA H800": "h800",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "v7x",
+}
+
+
+def recognise(device_kind: str) -> Hardware | None:
+    """The device that calls itself so, as JAX and drivers report it; None if peaks are unknown."""
+    name = _KINDS.get(device_kind)
+    return HARDWARE[name] if name else None
 
 
 def has_tpu_compiler() -> bool:

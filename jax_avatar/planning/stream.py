@@ -29,7 +29,7 @@ from jax_avatar.planning.programs import (
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout, make_mesh
 
-__all__ = ["DTYPES", "plan_stream", "step_flops"]
+__all__ = ["DTYPES", "compute_bound", "decode_flops", "plan_stream", "step_flops"]
 
 DTYPES = ("bf16", "int8", "fp8")
 """Types of the weights of the large linears."""
@@ -60,6 +60,39 @@ def step_flops(config: DiTConfig, height: int, width: int) -> float:
     audio = 4 * n * d * d + 4 * n * (config.num_audio_tokens + 1) * d
     per_layer = self_attention + prompt + feed_forward
     return float(config.num_layers * per_layer + len(config.audio_inject_layers) * audio)
+
+
+def compute_bound(
+    config: DiTConfig, height: int, width: int, hardware: Hardware, dtype: str
+) -> float:
+    """Shortest seconds of a step's arithmetic; attention is in bf16 whatever the weights are.
+
+    Args:
+        config: size of the transformer.
+        height: latent rows.
+        width: latent columns.
+        hardware: with published peaks.
+        dtype: of the large linears' weights, one of `DTYPES`.
+    """
+    n, slots = _tokens(config, (height, width))
+    attention = 4.0 * config.num_layers * n * slots * config.width
+    linear = step_flops(config, height, width) - attention
+    return attention / hardware.peak("bf16") + linear / hardware.peak(dtype)
+
+
+def decode_flops(config: WanVAEConfig, height: int, width: int, latents: int) -> float | None:
+    """Floating-point operations of decoding latents as the official code does; None if unknown.
+
+    Args:
+        config: size of the VAE; only the published one is known.
+        height: latent rows.
+        width: latent columns.
+        latents: how many, none of them the first of a clip.
+    """
+    published = WanVAEConfig(dtype=config.dtype, param_dtype=config.param_dtype)
+    if config != published:
+        return None
+    return _VAE_FLOP / (400 * 720) * 64 * height * width * latents
 
 
 def plan_stream(
@@ -180,12 +213,9 @@ def _arithmetic(
         "step_flop": Figure(step_flops(model.dit.config, *grid), "computed"),
         "step_flop_counted": Figure(count_step_flops(model, grid), "compiled"),
     }
-    if model.vae.config == WanVAEConfig(dtype=model.vae.config.dtype).replace(
-        param_dtype=model.vae.config.param_dtype
-    ):
-        per_pixel = _VAE_FLOP / (400 * 720)
-        pixels = 64 * grid[0] * grid[1] * model.dit.config.frames_per_block
-        figures["decode_flop"] = Figure(per_pixel * pixels, "computed")
+    decode = decode_flops(model.vae.config, *grid, model.dit.config.frames_per_block)
+    if decode is not None:
+        figures["decode_flop"] = Figure(decode, "computed")
     if "decode" in made and made["decode"].flops:
         figures["decode_flop_counted"] = Figure(made["decode"].flops, "compiled")
     return figures
@@ -196,11 +226,8 @@ def _bounds(model, grid, programs, held, figures, layout, hardware, dtype) -> di
     if not hardware.tflops:
         return {}
     config = model.dit.config
-    n, slots = _tokens(config, grid)
-    attention = 4.0 * config.num_layers * n * slots * config.width
-    linear = figures["step_flop"].value - attention
     wide = layout.stage_devices
-    compute = (attention / hardware.peak("bf16") + linear / hardware.peak(dtype)) / wide
+    compute = compute_bound(config, *grid, hardware, dtype) / wide
     own = programs["step"].held
     windows = held["step"]["windows"].value / (
         model.settings.num_steps if layout.is_sequential else layout.steps_per_stage

@@ -1,0 +1,149 @@
+"""The Wan VAE's decoding of a block of a stream, random weights: time, arithmetic, memory.
+
+    python benchmarks/vae_decode.py                  published size, 12 frames of 384*704
+    python benchmarks/vae_decode.py --size 720*400
+    python benchmarks/vae_decode.py --tiny           seconds, on any CPU
+
+Three latents become twelve frames of 8-bit pixels, with the state of the blocks before, as in a
+stream from its second block on.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.common import emit, environment, measure, quantiles
+from benchmarks.device import (
+    custom_calls,
+    latent_grid,
+    memory_use,
+    random_params,
+    share_of_peak,
+    speed,
+    weight_bytes,
+)
+from jax_avatar.models.config import WanVAEConfig
+from jax_avatar.models.params import abstract
+from jax_avatar.models.vae import WanVAE
+from jax_avatar.planning.stream import decode_flops
+from jax_avatar.streaming.session import make_decode
+
+_BLOCK = 3  # latents
+TINY = WanVAEConfig(dim=8)
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="eight channels and 64*64 pixels")
+    add("--size", default=None, help="HEIGHT*WIDTH of the video; 384*704 if not given")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of convolutions")
+    add("--repeats", type=int, default=20, help="blocks to time")
+    add("--out", default=None, help="JSON file to write")
+    return parser.parse_args(argv)
+
+
+class Decoding:
+    """A decoder in the middle of a stream, with random weights and latents.
+
+    Attributes:
+        graphdef, params: of the VAE.
+        latent: of one block.
+        state: what the blocks before left.
+        program: compiled `(params, state, latent) -> (pixels, state)`.
+        compile_s: seconds it took to compile.
+        flops: operations as XLA counts them before optimising.
+    """
+
+    def __init__(self, config: WanVAEConfig, grid: tuple[int, int], seed: int = 0):
+        self.graphdef, shapes = abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+        self.params = jax.block_until_ready(random_params(shapes, seed))
+        draw = np.random.default_rng(seed).standard_normal
+        latents = draw((1, 1 + _BLOCK, *grid, config.z_dim), np.float32)
+        self.latent = jnp.asarray(latents[:, 1:], config.dtype)
+        self.first_latent = jnp.asarray(latents[:, :1], config.dtype)
+        first, following = make_decode(self.graphdef)
+        _, self.state = first(self.params, self.first_latent)
+        began = time.perf_counter()
+        lowered = following.lower(self.params, self.state, self.latent)
+        self.program = lowered.compile()
+        self.compile_s = time.perf_counter() - began
+        self.flops = (lowered.cost_analysis() or {}).get("flops")
+
+    def __call__(self) -> jax.Array:
+        """The next block's pixels."""
+        pixels, self.state = self.program(self.params, self.state, self.latent)
+        return pixels
+
+
+def run(config: WanVAEConfig, size: str, repeats: int) -> dict:
+    """Times the decoding of a block.
+
+    Args:
+        config: size of the VAE.
+        size: of the video, "HEIGHT*WIDTH".
+        repeats: blocks to time.
+    """
+    grid = latent_grid(size)
+    decode = Decoding(config, grid)
+    held = {"weights": weight_bytes(decode.params), "state": weight_bytes(decode.state)}
+    for _ in range(2):
+        pixels = jax.block_until_ready(decode())
+    times = measure(decode, repeats)
+    official = decode_flops(config, *grid, _BLOCK)
+    return {
+        "framework": "jax",
+        "size": f"{8 * grid[0]}*{8 * grid[1]}",
+        "dtype": str(config.dtype),
+        "weights": str(config.param_dtype),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(decode.params)),
+        "shapes": {
+            "latent": list(decode.latent.shape),
+            "pixels": list(pixels.shape),
+            "dim": config.dim,
+        },
+        "attention": {"frame": "xla"},  # one head, wider than kernels take
+        "custom_calls": custom_calls(decode.program),
+        "compile_s": round(decode.compile_s, 2),
+        "step": quantiles(times),
+        **speed(times, decode.flops),
+        # Fewer are needed than the official code's, which convolves enlarged pictures.
+        "tflop_official": round(official / 1e12, 6) if official else None,
+        **share_of_peak(
+            jax.devices()[0].device_kind,
+            times,
+            lambda hardware: decode.flops / hardware.peak("bf16"),
+        ),
+        "fps": round(pixels.shape[1] / float(np.median(times)), 3),
+        "memory": memory_use(decode.program, **held),
+    }
+
+
+def main(argv=None) -> dict:
+    arguments = parse_arguments(argv)
+    config = TINY if arguments.tiny else WanVAEConfig()
+    config = config.replace(dtype=arguments.dtype, param_dtype=arguments.dtype)
+    size = arguments.size or ("64*64" if arguments.tiny else "384*704")
+    record = {
+        "benchmark": "vae_decode",
+        "config": "tiny" if arguments.tiny else "wan",
+        **run(config, size, arguments.repeats),
+        **environment(),
+    }
+    return emit(record, arguments.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"vae_decode.py: {error}", file=sys.stderr)
+        sys.exit(2)
