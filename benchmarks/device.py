@@ -72,11 +72,12 @@ def random_params(shapes: Any, seed: int = 0, spread: float = 0.02) -> Any:
     return unflatten(drawn)
 
 
-def latent_grid(size: str) -> tuple[int, int]:
+def latent_grid(size: str, multiple: int = 64) -> tuple[int, int]:
     """Latent rows and columns of a video size, which is made to fit as a stream would do it.
 
     Args:
-        size: "HEIGHT*WIDTH"; where a side is no multiple of 16, both become multiples of 64.
+        size: "HEIGHT*WIDTH".
+        multiple: of pixels, both sides; the packing of motion frames wants 64, all else 16.
 
     Raises:
         ValueError: something else, or a side below 64.
@@ -87,8 +88,8 @@ def latent_grid(size: str) -> tuple[int, int]:
         raise ValueError(f"--size {size}: expected HEIGHT*WIDTH, for example 384*704.") from None
     if height < 64 or width < 64:
         raise ValueError(f"--size {size}: sides must be at least 64.")
-    if height % 16 or width % 16:
-        height, width = fit_size(height, width, height * width)
+    if height % multiple or width % multiple:
+        height, width = fit_size(height, width, height * width, multiple)
     return height // 8, width // 8
 
 

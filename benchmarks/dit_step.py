@@ -189,7 +189,7 @@ def run(build: Callable, config: DiTConfig, size: str, repeats: int) -> dict:
         size: of the video, "HEIGHT*WIDTH".
         repeats: steps to time.
     """
-    grid = latent_grid(size)
+    grid = latent_grid(size, 64 if config.framepack else 16)
     began = time.perf_counter()
     inputs = random_inputs(build, config, grid)
     made = time.perf_counter() - began

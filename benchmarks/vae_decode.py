@@ -37,7 +37,7 @@ from jax_avatar.planning.stream import decode_flops
 from jax_avatar.streaming.session import make_decode
 
 _BLOCK = 3  # latents
-TINY = WanVAEConfig(dim=8)
+TINY = WanVAEConfig(dim=8, dim_mult=(1, 1, 2, 2), num_res_blocks=1)
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--tiny", action="store_true", help="eight channels and 64*64 pixels")
     add("--size", default=None, help="HEIGHT*WIDTH of the video; 384*704 if not given")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of convolutions")
+    add("--dtype", choices=("bfloat16", "float32"), default=None, help="bfloat16 if not --tiny")
     add("--repeats", type=int, default=20, help="blocks to time")
     add("--out", default=None, help="JSON file to write")
     return parser.parse_args(argv)
@@ -130,7 +130,8 @@ def run(config: WanVAEConfig, size: str, repeats: int) -> dict:
 def main(argv=None) -> dict:
     arguments = parse_arguments(argv)
     config = TINY if arguments.tiny else WanVAEConfig()
-    config = config.replace(dtype=arguments.dtype, param_dtype=arguments.dtype)
+    dtype = arguments.dtype or ("float32" if arguments.tiny else "bfloat16")
+    config = config.replace(dtype=dtype, param_dtype=dtype)
     size = arguments.size or ("64*64" if arguments.tiny else "384*704")
     record = {
         "benchmark": "vae_decode",
