@@ -44,7 +44,6 @@ MIDDLE = DiTConfig(
     audio_width=256,
     audio_layers=4,
     audio_inject_layers=(0, 2),
-    unroll=4,
 )
 """The 14B in small: heads of 128 channels, motion tokens, audio in every other layer."""
 
