@@ -107,6 +107,8 @@ def convert_network(
                     array = move.apply(job.weights[move.source])
                     writer.write(move.source, _parts(move, array, job))
                 progress.update(sizes[move.source])
+        if job.report.kept:
+            writer.keep({name: job.weights[name] for name in job.report.kept})
     except KeyboardInterrupt:
         writer.pause()
         raise
@@ -144,6 +146,8 @@ def _prepare(kind: NetworkKind, path: Path, options: Options) -> _Job:
         "licence": kind.licence,
         "command": options.command,
     }
+    if getattr(weights, "spelling", None):
+        history["spelling"] = weights.spelling  # an export is spelled alike
     if options.lora is not None:
         adapter = open_weights(options.lora)
         weights = MergedLora(weights, adapter, options.scaling)

@@ -3,8 +3,8 @@
     python -m conversion.export model/dit --out Wan2.2-S2V-14B
     python -m conversion.export model/lora --out LiveAvatar
 
-What was converted without `--dtype` comes back bit for bit. Tensors that a conversion ignores do
-not come back; they are named.
+What was converted without `--dtype` comes back bit for bit and spelled as it was, with the tensors
+that the network does not use but the conversion kept. The others that it ignored are named.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import absl.logging
@@ -33,9 +33,10 @@ _GB = 10**9
 
 @dataclass(frozen=True)
 class _Tensor:
-    move: Move
+    name: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    read: Callable[[], np.ndarray]
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +54,7 @@ def export_network(
         shard_gb: most gigabytes per file; more than one file come with an index.
 
     Returns:
-        The files, and what the conversion had ignored.
+        The files, and what the conversion had ignored for good.
 
     Raises:
         ValueError: not a checkpoint of a network that has an official form, or in eight bits.
@@ -65,17 +66,16 @@ def export_network(
             "checkpoint that was converted without --dtype."
         )
     table = kind.table(kind.restore(**with_tuples(stored.config)))
-    tensors = []
-    for move in plan_export(stored.leaves, table):
-        leaf = stored.leaves[move.target]
-        slot = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape[len(move.slot) :])
-        shape = tuple(move.rule.transform.backward(slot).shape)
-        tensors.append(_Tensor(move, shape, np.dtype(leaf.dtype)))
-    tensors.sort(key=lambda tensor: tensor.move.source)
+    tensors = [_moved_back(stored, move) for move in plan_export(stored.leaves, table)]
+    for name, array in stored.read_kept().items():
+        tensors.append(_Tensor(name, array.shape, array.dtype, lambda array=array: array))
+    spelling = stored.metadata.get("spelling", {})
+    tensors = [replace(tensor, name=spelling.get(tensor.name, tensor.name)) for tensor in tensors]
+    tensors.sort(key=lambda tensor: tensor.name)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     files = _write_shards(stored, _shards(tensors, shard_gb * _GB), out)
-    return files, [entry for entry in table if isinstance(entry, Ignore)]
+    return files, [entry for entry in table if isinstance(entry, Ignore) and not entry.kept]
 
 
 def kind_of(folder: str | Path) -> NetworkKind:
@@ -94,6 +94,16 @@ def kind_of(folder: str | Path) -> NetworkKind:
         f"{folder} holds {folder.name!r} of kind {content.get(folder.name)!r}, which has no "
         f"official form; known are {known}."
     )
+
+
+def _moved_back(stored: StoredWeights, move: Move) -> _Tensor:
+    backward, leaf = move.rule.transform.backward, stored.leaves[move.target]
+    slot = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape[len(move.slot) :])
+
+    def read() -> np.ndarray:
+        return np.ascontiguousarray(backward(stored.read(move.target, move.slot)))
+
+    return _Tensor(move.source, tuple(backward(slot).shape), np.dtype(leaf.dtype), read)
 
 
 def _shards(tensors: Sequence[_Tensor], limit: float) -> list[list[_Tensor]]:
@@ -120,10 +130,10 @@ def _write_shards(stored: StoredWeights, shards: list[list[_Tensor]], out: Path)
         )
     with tqdm(total=needed, unit="B", unit_scale=True, desc="export") as progress:
         for path, shard in zip((out / name for name in names), shards, strict=True):
-            _write(stored, shard, path, progress)
+            _write(shard, path, progress)
     files = [out / name for name in names]
     if len(shards) > 1:
-        places = {t.move.source: n for n, s in zip(names, shards, strict=True) for t in s}
+        places = {t.name: n for n, s in zip(names, shards, strict=True) for t in s}
         index = out / f"{name}.safetensors.index.json"
         content = {"metadata": {"total_size": needed}, "weight_map": dict(sorted(places.items()))}
         index.write_text(json.dumps(content, indent=2) + "\n")
@@ -136,11 +146,11 @@ def _is_transformer(stored: StoredWeights) -> bool:
     return "audio_inject_layers" in stored.config
 
 
-def _write(stored: StoredWeights, shard: list[_Tensor], path: Path, progress) -> None:
+def _write(shard: list[_Tensor], path: Path, progress) -> None:
     """One safetensors file, tensor after tensor, whole or not at all."""
     header, place = {"__metadata__": {"format": "pt"}}, 0
     for tensor in shard:
-        header[tensor.move.source] = {
+        header[tensor.name] = {
             "dtype": SAFETENSORS_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [place, place + tensor.nbytes],
@@ -153,8 +163,7 @@ def _write(stored: StoredWeights, shard: list[_Tensor], path: Path, progress) ->
         with open(temporary, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for tensor in shard:
-                ours = stored.read(tensor.move.target, tensor.move.slot)
-                array = np.ascontiguousarray(tensor.move.rule.transform.backward(ours))
+                array = tensor.read()
                 file.write(array.view(np.uint8).data if array.ndim else array.tobytes())
                 progress.update(tensor.nbytes)
         os.replace(temporary, path)

@@ -82,7 +82,9 @@ def _ours(file: SafetensorsFile, path: Path) -> Iterator[str]:
 
 def _history(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Iterator[str]:
     yield "  config: " + ", ".join(f"{name}={value}" for name, value in config.items())
-    yield from (f"  {name}: {value}" for name, value in metadata.items())
+    for name, value in metadata.items():
+        many = isinstance(value, Mapping)
+        yield f"  {name}: {f'{len(value)} names as in the download' if many else value}"
 
 
 def _download(path: Path) -> Iterator[str]:

@@ -77,10 +77,15 @@ class NetworkKind:
 
 
 class _Renamed(Mapping):
-    """A lazy mapping of weights under other names."""
+    """A lazy mapping of weights under other names.
+
+    Attributes:
+        spelling: name here -> name in the file, where they differ.
+    """
 
     def __init__(self, weights, names: Mapping[str, str]):
         self._weights, self._names, self.files = weights, dict(names), weights.files
+        self.spelling = {new: old for new, old in names.items() if new != old}
         self.shapes = {new: weights.shapes[old] for new, old in names.items()}
         self.dtypes = {new: weights.dtypes[old] for new, old in names.items()}
 

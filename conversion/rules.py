@@ -142,10 +142,12 @@ class Ignore:
     Attributes:
         source: source name; `{i}` stands for a number, `{*}` for anything.
         reason: why nothing is lost, shown in the report.
+        kept: whether it lies beside the converted weights, so that an export has it again.
     """
 
     source: str
     reason: str
+    kept: bool = False
 
 
 Table = Sequence[Rule | Ignore]
@@ -158,13 +160,16 @@ class Report:
     Attributes:
         used: source name -> our path, with the slot in brackets if the leaf is stacked.
         ignored: source name -> reason.
+        kept: those of the ignored that lie beside the converted weights.
     """
 
     used: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{len(self.used)} tensors used, {len(self.ignored)} ignored"
+        kept = f" ({len(self.kept)} of them kept for an export)" if self.kept else ""
+        return f"{len(self.used)} tensors used, {len(self.ignored)} ignored{kept}"
 
 
 @dataclass(frozen=True)
@@ -343,6 +348,8 @@ def plan(
             continue
         if isinstance(entry, Ignore):
             report.ignored[name] = entry.reason
+            if entry.kept:
+                report.kept.append(name)
             continue
         path = _fill(entry.target, indices)
         move = Move(name, path, tuple(indices[index] for index in entry.stacked), entry)

@@ -1,13 +1,13 @@
 """wav2vec2-large-xlsr-53: names of the published checkpoint -> ours, in all its spellings."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from conversion.rules import Ignore, Rule, Table, conv, keep, squeeze, transpose
 from jax_avatar.models.wav2vec2 import Wav2Vec2Config
 
-__all__ = ["TABLE", "config_from", "config_from_shapes", "official_names", "table_for"]
+__all__ = ["TABLE", "config_from", "config_from_shapes", "official_names"]
 
 _PREFIX = "wav2vec2."
 # Gain and direction of the positional convolution, as today's and as older files name them.
@@ -29,7 +29,7 @@ def _norm(source: str, target: str) -> list[Rule]:
     ]
 
 
-def _table(prefix: str = _PREFIX, weight_norm: tuple[str, str] = _PARAMETRIZED) -> Table:
+def _table() -> Table:
     conv_layer, features = "feature_extractor.conv_layers.{i}", "feature_projection"
     layer, position = "encoder.layers.{i}", "encoder.pos_conv_embed.conv"
     rules = [
@@ -37,8 +37,8 @@ def _table(prefix: str = _PREFIX, weight_norm: tuple[str, str] = _PARAMETRIZED) 
         *_norm(f"{conv_layer}.layer_norm", "convs/{i}/norm"),
         *_norm(f"{features}.layer_norm", "norm_features"),
         *_weights(f"{features}.projection", "project"),
-        Rule(f"{position}.{weight_norm[0]}", "position/gain", squeeze(leading=2)),
-        Rule(f"{position}.{weight_norm[1]}", "position/direction", conv),
+        Rule(f"{position}.{_PARAMETRIZED[0]}", "position/gain", squeeze(leading=2)),
+        Rule(f"{position}.{_PARAMETRIZED[1]}", "position/direction", conv),
         Rule(f"{position}.bias", "position/bias", keep),
         *_norm(f"{layer}.layer_norm", "layers/norm_attention"),
         *_weights(f"{layer}.attention.q_proj", "layers/query"),
@@ -51,26 +51,14 @@ def _table(prefix: str = _PREFIX, weight_norm: tuple[str, str] = _PARAMETRIZED) 
         *_norm("encoder.layer_norm", "norm_out"),
     ]
     return (
-        *(Rule(f"{prefix}{rule.source}", rule.target, rule.transform) for rule in rules),
-        Ignore(f"{prefix}masked_spec_embed", "stands for masked frames in pre-training only"),
-        Ignore("lm_head.{*}", "letters of the transcript; the avatar takes the hidden states"),
+        *(Rule(f"{_PREFIX}{rule.source}", rule.target, rule.transform) for rule in rules),
+        Ignore(f"{_PREFIX}masked_spec_embed", "stands for masked frames in training", kept=True),
+        Ignore("lm_head.{*}", "letters of the transcript; hidden states are taken", kept=True),
     )
 
 
 TABLE: Table = _table()
 """Every tensor of the published checkpoint, as today's library names them."""
-
-
-def table_for(names: Iterable[str]) -> Table:
-    """The table in the spelling of a checkpoint, so that an export is spelled alike.
-
-    Args:
-        names: of its tensors; with or without `wav2vec2.`, weight norm old or new.
-    """
-    names = set(names)
-    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in names) else ""
-    old = any(name.endswith(f"pos_conv_embed.conv.{_WEIGHT_NORM[0]}") for name in names)
-    return _table(prefix, _WEIGHT_NORM if old else _PARAMETRIZED)
 
 
 def official_names(weights: Mapping[str, Any]) -> dict[str, Any]:

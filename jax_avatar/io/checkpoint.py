@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 from jax_avatar.shapes import PyTree
 
 __all__ = [
+    "KEPT_FILE",
     "StoredWeights",
     "add_to_config",
     "fingerprint",
@@ -46,6 +47,9 @@ __all__ = [
     "tree_of",
     "with_tuples",
 ]
+
+KEPT_FILE = "kept.safetensors"
+"""In the folder of a converted network: tensors of the download that the network does not use."""
 
 _FLOAT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -285,6 +289,14 @@ class StoredWeights:
     def read(self, path: str, slot: tuple[int, ...] = ()) -> np.ndarray:
         """One leaf, or its part at some indices along the leading axes."""
         return np.asarray(open_leaf(self.folder, path)[slot].read().result())
+
+    def read_kept(self) -> dict[str, np.ndarray]:
+        """Tensors of the download that the network does not use: official name -> array."""
+        path = self.folder / KEPT_FILE
+        if not path.exists():
+            return {}
+        with _open_safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
 
     def restore(self, shardings: PyTree | None = None) -> dict[str, Any]:
         """Everything, as a nested dictionary.

@@ -19,8 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 from orbax.checkpoint import type_handlers
+from safetensors.numpy import save_file
 
-from jax_avatar.io.checkpoint import open_leaf, replace_folder
+from jax_avatar.io.checkpoint import KEPT_FILE, open_leaf, replace_folder
 
 __all__ = ["SlotWriter"]
 
@@ -87,6 +88,17 @@ class SlotWriter:
         self.done.add(label)
         if self._unsaved >= _SAVE_EVERY:
             self._save_notes()
+
+    def keep(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Writes foreign tensors beside the weights, as they are.
+
+        Args:
+            tensors: official name -> array; `StoredWeights.read_kept` returns them.
+        """
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in tensors.items()},
+            self._partial / KEPT_FILE,
+        )
 
     def finish(self) -> None:
         """Puts the checkpoint in its place. Call it when every part has been written."""
