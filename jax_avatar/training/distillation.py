@@ -31,7 +31,16 @@ from jax_avatar.training.dmd import (
     generator_gradient,
     guide,
 )
+from jax_avatar.training.guards import judge, new_guard, note, report
 from jax_avatar.training.loop import LoopConfig, learning_rate, make_optimiser
+from jax_avatar.training.monitors import (
+    ClipFigures,
+    bin_shares,
+    new_watch,
+    review,
+    watch_clips,
+    watch_scores,
+)
 from jax_avatar.training.rollout import (
     Clip,
     Generator,
@@ -40,12 +49,12 @@ from jax_avatar.training.rollout import (
     made_clips,
     roll_out,
 )
-from jax_avatar.training.state import update_ema
+from jax_avatar.training.state import scaled_update, update_ema
 
 __all__ = ["DistillConfig", "DistillState", "Distiller", "Told"]
 
 _GENERATOR, _CRITIC = 0, 1  # roles, folded into the key
-_LARGEST_CLEAN, _LARGEST_NORM = 20.0, 1e4  # beyond, a step is skipped
+_COUNTS = ("batch_size", "generator_every", "latents", "monitor_every", "max_critic_steps")
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,9 @@ class DistillConfig:
         ema_start: step at which averaging starts; before, the average is the weights.
         adapter_rank: of the adapters on one frozen base; 0 trains whole copies of the weights.
         adapter_alpha: adapters are scaled by this over their rank.
+        monitor_every: steps between reviews of the monitors.
+        max_critic_steps: most updates of the critic per step, reached by doubling while it lags
+            behind the generator; 1 for no more than one.
     """
 
     batch_size: int = 1
@@ -79,6 +91,8 @@ class DistillConfig:
     ema_start: int = 200
     adapter_rank: int = 0
     adapter_alpha: float = 64.0
+    monitor_every: int = 50
+    max_critic_steps: int = 10
 
     def __post_init__(self):
         object.__setattr__(self, "sigma_bounds", tuple(self.sigma_bounds))
@@ -91,8 +105,9 @@ class DistillConfig:
             raise ValueError(
                 f"task.sigma_bounds {self.sigma_bounds} must rise within 0..1, both ends excluded."
             )
-        if min(self.batch_size, self.generator_every, self.latents) < 1:
-            raise ValueError("task.batch_size, generator_every and latents must be at least 1.")
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"task.{name} {getattr(self, name)} must be at least 1.")
 
     @property
     def adapter_scaling(self) -> float:
@@ -121,7 +136,8 @@ class DistillState:
         critic_optimiser: likewise.
         generator_updates: that were made.
         critic_updates: that were made.
-        skipped: updates that were not, since something was not finite or too large.
+        guard: updates that were not, since something was not finite or too large.
+        watch: what the monitors have summed up.
     """
 
     step: Any
@@ -133,7 +149,8 @@ class DistillState:
     critic_optimiser: PyTree
     generator_updates: Any
     critic_updates: Any
-    skipped: Any
+    guard: Any
+    watch: Any
 
 
 @jax.tree_util.register_dataclass
@@ -164,11 +181,13 @@ class Distiller:
         generator: structure, size and rollout.
         settings: batches, scores and what is trained.
         loop: learning rate, betas, decay and clipping, of both optimisers.
+        data: what monitors compare generated clips with.
     """
 
     generator: Generator
     settings: DistillConfig
     loop: LoopConfig
+    data: ClipFigures | None = None
 
     def start(self, generator: PyTree, critic: PyTree) -> DistillState:
         """The state before the first step, from the weights or adapters to start with."""
@@ -188,7 +207,8 @@ class Distiller:
             critic_optimiser=for_critic.init(critic),
             generator_updates=jnp.int32(0),
             critic_updates=jnp.int32(0),
-            skipped=jnp.int32(0),
+            guard=new_guard(),
+            watch=new_watch(self.generator.config.latent_channels),
         )
 
     def is_generator_step(self, step: int) -> bool:
@@ -220,6 +240,8 @@ class Distiller:
     ) -> tuple[Latent, dict[str, Array]]:
         """Gradient of the distillation loss in the clips, and metrics.
 
+        Among them are `scores`, for `watch_scores`: noise level and errors of every clip.
+
         Args:
             critic: parameters of the critic's transformer.
             base: the teacher's.
@@ -239,10 +261,11 @@ class Distiller:
             )
             null_velocity = self._score(base, noisy, sigma, null)
             guided = guide(cond, null_velocity, settings.guidance_scale)
+        real = clean_from_velocity(noisy, guided, sigma)
         gradient = generator_gradient(
             made,
             clean_from_velocity(noisy, fake, sigma),
-            clean_from_velocity(noisy, guided, sigma),
+            real,
             normalizer=settings.normalizer,
             frames_per_block=self.generator.config.frames_per_block,
             limit=settings.gradient_limit,
@@ -251,8 +274,12 @@ class Distiller:
         metrics = {
             "dmd_loss": loss,
             "dmd_gradient": jnp.mean(jnp.abs(gradient)),
-            # Below 1 where the critic knows the generator's clips better than the teacher does.
-            "critic_gap": critic_loss(fake, made, noise) / critic_loss(cond, made, noise),
+            "normalizer": jnp.mean(jnp.abs(made - real)),
+            "scores": {
+                "sigma": sigma.reshape(-1),
+                "critic": _errors(fake, made, noise),
+                "teacher": _errors(cond, made, noise),
+            },
         }
         return slope, metrics
 
@@ -266,17 +293,20 @@ class Distiller:
         def score(made):
             return self.generator_slope(critic, base, made, told, keys[1])
 
+        exit_step = self._exit_step(keys[2])
         grads, made, metrics = clip_gradient(
             self.generator,
             bind,
             state.generator,
             *self._clips(told, keys[0]),
-            self._exit_step(keys[2]),
+            exit_step,
             score,
         )
+        scores = metrics.pop("scores")
         optimiser, _ = self._optimisers()
-        is_good, norm = _judge(metrics["dmd_loss"], grads, made)
-        new, moved = _stepped(optimiser, grads, state.generator_optimiser, state.generator, is_good)
+        cause, norm = judge(metrics["dmd_loss"], grads, made)
+        moments, is_good = state.generator_optimiser, cause == 0
+        new, moved = _stepped(optimiser, grads, moments, state.generator, cause, state.guard)
         starts = is_good & (state.step + 1 >= self.settings.ema_start)
         # Until averaging starts, and when it does, the average is the weights.
         decay = jnp.where(state.ema_started, self.loop.ema_decay, 0.0)
@@ -287,20 +317,49 @@ class Distiller:
             ema=_chosen(is_good, update_ema(state.ema, new, decay), state.ema),
             ema_started=state.ema_started | starts,
             generator_updates=state.generator_updates + is_good.astype(jnp.int32),
-            skipped=state.skipped + (~is_good).astype(jnp.int32),
+            guard=note(state.guard, state.step, cause),
+            watch=watch_scores(state.watch, **scores, shift=self.settings.timestep_shift),
         )
-        motion = jnp.mean(jnp.abs(jnp.diff(made, axis=1)))
-        metrics |= {"generator_norm": norm, "motion": motion, "largest_clean": _largest(made)}
+        metrics |= {
+            "generator_norm": norm,
+            "generator_exit": exit_step + 1,
+            "largest_clean": jnp.max(jnp.abs(made)),
+        }
         return state, metrics
 
     def update_critic(
         self, state: DistillState, told: Told, key: Array, base: PyTree
     ) -> tuple[DistillState, dict[str, Array]]:
-        """The critic's part of a step, which it ends; arguments as in `step`."""
-        bind, keys = self.settings.bind(base), _keys(key, state.step, _CRITIC)
+        """The critic's part of a step, which it ends; arguments as in `step`.
+
+        It learns `state.watch.critic_steps` times, always on new clips of the same conditions.
+        """
+        settings = self.settings
+
+        def once(number, through):
+            return self._teach_critic(through[0], told, jax.random.fold_in(key, number), base)
+
+        if settings.max_critic_steps == 1:
+            state, metrics = once(0, (state, None))
+        else:
+            _, shapes = jax.eval_shape(once, 0, (state, None))
+            blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            times = state.watch.critic_steps
+            state, metrics = jax.lax.fori_loop(0, times, once, (state, blank))
+        every, most = settings.monitor_every, settings.max_critic_steps
+        watch, figures = review(
+            state.watch, state.step, self.data, every=every, max_critic_steps=most
+        )
+        metrics |= figures | report(state.guard, state.step)
+        metrics["generator_updates"] = state.generator_updates
+        return dataclasses.replace(state, step=state.step + 1, watch=watch), metrics
+
+    def _teach_critic(self, state, told, key, base):
+        settings, generator = self.settings, self.generator
+        bind, keys = settings.bind(base), _keys(key, state.step, _CRITIC)
         clips, draws = self._clips(told, keys[0])
         params, exit_step = bind(state.generator), self._exit_step(keys[2])
-        made = made_clips(roll_out(self.generator, params, clips, draws, exit_step))
+        made = made_clips(roll_out(generator, params, clips, draws, exit_step))
         made = jax.lax.stop_gradient(made)
         noise, sigma = self._noise(keys[1], made)
         noisy = add_noise(made, noise, sigma)
@@ -310,18 +369,20 @@ class Distiller:
 
         value, grads = jax.value_and_grad(loss)(state.critic)
         _, optimiser = self._optimisers()
-        is_good, norm = _judge(value, grads, made)
-        new, moved = _stepped(optimiser, grads, state.critic_optimiser, state.critic, is_good)
+        cause, norm = judge(value, grads, made)
+        moments, is_good = state.critic_optimiser, cause == 0
+        new, moved = _stepped(optimiser, grads, moments, state.critic, cause, state.guard)
+        is_final, frames = exit_step == generator.settings.num_steps - 1, clips.pose.shape[2]
         state = dataclasses.replace(
             state,
-            step=state.step + 1,
             critic=new,
             critic_optimiser=moved,
             critic_updates=state.critic_updates + is_good.astype(jnp.int32),
-            skipped=state.skipped + (~is_good).astype(jnp.int32),
+            guard=note(state.guard, state.step, cause),
+            watch=watch_clips(state.watch, made, is_final & is_good, frames),
         )
-        counts = {"skipped": state.skipped, "generator_updates": state.generator_updates}
-        return state, {"loss": value, "critic_norm": norm, **counts}
+        metrics = {"loss": value, "critic_norm": norm, "critic_exit": exit_step + 1}
+        return state, metrics | bin_shares(sigma.reshape(-1), settings.timestep_shift)
 
     def _optimisers(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
         every, loop = self.settings.generator_every, self.loop
@@ -385,22 +446,17 @@ def _per_clip(key, count):
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(count))
 
 
-def _largest(made):
-    return jnp.max(jnp.abs(made))
+def _errors(velocity, made, noise):
+    """The critic's loss, clip by clip."""
+    return jax.vmap(lambda *clip: critic_loss(*(part[None] for part in clip)))(
+        velocity, made, noise
+    )
 
 
-def _judge(loss, grads, made):
-    """Whether an update may be made, and the norm of its gradient."""
-    norm = optax.global_norm(grads)
-    # Comparisons with what is not a number are false.
-    is_good = jnp.isfinite(loss) & (norm < _LARGEST_NORM) & (_largest(made) < _LARGEST_CLEAN)
-    return is_good, norm
-
-
-def _stepped(optimiser, grads, moments, weights, is_good):
+def _stepped(optimiser, grads, moments, weights, cause, guard):
     updates, moved = optimiser.update(grads, moments, weights)
-    new = optax.apply_updates(weights, updates)
-    return _chosen(is_good, new, weights), _chosen(is_good, moved, moments)
+    new = scaled_update(weights, updates, guard)
+    return _chosen(cause == 0, new, weights), _chosen(cause == 0, moved, moments)
 
 
 def _chosen(is_good, new, old):

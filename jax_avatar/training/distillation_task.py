@@ -28,12 +28,14 @@ from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.distillation import DistillConfig, Distiller, DistillState, Told
 from jax_avatar.training.latents import LatentClips
 from jax_avatar.training.loop import LoopConfig
+from jax_avatar.training.monitors import ClipFigures, measure_data
 from jax_avatar.training.rollout import Generator, RolloutConfig
 
 __all__ = ["DistillTask", "DistillWeights"]
 
 _NETWORKS = {"portrait": PortraitDiT, "wan_s2v": DiT}
 _ROLES = {"generator": 0, "critic": 1}
+_COMPARED = 256  # clips of the data whose figures generated ones are compared with
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,12 @@ class DistillTask:
         save_json(folder / "config.json", content)
 
     def _distiller(self, config: LoopConfig) -> Distiller:
-        return Distiller(self.generator, self.settings, config)
+        return Distiller(self.generator, self.settings, config, self._data)
+
+    @functools.cached_property
+    def _data(self) -> ClipFigures:
+        latents = self.clips.latent[:: -(-len(self.clips) // _COMPARED), : self.settings.latents]
+        return measure_data(latents.astype(np.float32), self.model.frames_per_block)
 
     def _told(self, step: int, role: str) -> Told:
         clips, settings = self.clips, self.settings

@@ -7,8 +7,12 @@ interrupted one bit by bit.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
+import logging
+import os
+import shutil
 import signal
 import threading
 import time
@@ -23,9 +27,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
 from tqdm import tqdm
 
 from jax_avatar.shapes import Array, PyTree
+from jax_avatar.training.guards import (
+    TooManySkips,
+    check_skips,
+    is_passed,
+    judge,
+    rate_factor,
+    report,
+    rolled_back,
+)
+from jax_avatar.training.monitors import PREFIX, find_alarms
 from jax_avatar.training.state import TrainState, config_differences, start_state, update_state
 
 __all__ = [
@@ -38,6 +53,10 @@ __all__ = [
     "restore",
     "train",
 ]
+
+_ITEMS = ("state", "settings", "pending")
+_AS_THEY_STAND = ("recent_skips", "rollbacks", "generator_updates", "learning_rate")
+_logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 Step = Callable[[Any, Batch, Array], tuple[Any, dict[str, Array]]]
@@ -67,7 +86,7 @@ class Task(Protocol):
 class OwnStepTask(Protocol):
     """A stage that trains more than one network: with a state and a step of its own.
 
-    The state has `step`, `ema` and `skipped`, whatever else; `evaluate` and `export` are as for a
+    The state has `step`, `ema` and `guard`, whatever else; `evaluate` and `export` are as for a
     `Task`.
     """
 
@@ -77,7 +96,10 @@ class OwnStepTask(Protocol):
         """The state before the first step."""
 
     def make_step(self, config: "LoopConfig") -> Step:
-        """The compiled `(state, batch, key) -> (state, metrics)`, with `loss` in the metrics."""
+        """The compiled `(state, batch, key) -> (state, metrics)`.
+
+        Among the metrics are `loss` and those of `guards.report`.
+        """
 
     def batches(self, step: int) -> Batch:
         """As of a `Task`."""
@@ -100,7 +122,9 @@ class LoopConfig:
         log_every: steps between lines in `metrics.jsonl`.
         evaluate_every: steps between evaluations; 0 for none.
         checkpoint_every: steps between checkpoints; the last step is always kept.
-        keep: checkpoints kept.
+        keep: latest checkpoints kept. The last good one stays, too: none of the 100 steps before it
+            was skipped, and where there are evaluations, it passed one.
+        keep_every: checkpoints of steps that this divides stay for good; 0 for none.
         max_minutes: stop (and save) after so long, to resume later; 0 for no limit.
     """
 
@@ -116,11 +140,14 @@ class LoopConfig:
     log_every: int = 20
     evaluate_every: int = 0
     checkpoint_every: int = 500
-    keep: int = 2
+    keep: int = 3
+    keep_every: int = 500
     max_minutes: float = 0.0
 
     # Free to change between the parts of a run.
-    BOOKKEEPING = ("log_every", "evaluate_every", "checkpoint_every", "keep", "max_minutes")
+    BOOKKEEPING = (
+        *("log_every", "evaluate_every", "checkpoint_every", "keep", "keep_every", "max_minutes"),
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -178,15 +205,11 @@ def make_step(task: Task | OwnStepTask, config: LoopConfig) -> Step:
         (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(
             state.params, batch, key
         )
-        norm = optax.global_norm(grads)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        extra = {
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        }
-        state = update_state(state, grads, is_finite, optimiser, config.ema_decay)
-        return state, {**metrics, **extra, "skipped": state.skipped}
+        cause, norm = judge(loss, grads)
+        rate = jnp.asarray(schedule(state.step), jnp.float32) * rate_factor(state.guard)
+        extra = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+        state = update_state(state, grads, cause, optimiser, config.ema_decay)
+        return state, {**metrics, **extra, **report(state.guard, state.step - 1)}
 
     return jax.jit(step, donate_argnums=0)
 
@@ -217,28 +240,32 @@ def train(
         The last state, a `TrainState` or the task's own.
 
     Raises:
-        ValueError: the checkpoint was made with other settings.
+        ValueError: the checkpoint was made with other settings, or too many steps were skipped
+            although the run went back twice.
     """
     workdir = Path(workdir).resolve()
     settings = json.loads(json.dumps(_semantic(settings or {}, config)))
     root, init_key = jax.random.split(jax.random.key(config.seed))
     with ocp.CheckpointManager(
-        workdir / "checkpoints",
-        item_names=("state", "settings"),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep, enable_async_checkpointing=True
-        ),
+        workdir / "checkpoints", item_names=_ITEMS, options=_manager_options(config)
     ) as manager:
         _check_settings(manager, settings, force)
-        state = _restore_or_start(manager, lambda: _start(task, config, init_key))
+        start, step_fn = lambda: _start(task, config, init_key), make_step(task, config)
+        state, pending = _restore_or_start(manager, start, manager.latest_step())
         try:
             with _Log(workdir, int(state.step)) as log, _until_interrupted() as interrupted:
-                run = (task, config, state, root, manager, settings, log, progress)
-                state = _run(*run, interrupted)
+                run = (task, config, step_fn, root, manager, settings, log, progress, interrupted)
+                while True:
+                    try:
+                        state = _run(state, pending, *run)
+                        break
+                    except TooManySkips as trouble:
+                        state, pending = _roll_back(manager, start, log, trouble)
         finally:
             manager.wait_until_finished()
     if int(state.step) >= config.num_steps and hasattr(task, "export"):
-        task.export(state.ema, workdir, {"step": int(state.step), "skipped": int(state.skipped)})
+        skipped = int(state.guard.total)
+        task.export(state.ema, workdir, {"step": int(state.step), "skipped": skipped})
     return state
 
 
@@ -251,7 +278,7 @@ def restore(workdir: str | Path, like: PyTree = None) -> tuple[PyTree, dict]:
             the plain dictionaries they were stored as, and another state as one dictionary.
     """
     with ocp.CheckpointManager(
-        Path(workdir).resolve() / "checkpoints", item_names=("state", "settings")
+        Path(workdir).resolve() / "checkpoints", item_names=_ITEMS
     ) as manager:
         step = manager.latest_step()
         if step is None:
@@ -274,19 +301,27 @@ def _start(task: Task | OwnStepTask, config: LoopConfig, key: Array) -> PyTree:
     return start_state(task.init(key), make_optimiser(config))
 
 
-def _run(task, config, state, root, manager, settings, log, progress, interrupted):
-    step_fn = make_step(task, config)
+def _run(
+    state, pending, task, config, step_fn, root, manager, settings, log, progress, interrupted
+):  # fmt: skip
     started, first = time.monotonic(), int(state.step)
-    bar = tqdm(total=config.num_steps, initial=first, disable=not progress, desc=task.name)
-    pending = []
+    # After going back, other chance.
+    root = jax.random.fold_in(root, state.guard.rollbacks)
+    bar = tqdm(
+        total=config.num_steps, initial=first, disable=not progress, desc=task.name, unit="step"
+    )
 
-    def save(step, state):
+    def save(step, state, is_good=False):
         if manager.latest_step() != step:
+            rows = [{k: float(v) for k, v in row.items()} for row in jax.device_get(pending)]
             manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings)
+                    state=ocp.args.StandardSave(state),
+                    settings=ocp.args.JsonSave(settings),
+                    pending=ocp.args.JsonSave({"rows": rows}),
                 ),
+                metrics={"good": step if is_good else -1},
             )
 
     try:
@@ -295,16 +330,23 @@ def _run(task, config, state, root, manager, settings, log, progress, interrupte
             step += 1
             pending.append(metrics)
             bar.update()
-            if step % config.log_every == 0 or step == config.num_steps:
+            is_last, scores = step == config.num_steps, None
+            is_saved = step % config.checkpoint_every == 0 or is_last
+            if is_logged := step % config.log_every == 0 or is_last:
                 values = _mean(pending)
                 values["steps_per_s"] = (step - first) / (time.monotonic() - started)
-                pending = []
                 log.write(step, values)
-                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+                bar.set_postfix(loss=f"{values['loss']:.4f}", **log.alarming, refresh=False)
+            if is_logged or is_saved:
+                check_skips(jax.device_get(pending), step)
+            if is_logged:
+                pending = []
             if config.evaluate_every and step % config.evaluate_every == 0:
-                log.write(step, {f"eval/{k}": v for k, v in task.evaluate(state.ema, step).items()})
-            if step % config.checkpoint_every == 0 or step == config.num_steps:
-                save(step, state)
+                scores = task.evaluate(state.ema, step)
+                log.write(step, {f"eval/{k}": v for k, v in scores.items()})
+            if is_saved or is_passed(scores):
+                is_good = not config.evaluate_every or is_passed(scores)
+                save(step, state, is_good and not metrics["recent_skips"])
             if config.max_minutes and time.monotonic() - started > 60 * config.max_minutes:
                 break
             if interrupted():
@@ -354,14 +396,48 @@ def _prefetch(task: Task | OwnStepTask, first: int, last: int) -> Iterator[tuple
                 return
 
 
-def _restore_or_start(manager, start: Callable[[], PyTree]) -> PyTree:
-    step = manager.latest_step()
+def _restore_or_start(manager, start: Callable[[], PyTree], step: int | None):
+    """The state at a checkpoint, or before the first step, and the metrics not yet logged."""
     if step is None:
-        return start()
-    like = jax.eval_shape(start)
-    found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
+        return start(), []
+    found = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.eval_shape(start)), pending=ocp.args.JsonRestore()
+        ),
+    )
     # Copied, because restored buffers may be shared and the state is donated.
-    return jax.tree.map(jnp.array, found["state"])
+    return jax.tree.map(jnp.array, found["state"]), found["pending"]["rows"]
+
+
+def _roll_back(manager, start: Callable[[], PyTree], log: "_Log", trouble: TooManySkips):
+    """The last good checkpoint, or the start, with half the learning rates and other chance."""
+    manager.wait_until_finished()
+    good = max((manager.metrics(step)["good"] for step in manager.all_steps()), default=-1)
+    for step in manager.all_steps():
+        if step > good:
+            manager.delete(step)
+    state, pending = _restore_or_start(manager, start, None if good < 0 else good)
+    rollbacks = trouble.rollbacks + 1
+    log.turn_back(max(good, 0), rollbacks)
+    _warn(f"{trouble}; back to step {max(good, 0)} with half the learning rates")
+    return dataclasses.replace(state, guard=rolled_back(state.guard, rollbacks)), pending
+
+
+def _manager_options(config: LoopConfig) -> ocp.CheckpointManagerOptions:
+    """Keeps the latest, those of round steps, and the last good one."""
+
+    def goodness(metrics):
+        return metrics["good"]
+
+    policies = [managers.LatestN(config.keep), managers.BestN(get_metric_fn=goodness, n=1)]
+    if config.keep_every:
+        policies.append(managers.EveryNSteps(config.keep_every))
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=managers.AnyPreservationPolicy(policies),
+        best_fn=goodness,
+        enable_async_checkpointing=True,
+    )
 
 
 def _check_settings(manager, settings, force: bool) -> None:
@@ -387,15 +463,23 @@ def _semantic(settings: Mapping[str, Any], config: LoopConfig) -> dict[str, Any]
     return {**{key: value for key, value in settings.items() if key != "loop"}, "loop": loop}
 
 
-def _mean(pending: list[dict[str, Array]]) -> dict[str, float]:
+def _warn(message: str) -> None:
+    """One line that does not break the progress bar."""
+    with tqdm.external_write_mode():
+        _logger.warning(message)
+
+
+def _mean(pending: list[Mapping[str, Any]]) -> dict[str, float]:
     fetched = jax.device_get(pending)
     values = {}
     # Some steps may measure more than others.
     for name in dict.fromkeys(name for metrics in fetched for name in metrics):
         column = np.array([metrics[name] for metrics in fetched if name in metrics], np.float64)
         finite = column[np.isfinite(column)]
+        if name.startswith(PREFIX) and not finite.size:
+            continue  # nothing was reviewed
         # Counters and rates are reported as they stand, measurements as means.
-        is_last = name in ("skipped", "generator_updates", "learning_rate")
+        is_last = name in _AS_THEY_STAND or name.startswith("skipped")
         values[name] = float(column[-1] if is_last or not finite.size else finite.mean())
     return values
 
@@ -406,11 +490,13 @@ class _Log:
     def __init__(self, workdir: Path, first_step: int):
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / "metrics.jsonl"
+        self._alarms: dict[str, str] = {}
         self._drop_after(first_step)
         try:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(workdir / "events"))
+            # What was written after that step, before a kill, is not shown.
+            self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1)
         except ImportError:
             self._events = None
 
@@ -421,16 +507,43 @@ class _Log:
         if self._events:
             self._events.close()
 
+    @property
+    def alarming(self) -> dict[str, str]:
+        """The alarms that are on, for the progress bar."""
+        names = ",".join(name for name, text in self._alarms.items() if text)
+        return {"alarm": names} if names else {}
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        found = find_alarms(values)
+        for name, text in found.items():
+            if text and not self._alarms.get(name):
+                _warn(f"step {step}: {text}")
+        self._alarms |= found
+        values = {**values, **{f"alarm/{name}": float(bool(text)) for name, text in found.items()}}
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._events:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
+    def turn_back(self, step: int, rollbacks: int) -> None:
+        """Puts the lines aside as `metrics_abandoned_1.jsonl` and forgets those after `step`."""
+        if self._path.exists():
+            aside = self._path.with_name(f"{self._path.stem}_abandoned_{rollbacks}.jsonl")
+            shutil.copy(self._path, aside)
+        self._drop_after(step)
+
     def _drop_after(self, step: int) -> None:
         """Forgets lines written after the checkpoint that the run continues from."""
-        if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self._path.write_text("".join(kept))
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines(keepends=True):
+            # A kill may have cut the last line short.
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+        # In one piece, since this run may be killed, too.
+        whole = self._path.with_suffix(".tmp")
+        whole.write_text("".join(kept))
+        os.replace(whole, self._path)

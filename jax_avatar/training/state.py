@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import optax
 
 from jax_avatar.shapes import Array, PyTree
+from jax_avatar.training.guards import Guard, new_guard, note, rate_factor
 
 __all__ = [
     "TrainState",
     "build_section",
     "config_differences",
+    "scaled_update",
     "start_state",
     "update_ema",
     "update_state",
@@ -33,7 +35,7 @@ class TrainState:
         params: weights, float32.
         ema: their exponential moving average, used for evaluation and export.
         optimiser: state of the optimiser.
-        skipped: steps whose loss or gradient was not finite; they changed nothing else.
+        guard: what was skipped; a skipped step changed nothing else.
     """
 
     # Any, because JAX and Orbax rebuild the state with other leaves inside.
@@ -41,7 +43,7 @@ class TrainState:
     params: PyTree
     ema: PyTree
     optimiser: PyTree
-    skipped: Any
+    guard: Any
 
 
 def start_state(params: PyTree, optimiser: optax.GradientTransformation) -> TrainState:
@@ -49,41 +51,47 @@ def start_state(params: PyTree, optimiser: optax.GradientTransformation) -> Trai
     # Two copies: the state is donated, and one buffer cannot be given away twice.
     params = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
     ema = jax.tree.map(jnp.array, params)
-    return TrainState(jnp.int32(0), params, ema, optimiser.init(params), jnp.int32(0))
+    return TrainState(jnp.int32(0), params, ema, optimiser.init(params), new_guard())
 
 
 def update_state(
     state: TrainState,
     grads: PyTree,
-    is_finite: Array,
+    cause: Array,
     optimiser: optax.GradientTransformation,
     ema_decay: float,
 ) -> TrainState:
-    """One optimiser and EMA update, or none of either where `is_finite` is false.
+    """One optimiser and EMA update, or none of either where there is a cause to skip it.
 
     Args:
         state: before the step; its step counter advances in any case.
         grads: gradient of the parameters.
-        is_finite: whether this step may be taken.
+        cause: from `judge`.
         optimiser: clip, schedule and AdamW.
         ema_decay: final decay; early steps use less, `(1 + step) / (10 + step)`.
     """
     updates, moved = optimiser.update(grads, state.optimiser, state.params)
-    params = optax.apply_updates(state.params, updates)
-    taken = (state.step - state.skipped).astype(jnp.float32)
+    params = scaled_update(state.params, updates, state.guard)
+    taken = (state.step - state.guard.total).astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
     ema = update_ema(state.ema, params, decay)
 
     def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+        return jax.tree.map(lambda n, o: jnp.where(cause == 0, n, o), new, old)
 
     return TrainState(
         state.step + 1,
         keep(params, state.params),
         keep(ema, state.ema),
         keep(moved, state.optimiser),
-        state.skipped + jnp.where(is_finite, 0, 1).astype(jnp.int32),
+        note(state.guard, state.step, cause),
     )
+
+
+def scaled_update(params: PyTree, updates: PyTree, guard: Guard) -> PyTree:
+    """Parameters after an optimiser's update, at the rate that rollbacks have left."""
+    factor = rate_factor(guard)
+    return optax.apply_updates(params, jax.tree.map(lambda u: factor * u, updates))
 
 
 def update_ema(ema: PyTree, params: PyTree, decay: float | Array) -> PyTree:

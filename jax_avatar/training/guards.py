@@ -1,0 +1,178 @@
+"""When an update is skipped, when a run goes back, and when it stops.
+
+    generated clip, loss, gradient --judge--> taken, or skipped and counted by its cause
+    more than 20 skips in 100 steps --------> the last good checkpoint, other chance, half the rates
+    the third time -------------------------> the run stops
+
+All counts are part of the saved state, so that a resumed run does what the uninterrupted one would.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_avatar.shapes import Array, IntScalar, Latent, PyTree, Scalar
+
+__all__ = [
+    "CAUSES",
+    "Guard",
+    "TooManySkips",
+    "check_skips",
+    "is_passed",
+    "judge",
+    "new_guard",
+    "note",
+    "rate_factor",
+    "report",
+    "rolled_back",
+]
+
+CAUSES = ("clean", "loss", "gradient")
+"""Why an update is skipped: a generated value, the loss, or the gradient's norm was not finite or
+too large. One explains those after it, so the first is counted."""
+
+_LARGEST_CLEAN, _LARGEST_NORM = 20.0, 1e4
+_MAX_SKIPS, _WINDOW, _MAX_ROLLBACKS = 20, 100, 2
+_NEVER = -(2**30)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Guard:
+    """What went wrong so far.
+
+    Attributes:
+        skipped: updates that were not made, one count for each of `CAUSES`.
+        marks: steps of the latest 21 of them, rising.
+        rollbacks: how often the run went back.
+    """
+
+    # Any, because JAX and Orbax rebuild the state with other leaves inside.
+    skipped: Any
+    marks: Any
+    rollbacks: Any
+
+    @property
+    def total(self) -> Array:
+        """Updates that were not made, for whatever cause."""
+        return self.skipped.sum()
+
+
+class TooManySkips(Exception):
+    """The run has to go back.
+
+    Attributes:
+        rollbacks: how often it went back before.
+    """
+
+    def __init__(self, message: str, rollbacks: int):
+        super().__init__(message)
+        self.rollbacks = rollbacks
+
+
+def new_guard() -> Guard:
+    """Before the first step."""
+    skipped = jnp.zeros(len(CAUSES), jnp.int32)
+    return Guard(skipped, jnp.full(_MAX_SKIPS + 1, _NEVER, jnp.int32), jnp.int32(0))
+
+
+def judge(loss: Scalar, grads: PyTree, made: Latent | None = None) -> tuple[Array, Array]:
+    """Whether an update may be made, and the norm of its gradient.
+
+    Args:
+        loss: of the step.
+        grads: before clipping.
+        made: clips that the generator made, where it did.
+
+    Returns:
+        The cause to skip it, 1 for the first of `CAUSES`, 0 for none; and the norm.
+    """
+    norm = optax.global_norm(grads)
+    # Comparisons with what is not a number are false.
+    is_small = True if made is None else jnp.max(jnp.abs(made)) < _LARGEST_CLEAN
+    is_fine = jnp.stack([jnp.asarray(is_small), jnp.isfinite(loss), norm < _LARGEST_NORM])
+    return jnp.where(is_fine.all(), 0, 1 + jnp.argmin(is_fine)).astype(jnp.int32), norm
+
+
+def note(guard: Guard, step: IntScalar, cause: Array) -> Guard:
+    """The guard after an update.
+
+    Args:
+        guard: before it.
+        step: number of the step, from 0.
+        cause: from `judge`.
+    """
+    later = jnp.append(guard.marks[1:], jnp.int32(step))
+    return dataclasses.replace(
+        guard,
+        skipped=guard.skipped + (cause == 1 + jnp.arange(len(CAUSES))).astype(jnp.int32),
+        marks=jnp.where(cause > 0, later, guard.marks),
+    )
+
+
+def rate_factor(guard: Guard) -> Array:
+    """What learning rates are multiplied by: halved, exactly, by every rollback."""
+    return jnp.ldexp(jnp.float32(1), -guard.rollbacks)
+
+
+def report(guard: Guard, step: IntScalar) -> dict[str, Array]:
+    """Metrics.
+
+    Args:
+        guard: after the step.
+        step: its number, from 0.
+    """
+    recent = jnp.sum(step - guard.marks < _WINDOW)
+    causes = {f"skipped_{name}": guard.skipped[i] for i, name in enumerate(CAUSES)}
+    counts = {"skipped": guard.total, "recent_skips": recent, "rollbacks": guard.rollbacks}
+    return counts | causes
+
+
+def check_skips(rows: Iterable[Mapping[str, Any]], step: int) -> None:
+    """Looks for too many skips in the metrics of some steps, on the host.
+
+    Args:
+        rows: of every step since the last look.
+        step: the last one.
+
+    Raises:
+        TooManySkips: more than 20 in 100 steps.
+        ValueError: likewise, after the run went back twice.
+    """
+    for row in rows:
+        if row["recent_skips"] <= _MAX_SKIPS:
+            continue
+        counts = ", ".join(f"{name} {int(row[f'skipped_{name}'])}" for name in CAUSES)
+        message = (
+            f"by step {step} more than {_MAX_SKIPS} updates in {_WINDOW} steps were not finite or "
+            f"too large (so far {counts})"
+        )
+        rollbacks = int(row["rollbacks"])
+        if rollbacks >= _MAX_ROLLBACKS:
+            raise ValueError(
+                f"{message}, for the third time, at a quarter of the learning rates; look for bad "
+                "clips, lower the learning rates, or give a larger batch."
+            )
+        raise TooManySkips(message, rollbacks)
+
+
+def is_passed(scores: Mapping[str, float] | None) -> bool:
+    """Whether an evaluation was made and all of its scores are finite."""
+    return scores is not None and all(math.isfinite(score) for score in scores.values())
+
+
+def rolled_back(guard: Guard, rollbacks: int) -> Guard:
+    """The guard of a good checkpoint after going back there.
+
+    Args:
+        guard: as it was saved.
+        rollbacks: how often the run went back, this time included.
+    """
+    # What was skipped on the abandoned way is forgotten with it.
+    return dataclasses.replace(guard, rollbacks=jnp.int32(rollbacks))

@@ -1,0 +1,288 @@
+"""What must hold between the forms of the network, and what the gradient must not contain."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_avatar.diffusion.flow import noise_from_velocity
+from jax_avatar.diffusion.step import move
+from jax_avatar.models.cache import block_position, empty_cache
+from jax_avatar.models.params import merge
+from jax_avatar.training import rollout as rollout_module
+from jax_avatar.training.distillation import DistillConfig, Distiller, Told
+from jax_avatar.training.dmd import generator_gradient
+from jax_avatar.training.guards import judge
+from jax_avatar.training.loop import LoopConfig
+from jax_avatar.training.rollout import Clip, Generator, RolloutConfig, draw, joined
+from tests import nano
+
+GRID, BLOCKS = (4, 4), 3
+MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)
+ONE_LAYER = MODEL.replace(num_layers=1)
+SETTINGS = RolloutConfig(sigmas=(1.0, 0.9, 0.6, 0.0), shift_max=1000)
+FRAMES = MODEL.frames_per_block
+
+
+@pytest.fixture(autouse=True)
+def quick_compiler():
+    """Little is computed, much is compiled."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def network(config=MODEL):
+    return nano.make_dit(config)
+
+
+def make_clip(blocks=BLOCKS, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    audio = (1, 1, 4 * FRAMES * blocks, MODEL.audio_layers, MODEL.audio_width)
+    return Clip(
+        text=jax.random.normal(keys[0], (1, 2, MODEL.text_width)),
+        reference=jax.random.normal(keys[1], (1, 1, *GRID, 4)),
+        features=jax.random.normal(keys[2], audio),
+        pose=jax.random.normal(keys[3], (1, FRAMES, *GRID, 4)),
+    )
+
+
+def make_draws(blocks=BLOCKS, settings=SETTINGS):
+    return draw(jax.random.key(5), settings, blocks, (1, FRAMES, *GRID, 4))
+
+
+def difference(left, right):
+    def norm(tree):
+        leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+        return np.sqrt(sum(np.square(leaf).sum() for leaf in leaves))
+
+    return norm(jax.tree.map(lambda a, b: a - b, left, right)) / norm(right)
+
+
+# ---- the gradient ---------------------------------------------------------------------------
+
+EXIT = 1
+MAKER = Generator(network()[0], MODEL, SETTINGS)
+
+
+@functools.cache
+def rolled():
+    """A rollout, and the slope of a loss that is not linear in its clip."""
+    clip, draws = make_clip(), make_draws()
+    trace = jax.jit(MAKER.rollout)(network()[1], clip, draws, EXIT)
+    return clip, draws, trace, jnp.sin(3 * trace.clean)
+
+
+def make_pull():
+    """`(slope of a block, its number) -> gradient of its exit step`, compiled once."""
+    clip, draws, trace, _ = rolled()
+
+    @jax.jit
+    def pull(slope, number):
+        def exits(params):
+            return MAKER.exit_block(params, trace, clip, draws, EXIT, number)
+
+        return jax.vjp(exits, network()[1])[1](slope)[0]
+
+    return pull
+
+
+def summed(pull, slope):
+    grads = [pull(slope[number], jnp.int32(number)) for number in range(BLOCKS)]
+    return jax.tree.map(lambda *leaves: sum(leaves), *grads)
+
+
+@functools.cache
+def right_gradient():
+    return summed(make_pull(), rolled()[3])
+
+
+@functools.cache
+def chained_gradients():
+    """The gradient of all exit steps after each other, history detached and not."""
+    clip, draws, trace, slope = rolled()
+
+    def loss(params, is_detached):
+        written, total = (jnp.zeros_like(trace.key), jnp.zeros_like(trace.value)), 0.0
+        for number in range(BLOCKS):
+            start, sink = trace.start[number], trace.sink
+            clean, own = MAKER._exit(params, start, EXIT, clip, draws, sink, number, written)
+            total += jnp.sum(slope[number] * clean)
+            # The same numbers either way: only the gradient knows.
+            own = [jnp.where(is_detached, jax.lax.stop_gradient(part), part) for part in own]
+            written = tuple(w.at[number].set(part) for w, part in zip(written, own, strict=True))
+        return total
+
+    run = jax.jit(jax.grad(loss))
+    return [run(network()[1], jnp.array(is_detached)) for is_detached in (True, False)]
+
+
+def test_the_gradient_knows_whether_history_is_detached():
+    detached, attached = chained_gradients()
+    assert difference(detached, right_gradient()) < 1e-5
+    assert difference(attached, right_gradient()) > 1e-2
+
+
+def test_the_gradient_knows_whether_a_block_sees_itself(monkeypatch):
+    """Algorithm 2 as printed leaves a block's own keys and values in its history."""
+    before, position_in = rollout_module._before, rollout_module.position_in
+
+    def with_own(written, number, window):
+        return before(written, number + 1, window)
+
+    def one_more(*args, **kwargs):
+        position = position_in(*args, **kwargs)
+        filled = jnp.minimum(position.filled + 1, MODEL.ring_blocks)
+        return dataclasses.replace(position, filled=filled)
+
+    monkeypatch.setattr(rollout_module, "_before", with_own)
+    monkeypatch.setattr(rollout_module, "position_in", one_more)
+    assert difference(summed(make_pull(), rolled()[3]), right_gradient()) > 1e-2
+
+
+def test_the_gradient_knows_over_what_it_is_normalised():
+    clean = joined(rolled()[2].clean)
+    fake, real = jax.random.normal(jax.random.key(1), (2, *clean.shape))
+    real = real * jnp.linspace(0.5, 1.5, clean.shape[1])[None, :, None, None, None]
+    pull, grads = make_pull(), []
+    for normalizer in ("clip", "block"):
+        slope = generator_gradient(clean, fake, real, normalizer=normalizer)
+        blocks = slope.reshape(BLOCKS, 1, FRAMES, *GRID, 4)
+        grads.append(summed(pull, blocks))
+    assert difference(*grads) > 1e-2
+
+
+# ---- the forms of the network ---------------------------------------------------------------
+
+
+def constant_speech(blocks):
+    """The same features in every video frame: the first of a block is then its own past."""
+    return jnp.broadcast_to(make_clip().features[:, :, :1], (1, 1, 4 * FRAMES * blocks, 2, 6))
+
+
+def block_causal(config, noisy, timestep, features, **options):
+    clip, (graphdef, params) = make_clip(), network(config)
+
+    @jax.jit
+    def run(params, noisy, features, options):
+        pose = jnp.tile(clip.pose, (1, noisy.shape[1] // FRAMES, 1, 1, 1))
+        told = (clip.text, clip.reference, None, pose, features)
+        dit = merge(graphdef, params)
+        return dit.block_causal(
+            noisy, timestep, *told, past_blocks=config.ring_blocks - 1, **options
+        )
+
+    return run(params, noisy, features, options)
+
+
+@pytest.mark.parametrize("ring_blocks", [2, 5])
+def test_the_training_form_is_prefill_and_streaming(ring_blocks):
+    """Every block at its own noise level, the reference at one place, a window that rolls."""
+    config, blocks, reference_frame = MODEL.replace(ring_blocks=ring_blocks), 6, 35
+    clip, (graphdef, params) = make_clip(), network(config)
+    noisy = jax.random.normal(jax.random.key(2), (1, FRAMES * blocks, *GRID, 4))
+    levels = jnp.array([1000.0, 125, 900, 400, 777, 30])
+    timestep, features = jnp.repeat(levels, FRAMES)[None], constant_speech(blocks)
+    whole = block_causal(config, noisy, timestep, features, reference_frame=reference_frame)
+
+    step = jax.jit(merge(graphdef, params).stream_block)
+    sink = jax.jit(merge(graphdef, params).prefill)(clip.text, clip.reference, None)
+    cache = empty_cache(config, 1, *GRID)
+    for block in range(blocks):
+        frames = slice(FRAMES * block, FRAMES * (block + 1))
+        position = block_position(config, block, reference_frame - frames.start)
+        velocity, cache = step(
+            noisy[:, frames], timestep[:, frames], clip.pose, features[:, :, : 4 * FRAMES], cache,
+            sink, position,
+        )  # fmt: skip
+        np.testing.assert_allclose(velocity, whole[:, frames], atol=1e-5)
+
+
+def changed_blocks(before, after):
+    """Which blocks differ, `[b (N t) h w c]` both."""
+    change = np.abs(np.asarray(after) - np.asarray(before)).reshape(-1, FRAMES, *GRID, 4)
+    return [bool(block.max() > 0) for block in change]
+
+
+def test_one_layer_sees_its_window_and_nothing_else():
+    """Block 1 of 5 is seen by itself and the next one, where blocks see one of the past."""
+    noisy = jax.random.normal(jax.random.key(2), (1, 5 * FRAMES, *GRID, 4))
+    timestep, features = jnp.full((1, 5 * FRAMES), 500.0), constant_speech(5)
+    other = noisy.at[:, FRAMES : 2 * FRAMES].add(1.0)
+    made = [block_causal(ONE_LAYER, x, timestep, features) for x in (noisy, other)]
+    assert changed_blocks(*made) == [False, True, True, False, False]
+
+    clip, draws = make_clip(5), make_draws(5)
+    made = Generator(network(ONE_LAYER)[0], ONE_LAYER, SETTINGS)
+    roll, params = jax.jit(made.rollout), network(ONE_LAYER)[1]
+    before = joined(roll(params, clip, draws, 0).clean)
+    louder = dataclasses.replace(clip, features=clip.features.at[:, :, 12:24].add(1.0))
+    assert changed_blocks(before, joined(roll(params, louder, draws, 0).clean)) == [
+        False, True, False, False, False,
+    ]  # fmt: skip
+    noisier = dataclasses.replace(draws, noise=draws.noise.at[1].add(1.0))
+    assert changed_blocks(before, joined(roll(params, clip, noisier, 0).clean)) == [
+        False, True, True, False, False,
+    ]  # fmt: skip
+    # Later steps see what earlier steps saw, so it goes further there, but never back.
+    before, after = (joined(roll(params, clip, d, 2).clean) for d in (draws, noisier))
+    assert changed_blocks(before, after) == [False, True, True, True, True]
+
+
+def test_moving_everything_in_time_changes_nothing():
+    clip, draws = make_clip(), make_draws()
+    roll, params = jax.jit(MAKER.rollout), network()[1]
+    made = [
+        roll(params, clip, dataclasses.replace(draws, first_frame=jnp.int32(frame)), 2).clean
+        for frame in (40, 900, 3)
+    ]
+    np.testing.assert_allclose(made[0], made[1], atol=1e-5)
+    # Near the start the reference cannot be as close as it is asked to be.
+    assert np.abs(made[0] - made[2]).max() > 1e-4
+
+
+def test_moving_a_training_clip_with_its_reference_changes_nothing():
+    noisy = jax.random.normal(jax.random.key(2), (1, 3 * FRAMES, *GRID, 4))
+    timestep, features = jnp.full((1, 3 * FRAMES), 500.0), constant_speech(3)
+    made = [
+        block_causal(MODEL, noisy, timestep, features, first_frame=at, reference_frame=ref)
+        for at, ref in ((0, 25), (1003, 1028), (0, 28))
+    ]
+    np.testing.assert_allclose(made[0], made[1], atol=1e-5)
+    assert np.abs(made[0] - made[2]).max() > 1e-4
+
+
+def test_renoising_with_the_predicted_noise_is_eulers_step():
+    latent, velocity = jax.random.normal(jax.random.key(0), (2, 1, 3, *GRID, 4))
+    for sigma, following in ((1.0, 0.9), (0.6, 0.25), (0.02, 0.0)):
+        noise = noise_from_velocity(latent, velocity, jnp.float32(sigma))
+        renoised = move(latent, velocity, sigma, following, noise)
+        np.testing.assert_allclose(renoised, move(latent, velocity, sigma, following), atol=1e-6)
+
+
+# ---- a clip that the teacher agrees with ----------------------------------------------------
+
+
+def test_an_update_without_a_normaliser_is_small_and_made(monkeypatch):
+    """The teacher predicts the clip itself: the normaliser is zero."""
+    made = jax.random.normal(jax.random.key(0), (2, 2 * FRAMES, *GRID, 4))
+    critic, teacher = {"is_critic": jnp.array(1.0)}, {"is_critic": jnp.array(0.0)}
+
+    def score(self, params, noisy, sigma, told):
+        return (noisy - made - params["is_critic"]) / sigma
+
+    monkeypatch.setattr(Distiller, "_score", score)
+    settings = DistillConfig(batch_size=2, latents=2 * FRAMES)
+    distiller = Distiller(MAKER, settings, LoopConfig(num_steps=9, warmup_steps=0))
+    clip = make_clip(2)
+    told = Told(clip.text, clip.text, clip.reference, clip.features, clip.pose)
+    slope, metrics = distiller.generator_slope(critic, teacher, made, told, jax.random.key(1))
+    assert metrics["normalizer"] < 1e-5
+    limit = settings.gradient_limit / made.size
+    np.testing.assert_allclose(jnp.abs(slope).max(), limit, rtol=1e-6)
+    cause, norm = judge(metrics["dmd_loss"], {"clips": slope}, made)
+    assert int(cause) == 0 and np.isfinite(norm)
