@@ -4,7 +4,9 @@
 
 Streams every held-out clip from its portrait and its wave, compares lips, identity and motion with
 the renderer's truth, streams a minute to look for drift, and writes `scores.json`, contact sheets
-and videos.
+and videos. A teacher makes whole clips instead of streaming them, and no minute:
+
+    python launch/evaluate.py --checkpoint runs/teacher --sampler teacher --steps 40 --guidance 4
 """
 
 import json
@@ -19,11 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jax_avatar.data.records import read_clips
-from jax_avatar.io.video import VideoWriter
-from jax_avatar.models.params import merge
-from jax_avatar.streaming.batch import BatchStream
-from jax_avatar.streaming.model import SMALL, load_model
-from jax_avatar.training.evaluate import (
+from jax_avatar.evaluation.scores import (
     Truth,
     contact_sheet,
     fit_probe,
@@ -31,6 +29,11 @@ from jax_avatar.training.evaluate import (
     score,
     score_stream,
 )
+from jax_avatar.io.video import VideoWriter
+from jax_avatar.models.params import merge
+from jax_avatar.streaming.batch import BatchStream
+from jax_avatar.streaming.model import SMALL, load_model
+from jax_avatar.training.teacher import SamplerConfig, make_sampler
 
 flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
 flags.DEFINE_string("data", "data/people", "folder written by launch/prepare_data.py people")
@@ -39,8 +42,19 @@ flags.DEFINE_list("splits", ["held_out_person", "held_out_voice", "held_out_both
 flags.DEFINE_integer("clips", 24, "clips per split", lower_bound=2)
 flags.DEFINE_integer("batch", 8, "portraits streamed side by side", lower_bound=1)
 flags.DEFINE_integer("long_s", 60, "seconds of the long stream; 0 for none", lower_bound=0)
+flags.DEFINE_enum("sampler", "stream", ["stream", "teacher"], "how clips are made")
+flags.DEFINE_integer("steps", 40, "denoising steps of the teacher", lower_bound=1)
+flags.DEFINE_float("guidance", 4.0, "guidance scale of the teacher; 1 is none")
 flags.DEFINE_integer("seed", 420, "of the noise", lower_bound=0)
 FLAGS = flags.FLAGS
+
+
+def sampler(model):
+    if FLAGS.sampler == "stream":
+        return None
+    settings = SamplerConfig(FLAGS.steps, guidance=FLAGS.guidance, seed=FLAGS.seed)
+    dit = model.dit
+    return make_sampler(dit.graphdef, dit.config, settings, pose=model.settings.pose)
 
 
 def stream_split(stream, clips):
@@ -73,10 +87,12 @@ def main(argv):
     out.mkdir(parents=True, exist_ok=True)
     try:
         model = load_model(FLAGS.checkpoint)
-        stream = BatchStream(model, seed=FLAGS.seed)
+        stream = BatchStream(model, seed=FLAGS.seed, sample=sampler(model))
         train = read_clips(FLAGS.data, "train")
         probe = fit_probe([train[i] for i in range(0, len(train), max(1, len(train) // 200))])
-        scores = {"checkpoint": FLAGS.checkpoint, "clips": FLAGS.clips, "seed": FLAGS.seed}
+        told = ("checkpoint", "clips", "seed", "sampler")
+        told += ("steps", "guidance") if FLAGS.sampler == "teacher" else ()
+        scores = {name: FLAGS[name].value for name in told}
         for split in FLAGS.splits:
             source = read_clips(FLAGS.data, split)
             clips = [source[i] for i in range(min(FLAGS.clips, len(source)))]
@@ -92,7 +108,7 @@ def main(argv):
                 pair = np.concatenate([truth.frames[i], frames[i]], axis=2)
                 write(out / f"{split}_{i}.mp4", pair, clips[i].wave / 32768, model)
             print(split, json.dumps(scores[split]), flush=True)
-        if FLAGS.long_s:
+        if FLAGS.long_s and FLAGS.sampler == "stream":
             scores["long"], frames, waves = stream_long(stream, clips, FLAGS.long_s)
             write(out / "long.mp4", frames[0], waves[0], model)
             print("long", json.dumps(scores["long"]), flush=True)

@@ -1,43 +1,90 @@
-"""Trains one stage: `python launch/train.py --config=configs/small_cpu.py:vae --workdir runs/vae`.
+"""Trains one stage: `python launch/train.py --config=configs/teacher.py --workdir runs/teacher`.
 
-Repeating the command continues where the run stopped. Settings are changed as
-`--config.loop.num_steps=100`; `--dry_run` prints them and checks without training.
+Repeating the command continues where the run stopped. Config files take a size, as in
+`--config=configs/dmd.py:tiny`; settings are changed as `--config.loop.num_steps=100`. `--dry_run`
+plans the memory and prints the schedule without training.
 """
 
+import functools
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import app, flags, logging
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file and stage.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and weights.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print and check the settings, then stop.")
-FORCE = flags.DEFINE_bool("force", False, "Resume although the settings differ.")
+from launch.overrides import read_config, split_arguments
+
+CONFIG = flags.DEFINE_string("config", None, "config file, and after a colon the size")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and weights")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "check the settings, plan, then stop")
+COMPILE = flags.DEFINE_bool(
+    "compile", None, "dry run: compile the step to count its temporaries; else only if small"
+)
+RESUME = flags.DEFINE_bool("resume", True, "go on in a workdir that holds a run")
+FORCE = flags.DEFINE_bool("force", False, "resume although the settings differ")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"{argv[1:]}: only --flags are expected")
+def evaluation_of(task, settings):
+    """Streams held-out clips; set up when first needed, since fitting its probe takes a minute."""
+    from jax_avatar.evaluation.in_training import make_evaluation
+
+    folder = Path(WORKDIR.value) / "samples"
+    ready = functools.cache(lambda: make_evaluation(settings, task, folder))
+    return lambda weights, step: ready()(task.whole(weights), step)
+
+
+def check_workdir() -> None:
+    if not WORKDIR.value:
+        raise ValueError("--workdir is missing; give a folder for checkpoints and weights.")
+    folder = Path(WORKDIR.value)
+    if not RESUME.value and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"--noresume: {folder} is not empty, and nothing is overwritten; give another "
+            "--workdir, or leave --noresume out to continue."
+        )
+
+
+def run(overrides: dict[str, str]) -> None:
     # Late, so that --help and misspelt flags answer at once.
     from jax_avatar.training.loop import train
     from jax_avatar.training.stages import build_stage
 
-    settings = CONFIG.value.to_dict()
-    try:
-        build_task, loop = build_stage(settings)
-        if DRY_RUN.value:
-            print(CONFIG.value)
-            return
-        state = train(build_task(), loop, WORKDIR.value, settings=settings, force=FORCE.value)
-    except ValueError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
+    settings = read_config(CONFIG.value or "", overrides)
+    build_task, loop = build_stage(settings)
+    if DRY_RUN.value:
+        from jax_avatar.planning.run import plan_run
+
+        print(json.dumps(settings, indent=2))
+        for line in plan_run(settings, compiled=COMPILE.value):
+            print(line)
+        return
+    check_workdir()
+    task = build_task()
+    if loop.evaluate_every and hasattr(task, "whole"):
+        task.evaluate = evaluation_of(task, settings)
+    state = train(task, loop, WORKDIR.value, settings=settings, force=FORCE.value)
     print(f"{WORKDIR.value}: step {int(state.step)} of {loop.num_steps}")
 
 
+def main(argv: list[str], overrides: dict[str, str]) -> int:
+    if len(argv) > 1:
+        print(f"train.py: {argv[1:]} not understood; every argument is a --flag", file=sys.stderr)
+        return 2
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint
+    try:
+        run(overrides)
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    try:
+        config, changes, others = split_arguments(sys.argv)
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+    argv = [*others, *([f"--config={config}"] if config else [])]
+    app.run(functools.partial(main, overrides=changes), argv=argv)

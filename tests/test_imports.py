@@ -1,4 +1,4 @@
-"""Imports point one way: shapes <- models, diffusion <- streaming, training <- planning."""
+"""Imports point one way: shapes <- models, diffusion <- streaming, training <- evaluation."""
 
 import ast
 from pathlib import Path
@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "streaming": {"models", "diffusion", "io"},
     "training": {"models", "diffusion", "data", "io"},
     "planning": {"models", "diffusion", "streaming", "training"},
+    "evaluation": {"models", "diffusion", "data", "io", "streaming", "training"},
 }
 FORBIDDEN = {"torch", "absl", "argparse", "conversion", "launch", "configs", "pickle"}
 

@@ -11,14 +11,15 @@ import os
 
 from ml_collections import ConfigDict
 
-from configs import small_cpu
+from configs import diffusion_forcing, speech, vae
 
 WORK = os.environ.get("WORK", "runs/small_128")
 
 
 def get_config(stage: str = "dit") -> ConfigDict:
     """Settings of one stage: "speech", "vae" or "dit"."""
-    config = small_cpu.get_config(stage)
+    stages = {"speech": speech, "vae": vae, "dit": diffusion_forcing}
+    config = stages[stage].get_config("small")
     if stage == "speech":
         config.task.update(cache=f"{WORK}/corpus", num_sentences=3000, batch=32)
         config.loop.update(num_steps=4000)
@@ -32,7 +33,7 @@ def get_config(stage: str = "dit") -> ConfigDict:
         )  # fmt: skip
         return config
     config.latents = f"{WORK}/latents"
-    config.weights.update(speech=f"{WORK}/speech", vae=f"{WORK}/vae")
+    config.weights.update(speech=f"{WORK}/speech", vae=f"{WORK}/vae", start="")
     config.model.update(width=256, ffn_width=1024, num_layers=8, unroll=2, ring_blocks=4)
     config.model.audio_inject_layers = [0, 2, 4, 6]
     config.task.update(batch_size=64, latents=21)

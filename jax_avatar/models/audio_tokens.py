@@ -30,7 +30,11 @@ class _CausalConv(nnx.Module):
         self.stride = stride
         init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (3, inputs, outputs), config.param_dtype))
-        self.bias = nnx.Param(jnp.zeros(outputs, config.param_dtype))
+        # Not zero: of dropped speech, which is zeros, norms would see nothing but zeros, and their
+        # gradient would be a thousand times too large.
+        limit = (3 * inputs) ** -0.5
+        bias = jax.random.uniform(rngs.params(), (outputs,), config.param_dtype, -limit, limit)
+        self.bias = nnx.Param(bias)
 
     def __call__(self, x: Float[Array, "b T a"]) -> Float[Array, "b S o"]:
         padded = jnp.concatenate([x[:, :1], x[:, :1], x], axis=1)

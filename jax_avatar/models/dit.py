@@ -40,19 +40,32 @@ from jax_avatar.models.rope import (
     motion_positions,
     rotate,
 )
-from jax_avatar.shapes import Array, AudioFeatures, Float, IntScalar, Latent, TextStates, Tokens
+from jax_avatar.shapes import (
+    Array,
+    AudioFeatures,
+    Float,
+    Int,
+    IntScalar,
+    Latent,
+    TextStates,
+    Tokens,
+)
 
-__all__ = ["DiT"]
+__all__ = ["LAST_FRAME", "DiT"]
+
+LAST_FRAME = 2047
+"""Last rotary frame at which a latent or the reference may stand in `block_causal`."""
 
 Tap = Callable[[str, Array], None] | None
 SpeakerMask = Float[Array, "b u mask_t h2 w2"]
 Portrait = Float[Array, "b 1 h w c"]
 Motion = Float[Array, "b past h w c"]
 Past = Callable[[Array], tuple[Array, Array]]
+Frame = Int[Array, " b"] | IntScalar
 
 _PATCH = (1, 2, 2)
 _NOISY, _REFERENCE, _MOTION = 0, 1, 2  # rows of the token-kind embedding
-_MAX_FRAME = 1024  # rotary positions that a traced reference frame may take
+_FIRST_FRAME = -19  # of the motion frames
 _MOTION_FRAMES = (16, 2, 1)  # far, mid, near latent frames of the motion clip
 
 
@@ -200,14 +213,22 @@ class DiT(nnx.Module):
         pose: Latent,
         audio: AudioFeatures,
         *,
-        reference_frame: IntScalar | None = None,
+        first_frame: Frame = 0,
+        reference_frame: Frame | None = None,
+        past_blocks: int | None = None,
         speaker_mask: SpeakerMask | None = None,
         tap: Tap = None,
     ) -> Latent:
         """Velocity of a whole clip in which a block sees itself, earlier blocks and the sink.
 
-        Arguments as in `bidirectional`; `timestep` is equal inside a block. `reference_frame` is
-        the rotary frame of the reference (0..1023), for training with a rolling sink.
+        Arguments as in `bidirectional`; `timestep` is equal inside a block.
+
+        Args:
+            first_frame: rotary frame of the first latent, of all clips or of each.
+            reference_frame: rotary frame of the reference, likewise; where it does not roll if
+                not given. No frame may be beyond `LAST_FRAME`.
+            past_blocks: earlier blocks that a block sees; all if not given. A stream sees
+                `ring_blocks - 1`.
 
         Source: Live Avatar (arXiv 2512.04677), block-wise diffusion forcing.
         """
@@ -215,7 +236,8 @@ class DiT(nnx.Module):
             reference_frame = self.config.reference_frame
         return self._clip(
             noisy, timestep, text, reference, motion, pose, audio, speaker_mask,
-            reference_frame, is_causal=True, tap=tap,
+            reference_frame, is_causal=True, first_frame=first_frame, past_blocks=past_blocks,
+            tap=tap,
         )  # fmt: skip
 
     def prefill(
@@ -369,7 +391,7 @@ class DiT(nnx.Module):
 
     def _clip(
         self, noisy, timestep, text, reference, motion, pose, audio, speaker_mask,
-        reference_frame, *, is_causal, tap,
+        reference_frame, *, is_causal, first_frame=0, past_blocks=None, tap,
     ):  # fmt: skip
         config = self.config
         b, t, h, w, _ = noisy.shape
@@ -382,23 +404,15 @@ class DiT(nnx.Module):
         # Conditioning tokens are clean: they are modulated with timestep 0.
         with_zero = jnp.concatenate([timestep, jnp.zeros((b, 1), timestep.dtype)], axis=1)
         embedding, time_rows = self._time(with_zero, tap)
-        table = frame_rotation(
-            np.arange(_MAX_FRAME), config.head_dim, theta=config.rope_theta, half=half
-        )
-        at = Rotation(*(jnp.asarray(part)[reference_frame][None] for part in table))
-        frames = Rotation(table.cos[:t], table.sin[:t])
-        rotation = concat(
-            [
-                self._grid_rotation(frames, h, w, half=half),
-                self._cond_rotation((h, w), at, motion is not None, half=half),
-            ]
+        rotation = self._clip_rotation(
+            (t, h, w), first_frame, reference_frame, motion is not None, half=half
         )
         if tap:
             tap("rope_cos", rotation.cos)
             tap("rope_sin", rotation.sin)
         mask = None
         if is_causal:
-            mask = block_causal_mask(n, num_cond, config.frames_per_block * n // t)
+            mask = block_causal_mask(n, num_cond, config.frames_per_block * n // t, past_blocks)
         spread_noisy = _spread_frames(t, n)
 
         def spread(rows):
@@ -670,23 +684,40 @@ class DiT(nnx.Module):
 
     def _reference_rotation(self, *, half):
         config = self.config
-        return frame_rotation(
-            [config.reference_frame],
-            config.head_dim,
-            theta=config.rope_theta,
-            half=half and config.half_rotary,
-        )
+        return self._frame_rotation([config.reference_frame], half and config.half_rotary)
 
-    def _cond_rotation(self, grid, reference, has_motion, *, half):
-        config = self.config
-        half = half and config.half_rotary
+    def _clip_rotation(self, shape, first_frame, reference_frame, has_motion, *, half):
+        """Of all tokens of a clip, `[n pairs]`, or `[b n pairs]` where clips stand apart."""
+        t, h, w = shape
+        table = self._frame_rotation(np.arange(_FIRST_FRAME, LAST_FRAME + 1), half)
+
+        def turn(first, reference):
+            def at(frames):
+                return Rotation(*(jnp.asarray(part)[frames - _FIRST_FRAME] for part in table))
+
+            noisy = self._grid_rotation(at(first + jnp.arange(t)), h, w, half=half)
+            cond = self._cond_rotation(
+                (h, w), at(reference[None]), has_motion, half=half,
+                motion_at=lambda frames: at(first + jnp.asarray(frames)),
+            )  # fmt: skip
+            return concat([noisy, cond])
+
+        places = jnp.broadcast_arrays(jnp.asarray(first_frame), jnp.asarray(reference_frame))
+        return jax.vmap(turn)(*places) if places[0].ndim else turn(*places)
+
+    def _cond_rotation(self, grid, reference, has_motion, *, half, motion_at=None):
+        half = half and self.config.half_rotary
+        motion_at = motion_at or (lambda frames: self._frame_rotation(frames, half))
         h, w = grid
         parts = [self._grid_rotation(reference, h, w, half=half)]
         for frames, rows, cols in motion_positions(h, w) if has_motion else ():
             if rows.size and cols.size:
-                turned = frame_rotation(frames, config.head_dim, theta=config.rope_theta, half=half)
-                parts.append(self._rotation(turned, rows, cols, half))
+                parts.append(self._rotation(motion_at(frames), rows, cols, half))
         return concat(parts)
+
+    def _frame_rotation(self, frames, half):
+        config = self.config
+        return frame_rotation(frames, config.head_dim, theta=config.rope_theta, half=half)
 
     def _rotation(self, frames, rows, cols, half):
         config = self.config

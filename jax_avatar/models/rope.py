@@ -27,8 +27,8 @@ __all__ = [
 class Rotation(NamedTuple):
     """Cosines and sines of one angle per token and channel pair."""
 
-    cos: Array  # n pairs
-    sin: Array  # n pairs
+    cos: Array  # n pairs, or b n pairs where the samples stand apart
+    sin: Array  # likewise
 
 
 def split_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -132,6 +132,7 @@ def motion_positions(
 def rotate(x: Float[Array, "b n m e"], rotation: Rotation) -> Float[Array, "b n m e"]:
     """Turns adjacent channel pairs of every head by the angle of their token."""
     real, imag = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    cos, sin = rotation.cos[None, :, None, :], rotation.sin[None, :, None, :]
+    cos, sin = (part[None] if part.ndim == 2 else part for part in rotation)
+    cos, sin = cos[:, :, None], sin[:, :, None]
     turned = jnp.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)

@@ -1,12 +1,14 @@
 """Many portraits stream side by side on one device: the sampler of `session`, for evaluation."""
 
+from collections.abc import Callable, Iterable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
 from jax_avatar.models.params import merge
-from jax_avatar.shapes import Float
+from jax_avatar.shapes import Array, AudioFeatures, Float, Latent, PyTree
 from jax_avatar.streaming.model import AvatarModel
 from jax_avatar.streaming.plan import Conditions
 from jax_avatar.streaming.sampler import SequentialStream
@@ -16,17 +18,35 @@ __all__ = ["BatchStream"]
 
 
 class BatchStream:
-    """Waves in, whole videos out; frame `j` shows time `j / fps`, as in `AvatarSession`."""
+    """Waves in, whole videos out; frame `j` shows time `j / fps`, as in `AvatarSession`.
 
-    def __init__(self, model: AvatarModel, *, seed: int = 420):
-        """Binds a model whose pose input is the portrait and that has no motion packer."""
-        if model.settings.pose != "reference" or model.settings.motion != "none":
+    Attributes:
+        params: of the transformer; may be replaced between calls, nothing is compiled anew.
+    """
+
+    def __init__(
+        self,
+        model: AvatarModel,
+        *,
+        seed: int = 420,
+        sample: Callable[[PyTree, Array, Array], Array] | None = None,
+    ):
+        """Binds a model that has no motion packer.
+
+        Args:
+            model: to stream.
+            seed: of noise and sink distances.
+            sample: `(params, reference, features) -> latents`, to make whole clips at once instead
+                of streaming them.
+        """
+        if model.settings.motion != "none":
             raise ValueError(
-                f"model {model.name} has pose {model.settings.pose!r} and motion "
-                f"{model.settings.motion!r}; batches are streamed for reference and none only."
+                f"model {model.name} has motion {model.settings.motion!r}; batches are streamed "
+                "for none only."
             )
         self.model, settings = model, model.settings
-        self._plan = settings.plan(seed)
+        self.params = model.dit.params
+        self._plan, self._sample, self._streams = settings.plan(seed), sample, {}
         vae, speech = model.vae.graphdef, model.speech.graphdef
         self._encode = jax.jit(lambda p, video: merge(vae, p).encode(video))
         self._first = jax.jit(lambda p, latent: merge(vae, p).decode_first(latent))
@@ -56,21 +76,32 @@ class BatchStream:
         features = self._features(model.speech.params, heard, total)
         still = jnp.asarray(portraits, jnp.float32)[:, None] / 127.5 - 1
         reference = self._encode(model.vae.params, still)
-        b, _, *grid = reference.shape
-        pose = jnp.broadcast_to(reference, (b, dit.config.frames_per_block, *grid))
-        text = jnp.zeros((b, 1, dit.config.text_width))
-        stream = SequentialStream(
-            dit.graphdef,
-            dit.params,
-            dit.config,
-            self._plan,
-            Conditions(text, reference, None, pose),
-        )
         _, state = self._first(model.vae.params, reference)
         parts = []
-        for start in range(0, total, block):
-            for latent in stream.push(features[:, :, start : start + block]):
-                video, state = self._next(model.vae.params, state, latent)
-                parts.append(np.asarray(jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5), np.uint8))
+        for latent in self._latents(reference, features):
+            video, state = self._next(model.vae.params, state, latent)
+            parts.append(np.asarray(jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5), np.uint8))
         frames = np.concatenate(parts, axis=1)
         return frames[:, DROPPED_FRAMES : DROPPED_FRAMES + num_frames]
+
+    def _latents(self, reference: Latent, features: AudioFeatures) -> Iterable[Latent]:
+        if self._sample:
+            yield self._sample(self.params, reference, features)
+            return
+        dit = self.model.dit
+        b, _, *grid, channels = reference.shape
+        size = dit.config.frames_per_block
+        pose = jnp.zeros((b, size, *grid, dit.config.pose_channels))
+        if self.model.settings.pose == "reference":
+            pose = jnp.broadcast_to(reference, (b, size, *grid, channels))
+        text = jnp.zeros((b, 1, dit.config.text_width))
+        conditions = Conditions(text, reference, None, pose)
+        if reference.shape in self._streams:
+            self._streams[reference.shape].restart(self.params, conditions)
+        else:
+            self._streams[reference.shape] = SequentialStream(
+                dit.graphdef, self.params, dit.config, self._plan, conditions
+            )
+        stream = self._streams[reference.shape]
+        for start in range(0, features.shape[2], 4 * size):
+            yield from stream.push(features[:, :, start : start + 4 * size])

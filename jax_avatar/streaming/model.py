@@ -47,6 +47,7 @@ __all__ = [
     "StreamSettings",
     "has_text_encoder",
     "load_model",
+    "load_network",
     "load_settings",
     "load_text_encoder",
 ]
@@ -214,7 +215,7 @@ def load_model(folder: str | Path = SMALL, *, weights: str = "", **changes: Any)
     folder = Path(folder)
     settings = load_settings(folder, **changes)
     content = load_json(folder / "config.json")
-    networks = {name: _load_network(folder, name, content[name]) for name in _STREAMED}
+    networks = {name: load_network(folder, name, content[name]) for name in _STREAMED}
     if "lora" in content:
         networks["dit"] = _with_adapter(networks["dit"], folder)
     if weights and weights != networks["dit"].config.weights:
@@ -244,10 +245,22 @@ def load_text_encoder(folder: str | Path) -> Network:
             "Convert one into the folder, or stream without a prompt."
         )
     kind = load_json(folder / "config.json")["text"]
-    return _load_network(folder, "text", kind, widen=False)
+    return load_network(folder, "text", kind, widen=False)
 
 
-def _load_network(folder: Path, name: str, kind: str, *, widen: bool = True) -> Network:
+def load_network(folder: str | Path, name: str, kind: str, *, widen: bool = True) -> Network:
+    """Reads one network.
+
+    Args:
+        folder: that holds it.
+        name: "dit", "vae", "speech" or "text".
+        kind: of the network, as in `config.json`.
+        widen: see `load_weights`.
+
+    Raises:
+        ValueError: as in `load_model`.
+    """
+    folder = Path(folder)
     if kind not in _KINDS[name]:
         raise ValueError(
             f"{folder / 'config.json'}: {name} is of kind {kind!r}, known are {list(_KINDS[name])}."

@@ -120,9 +120,6 @@ class SequentialStream:
         """
         device = device or jax.devices()[0]
         put = lambda tree: jax.device_put(tree, device)  # noqa: E731
-        on_device = SingleDeviceSharding(device)
-        self.params = place(params, jax.tree.map(lambda _: on_device, tree_of(params)))
-        self.conditions = put(conditions)
         self.config, self.plan = config, plan
         self._prefill = jax.jit(make_prefill(graphdef), out_shardings=cache_place(device))
         self._put, self._tap, self._device = put, tap, device
@@ -134,6 +131,14 @@ class SequentialStream:
         self._sigmas = [np.float32(s) for s in plan.schedule.sigmas]
 
         self._step = make_step(graphdef, device, mask)
+        self.restart(params, conditions)
+
+    def restart(self, params: PyTree | StoredWeights, conditions: Conditions) -> None:
+        """Back to block 0 with other weights and conditions of the same shapes; nothing is
+        compiled anew."""
+        on_device = SingleDeviceSharding(self._device)
+        self.params = place(params, jax.tree.map(lambda _: on_device, tree_of(params)))
+        self.conditions = self._put(conditions)
         self.reset()
 
     def reset(self) -> None:

@@ -1,13 +1,13 @@
-"""Trains the transformer block-causally on latents of talking people (diffusion forcing).
+"""Flow matching of the transformer on clips: a teacher (stage 0), or diffusion forcing (stage 1).
 
-    clean latents --noise level per block--> noisy --block-causal DiT--> velocity --weighted error
-    portrait, speech features, prompt -------------------^
+    clean latents --noise level per block--> noisy --DiT--> velocity --weighted error
+    portrait, speech features, prompt -----------------^
 
-In half of the clips all blocks share one noise level: that is what a stream sees, whose every
-denoising step keeps a window of blocks at its own level.
+A teacher sees whole clips at one noise level, in both directions. In diffusion forcing every block
+has a level of its own, sees itself and the blocks before it, and the portrait stands at another
+distance in every clip.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,101 +17,107 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from jax_avatar.diffusion.flow import add_noise
-from jax_avatar.diffusion.schedule import shift_sigma
-from jax_avatar.io.checkpoint import save_weights
+from jax_avatar.diffusion.schedule import gaussian_weight, level_of_draw
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.params import merge, split
-from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.dit import LAST_FRAME, DiT
+from jax_avatar.models.params import abstract, merge, split
 from jax_avatar.shapes import Array, Latent, PyTree
 from jax_avatar.training.latents import LatentClips
+from jax_avatar.training.mouth_reader import fit_mouth_reader
 
-__all__ = ["ForcingConfig", "ForcingTask", "MouthReader", "fit_mouth_reader"]
+__all__ = ["ForcingConfig", "ForcingTask"]
+
+_LEVELS = 1000  # that noise is drawn from, before the shift
+_SMALLEST_WEIGHT = 0.1  # noise level below which "clean" weights stay
 
 
 @dataclass(frozen=True)
 class ForcingConfig:
-    """Batches and loss.
+    """Batches, noise levels, conditions and loss; the defaults are the paper's stage 1.
 
     Attributes:
         batch_size: clips per step.
         latents: latent frames per clip, whole blocks.
         still_share: share of every person's windows to train on, those nearest to the portrait.
             A small network trained for an hour blurs large movements of the head.
+        form: of the transformer, "block_causal" or "bidirectional".
         shift: moves noise levels toward noise; uniform levels before the shift.
         shared_share: share of the clips whose blocks all have the same noise level.
-        smallest_sigma: levels are drawn between this one and 1; a sampler of few steps never
-            feeds smaller ones than its last.
+        smallest_sigma: levels are drawn between this one and 1.
         audio_dropout: share of the clips whose speech features are zeros.
+        text_dropout: share of the clips whose prompt is the negative prompt, or zeros.
+        reference_dropout: share of the clips whose portrait is zeros.
         reference_noise: largest deviation of the noise added to the portrait.
-        reference_frames: inclusive range of the portrait's rotary frame, drawn once per step.
+        shift_max: clips start at a latent frame drawn from 0 to this.
+        sink: where the portrait stands in time: "follow", ahead of the clip's first frame by
+            `reference_frames`, or "fixed", at the model's frame while the clip moves away.
+        reference_frames: inclusive range of that distance, drawn per clip.
+        weight: of the error at a noise level: "uniform", "gaussian", which is 0 at pure noise, or
+            "clean", which makes it the error of the clean prediction.
         mouth_weight: weight of the latents around the mouth; all others have 1.
         mouth_probe_weight: weight of the error of the lip gap read from the predicted clean
             latents by a linear map fitted beforehand; 0 leaves it out.
-        weighting: "velocity", or "clean" for the same weight at every noise level.
     """
 
-    batch_size: int = 8
-    latents: int = 12
+    batch_size: int = 128
+    latents: int = 21
     still_share: float = 1.0
-    shift: float = 2.0
-    shared_share: float = 0.5
-    smallest_sigma: float = 0.4
-    audio_dropout: float = 0.1
-    reference_noise: float = 0.05
-    reference_frames: tuple[int, int] = (13, 39)
-    mouth_weight: float = 5.0
+    form: str = "block_causal"
+    shift: float = 5.0
+    shared_share: float = 0.0
+    smallest_sigma: float = 0.0
+    audio_dropout: float = 0.15
+    text_dropout: float = 0.1
+    reference_dropout: float = 0.0
+    reference_noise: float = 0.0
+    shift_max: int = 1003
+    sink: str = "follow"
+    reference_frames: tuple[int, int] = (22, 30)
+    weight: str = "uniform"
+    mouth_weight: float = 1.0
     mouth_probe_weight: float = 0.0
-    weighting: str = "velocity"
+
+    CHOICES = {
+        "form": ("block_causal", "bidirectional"),
+        "sink": ("follow", "fixed"),
+        "weight": ("uniform", "gaussian", "clean"),
+    }
+    SHARES = (
+        "still_share", "shared_share", "smallest_sigma", "audio_dropout", "text_dropout",
+        "reference_dropout",
+    )  # fmt: skip
 
     def __post_init__(self):
         object.__setattr__(self, "reference_frames", tuple(self.reference_frames))
-        if self.weighting not in ("velocity", "clean"):
-            raise ValueError(f'weighting {self.weighting!r} must be "velocity" or "clean"')
-
-
-@dataclass(frozen=True)
-class MouthReader:
-    """A linear map from the latents around the mouth to the lip gap of their video frames."""
-
-    kernel: np.ndarray  # features, 4
-    bias: np.ndarray  # 4
-    correlation: float  # with the truth, on the clips it was fitted on
-
-    def __call__(
-        self, latent: Latent, reference: Float[Array, "b 1 h w c"], mouth: Array
-    ) -> Float[Array, "b T"]:
-        """Lip gap of every video frame."""
-        features = _mouth_features(latent, reference, mouth, jnp)
-        gap = features @ jnp.asarray(self.kernel) + jnp.asarray(self.bias)[None, None]
-        return gap.reshape(gap.shape[0], -1)
-
-
-def fit_mouth_reader(clips: LatentClips, ridge: float = 10.0) -> MouthReader:
-    """Ridge regression of the lip gap on how the mouth differs from the portrait's."""
-    x = _mouth_features(
-        clips.latent.astype(np.float32),
-        clips.reference.astype(np.float32),
-        clips.mouth.astype(np.float32),
-        np,
-    )
-    x = x.reshape(-1, x.shape[-1]).astype(np.float64)
-    y = clips.lip_gap.reshape(len(x), 4).astype(np.float64)
-    mean, centre = x.mean(0), y.mean(0)
-    gram = (x - mean).T @ (x - mean) + ridge * len(x) * 1e-3 * np.eye(x.shape[1])
-    kernel = np.linalg.solve(gram, (x - mean).T @ (y - centre))
-    read = (x - mean) @ kernel
-    correlation = np.corrcoef(read.ravel(), (y - centre).ravel())[0, 1]
-    bias = centre - mean @ kernel
-    return MouthReader(kernel.astype(np.float32), bias.astype(np.float32), float(correlation))
+        for name, choices in self.CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"task.{name} {getattr(self, name)!r} must be one of {', '.join(choices)}."
+                )
+        for name in self.SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"task.{name} {getattr(self, name)} must be within 0..1.")
+        if min(self.batch_size, self.latents) < 1:
+            raise ValueError("task.batch_size and task.latents must be at least 1.")
+        low, high = self.reference_frames
+        if not 0 <= low <= high:
+            raise ValueError(
+                f"task.reference_frames {self.reference_frames} must be two numbers of latent "
+                "frames, the smaller first, for example (22, 30)."
+            )
+        room = LAST_FRAME - max(self.latents - 1, high)
+        if not 0 <= self.shift_max <= room:
+            raise ValueError(
+                f"task.shift_max {self.shift_max} must be within 0..{room}, since rotary frames "
+                f"end at {LAST_FRAME}."
+            )
 
 
 class ForcingTask:
-    """Block-causal flow matching as a training task: parameters, batches, loss."""
-
-    name = "dit"
+    """Flow matching as a training task: parameters, batches, loss."""
 
     def __init__(
         self,
@@ -119,19 +125,25 @@ class ForcingTask:
         settings: ForcingConfig,
         clips: LatentClips,
         *,
+        network: type[DiT] = DiT,
+        pose: str = "zeros",
         seed: int = 0,
-        evaluate: Callable[[PyTree, int], dict[str, float]] | None = None,
-        start_from: PyTree | None = None,
+        name: str = "diffusion_forcing",
+        start: Callable[[], PyTree] | None = None,
+        export: Callable[[PyTree, str | Path, Mapping[str, Any]], None] | None = None,
     ):
         """Checks that the parts fit together.
 
         Args:
             model: size of the transformer.
-            settings: batches and loss.
+            settings: batches, noise levels, conditions and loss.
             clips: to train on.
+            network: the transformer, `DiT` or `PortraitDiT`.
+            pose: what its pose input carries: "zeros", or "reference", the portrait.
             seed: of the order of the clips.
-            evaluate: `(params, step) -> scores`, called by the loop.
-            start_from: parameters to start from instead of random ones.
+            name: of the stage, for the progress bar.
+            start: makes the parameters to start from, instead of random ones.
+            export: writes the model folder, called by the loop at the end.
         """
         frames, _, _, channels = clips.latent.shape[1:]
         if channels != model.latent_channels:
@@ -141,7 +153,7 @@ class ForcingTask:
             )
         if settings.latents > frames or settings.latents % model.frames_per_block:
             raise ValueError(
-                f"latents={settings.latents}: clips have {frames} and a block has "
+                f"task.latents={settings.latents}: clips have {frames} and a block has "
                 f"{model.frames_per_block}; give whole blocks, no more than a clip has."
             )
         if clips.features.shape[2:] != (model.audio_layers, model.audio_width):
@@ -150,21 +162,26 @@ class ForcingTask:
                 f"transformer expects {(model.audio_layers, model.audio_width)}; set "
                 "model.audio_layers and model.audio_width."
             )
-        self.model, self.settings, self.clips, self.seed = model, settings, clips, seed
-        self.start_from = start_from
+        self.model, self.settings, self.clips = model, settings, clips
+        self.name, self.seed, self._pose = name, seed, pose
+        self._network, self._start = network, start
         self.windows = _windows(clips, settings.latents, settings.still_share)
-        self.graphdef, _ = split(nnx.eval_shape(lambda: PortraitDiT(model, rngs=nnx.Rngs(0))))
+        self.graphdef, _ = abstract(lambda: network(model, rngs=nnx.Rngs(0)))
         few = clips.take(slice(None, None, max(1, len(clips) // 800)))
         self.reader = fit_mouth_reader(few) if settings.mouth_probe_weight else None
         self._gap_scale = float(clips.lip_gap.std()) + 1e-6
-        if evaluate:
-            self.evaluate = evaluate
+        if export:
+            self.export = export
 
     def init(self, key: Array) -> PyTree:
         """Random parameters, or those to start from."""
-        if self.start_from is not None:
-            return self.start_from
-        return split(PortraitDiT(self.model, rngs=nnx.Rngs(params=key)))[1]
+        if self._start:
+            return self._start()
+        return split(self._network(self.model, rngs=nnx.Rngs(params=key)))[1]
+
+    def whole(self, params: PyTree) -> PyTree:
+        """Parameters of the transformer from what is trained."""
+        return params
 
     def batches(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step; every window of the clips once per epoch."""
@@ -184,10 +201,13 @@ class ForcingTask:
             cuts = [array[i, rate * s : rate * (s + frames)] for i, s in windows]
             return np.stack(cuts).astype(np.float32)
 
+        text = np.zeros((size, 1, self.model.text_width), np.float32)
         return {
             "latent": cut(clips.latent),
             "reference": clips.reference[index].astype(np.float32),
             "features": cut(clips.features, 4)[:, None],
+            "text": text,
+            "null_text": text,
             "mouth": cut(clips.mouth),
             "lip_gap": cut(clips.lip_gap, 4),
         }
@@ -196,73 +216,105 @@ class ForcingTask:
         self, params: PyTree, batch: Mapping[str, Array], key: Array
     ) -> tuple[Array, dict[str, Array]]:
         """Weighted error of the velocity, and its parts."""
-        settings, model = self.settings, self.model
-        clean, features = batch["latent"], batch["features"]
-        b, t = clean.shape[:2]
-        keys = iter(jax.random.split(key, 7))
-        noise = jax.random.normal(next(keys), clean.shape)
-        sigma = self._sigmas(next(keys), b, t)
+        settings, clean = self.settings, batch["latent"]
+        noise_key, level_key, told_key, place_key = jax.random.split(key, 4)
+        noise = jax.random.normal(noise_key, clean.shape)
+        sigma = self._sigmas(level_key, *clean.shape[:2])
         wide = sigma[:, :, None, None, None]
         noisy = add_noise(clean, noise, wide)
-        heard = jax.random.uniform(next(keys), (b, 1, 1, 1, 1)) >= settings.audio_dropout
-        reference = batch["reference"]
-        level = settings.reference_noise * jax.random.uniform(next(keys), (b, 1, 1, 1, 1))
-        reference = reference + level * jax.random.normal(next(keys), reference.shape)
-        low, high = settings.reference_frames
-        reference_frame = jax.random.randint(next(keys), (), low, high + 1)
+        told, heard = self._told(told_key, batch)
+        velocity = self._velocity(params, noisy, sigma, told, place_key)
 
-        velocity = merge(self.graphdef, params).block_causal(
-            noisy,
-            1000 * sigma,
-            jnp.zeros((b, 1, model.text_width)),
-            reference,
-            None,
-            jnp.broadcast_to(reference, clean.shape),
-            features * heard,
-            reference_frame=reference_frame,
-        )
-        error = velocity - (noise - clean)
-        if settings.weighting == "clean":
-            error = error * jnp.maximum(wide, 0.1)
-        square = jnp.mean(error**2, axis=-1)
+        square = jnp.mean((velocity - (noise - clean)) ** 2, axis=-1)
+        square = square * self._level_weight(sigma)[:, :, None, None]
         weight = 1 + (settings.mouth_weight - 1) * batch["mouth"]
         loss = jnp.sum(square * weight) / jnp.sum(weight)
-
         predicted = noisy - wide * velocity
-        high_noise = (sigma > 0.8).astype(jnp.float32)[:, :, None, None]
-        clean_error = jnp.mean((predicted - clean) ** 2, axis=-1)
-        metrics = {
-            "flow": loss,
-            "mouth_error": _weighted_mean(square, batch["mouth"]),
-            "clean_error_high": _weighted_mean(
-                clean_error, jnp.broadcast_to(high_noise, square.shape)
-            ),
-            "mouth_error_high": _weighted_mean(clean_error, batch["mouth"] * high_noise),
-        }
+        metrics = {"flow": loss} | _errors(predicted, clean, square, sigma, batch["mouth"])
         if self.reader:
             gap = self.reader(predicted, batch["reference"], batch["mouth"])
             gap_error = ((gap - batch["lip_gap"]) / self._gap_scale) ** 2
-            probe = jnp.mean(gap_error * heard[:, :, 0, 0, 0])
+            probe = jnp.mean(gap_error * heard[:, None])
             loss = loss + settings.mouth_probe_weight * probe
             metrics["probe"] = probe
         return loss, metrics
 
-    def export(self, params: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
-        """Writes `dit.safetensors`."""
-        config = dataclasses.asdict(self.model)
-        config |= {"dtype": str(config["dtype"]), "param_dtype": str(config["param_dtype"])}
-        save_weights(folder, "dit", jax.device_get(params), config, dict(metadata))
+    def _told(self, key: Array, batch: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
+        """Portrait, features and prompt with some dropped, and which clips hear something."""
+        settings, reference = self.settings, batch["reference"]
+        audio_key, text_key, face_key, level_key, noise_key = jax.random.split(key, 5)
+
+        def kept(key, dropout):
+            return jax.random.uniform(key, (len(reference),)) >= dropout
+
+        heard = kept(audio_key, settings.audio_dropout)
+        prompted = kept(text_key, settings.text_dropout)[:, None, None]
+        shown = kept(face_key, settings.reference_dropout)[:, None, None, None, None]
+        level = settings.reference_noise * jax.random.uniform(level_key, shown.shape)
+        reference = reference + level * jax.random.normal(noise_key, reference.shape)
+        told = {
+            "reference": reference * shown,
+            "features": batch["features"] * heard[:, None, None, None, None],
+            "text": jnp.where(prompted, batch["text"], batch["null_text"]),
+        }
+        return told, heard
+
+    def _velocity(self, params, noisy, sigma, told, key):
+        """The transformer's velocity in the form that is trained."""
+        model, reference = self.model, told["reference"]
+        pose = jnp.broadcast_to(reference, noisy.shape)
+        if self._pose == "zeros":
+            pose = jnp.zeros((*noisy.shape[:-1], model.pose_channels))
+        inputs = (noisy, 1000 * sigma, told["text"], reference, None, pose, told["features"])
+        dit = merge(self.graphdef, params)
+        if self.settings.form == "bidirectional":
+            return dit.bidirectional(*inputs)
+        first, face = self._places(key, len(noisy))
+        return dit.block_causal(
+            *inputs,
+            first_frame=first,
+            reference_frame=face,
+            past_blocks=model.ring_blocks - 1,
+        )
+
+    def _places(self, key: Array, b: int) -> tuple[Array, Array]:
+        """Rotary frames at which every clip starts and its portrait stands."""
+        settings = self.settings
+        first_key, ahead_key = jax.random.split(key)
+        first = jax.random.randint(first_key, (b,), 0, settings.shift_max + 1)
+        if settings.sink == "fixed":
+            return first, jnp.full((b,), self.model.reference_frame)
+        low, high = settings.reference_frames
+        return first, first + jax.random.randint(ahead_key, (b,), low, high + 1)
 
     def _sigmas(self, key: Array, b: int, t: int) -> Float[Array, "b t"]:
         """Noise level of every latent frame, equal inside a block."""
         settings, size = self.settings, self.model.frames_per_block
         level_key, shared_key = jax.random.split(key)
-        level = jax.random.uniform(level_key, (b, t // size))
+        draw = jax.random.randint(level_key, (b, t // size), 1, _LEVELS + 1)
         shared = jax.random.uniform(shared_key, (b, 1)) < settings.shared_share
-        level = jnp.where(shared, level[:, :1], level)
+        draw = jnp.where(shared, draw[:, :1], draw)
         low = settings.smallest_sigma
-        sigma = low + (1 - low) * shift_sigma(level, settings.shift)
+        sigma = low + (1 - low) * level_of_draw(draw, settings.shift)
         return jnp.repeat(sigma, size, axis=1)
+
+    def _level_weight(self, sigma: Float[Array, "b t"]) -> Float[Array, "b t"]:
+        if self.settings.weight == "gaussian":
+            return gaussian_weight(sigma, self.settings.shift)
+        if self.settings.weight == "clean":
+            return jnp.maximum(sigma, _SMALLEST_WEIGHT) ** 2
+        return jnp.ones_like(sigma)
+
+
+def _errors(predicted: Latent, clean: Latent, square, sigma, mouth) -> dict[str, Array]:
+    """Parts of the error that tell how lips come along."""
+    high_noise = (sigma > 0.8).astype(jnp.float32)[:, :, None, None]
+    error = jnp.mean((predicted - clean) ** 2, axis=-1)
+    return {
+        "mouth_error": _weighted_mean(square, mouth),
+        "clean_error_high": _weighted_mean(error, jnp.broadcast_to(high_noise, error.shape)),
+        "mouth_error_high": _weighted_mean(error, mouth * high_noise),
+    }
 
 
 def _windows(clips: LatentClips, latents: int, share: float) -> np.ndarray:
@@ -286,25 +338,6 @@ def _windows(clips: LatentClips, latents: int, share: float) -> np.ndarray:
         order = np.argsort(distance, axis=None)[: max(1, round(share * distance.size))]
         kept.append(own.reshape(-1, 2)[order])
     return np.concatenate(kept)
-
-
-def _mouth_features(latent, reference, mouth: Bool[Any, "b t h w"] | Any, np_like):
-    """What is linear in the latents: their mean change in a grid laid over the mouth's box."""
-    change = latent - reference
-    parts = []
-    _, _, h, w = mouth.shape
-    rows, cols = np_like.arange(h, dtype=np_like.float32), np_like.arange(w, dtype=np_like.float32)
-    mass = mouth.sum((2, 3)) + 1e-6
-    row = (mouth.sum(3) * rows[None, None]).sum(2) / mass
-    col = (mouth.sum(2) * cols[None, None]).sum(2) / mass
-    for dr in (-1.0, 0.0, 1.0):
-        for dc in (-1.0, 0.0, 1.0):
-            # Bilinear tents, so that the map follows a moving head smoothly.
-            tent_row = np_like.maximum(0, 1 - abs(rows[None, None] - (row + dr)[..., None]))
-            tent_col = np_like.maximum(0, 1 - abs(cols[None, None] - (col + dc)[..., None]))
-            tent = tent_row[..., :, None] * tent_col[..., None, :]
-            parts.append(np_like.einsum("bthwc,bthw->btc", change, tent))
-    return np_like.concatenate(parts, axis=-1)
 
 
 def _weighted_mean(value: Array, weight: Array) -> Array:

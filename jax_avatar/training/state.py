@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
 import jax
@@ -114,15 +114,39 @@ def build_section(kind: type[Section], values: Mapping[str, Any], name: str) -> 
     """A section of a config file as its dataclass.
 
     Raises:
-        ValueError: for a key that the dataclass lacks, naming the nearest one it has.
+        ValueError: for a key that the dataclass lacks, naming the nearest one it has, or for a
+            value of another type.
     """
-    known = [field.name for field in fields(kind)]
-    for key in values:
+    known = {field.name: field.type for field in fields(kind)}
+    checked = {}
+    for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             raise ValueError(f"config.{name}.{key} is not a setting of {kind.__name__}; {hint}")
-    return kind(**values)
+        checked[key] = _of_type(known[key], value, f"config.{name}.{key}")
+    lacking = [
+        field.name
+        for field in fields(kind)
+        if field.name not in values
+        and field.default is MISSING
+        and field.default_factory is MISSING
+    ]
+    if lacking:
+        raise ValueError(f"config.{name} lacks {', '.join(lacking)}; give a value.")
+    return kind(**checked)
+
+
+def _of_type(kind: Any, value: Any, name: str) -> Any:
+    """A value as written on a command line in the type of its field, where that is a plain one."""
+    if kind not in (bool, int, float, str) or type(value) is kind:
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and is_number:
+        return float(value)
+    if kind is int and is_number and value == int(value):
+        return int(value)
+    raise ValueError(f"{name}: {value!r} came, expected a value of type {kind.__name__}.")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

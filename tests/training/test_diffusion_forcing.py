@@ -7,9 +7,11 @@ import pytest
 
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
-from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask, fit_mouth_reader
+from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.latents import LatentClips, mouth_cells
 from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.mouth_reader import fit_mouth_reader
 from jax_avatar.training.state import start_state
 
 MODEL = DiTConfig(
@@ -29,7 +31,16 @@ MODEL = DiTConfig(
     framepack=False,
     zero_init=False,
 )
-SETTINGS = ForcingConfig(batch_size=2, latents=6)
+SETTINGS = ForcingConfig(
+    batch_size=2, latents=6, shift=2.0, shared_share=0.5, smallest_sigma=0.4,
+    reference_noise=0.05, mouth_weight=5.0,
+)  # fmt: skip
+
+
+def make_task(settings=SETTINGS, clips=None, network=PortraitDiT, **changes):
+    model = dataclasses.replace(MODEL, **changes)
+    clips = clips or make_clips()
+    return ForcingTask(model, settings, clips, network=network, pose="reference")
 
 
 def make_clips(count=4, frames=9, seed=0):
@@ -52,7 +63,7 @@ def make_clips(count=4, frames=9, seed=0):
 
 def test_the_loss_falls_on_one_batch():
     settings = dataclasses.replace(SETTINGS, mouth_probe_weight=0.1)
-    task = ForcingTask(MODEL, settings, make_clips(2, 6))
+    task = make_task(settings, make_clips(2, 6))
     loop = LoopConfig(num_steps=80, learning_rate=5e-3, warmup_steps=5)
     state = start_state(task.init(jax.random.key(0)), make_optimiser(loop))
     step, batch = make_step(task, loop), task.batches(0)
@@ -65,7 +76,7 @@ def test_the_loss_falls_on_one_batch():
 
 @pytest.mark.parametrize("shared", [0.0, 1.0])
 def test_noise_levels_are_equal_inside_a_block_and_shared_between_blocks_on_demand(shared):
-    task = ForcingTask(MODEL, dataclasses.replace(SETTINGS, shared_share=shared), make_clips())
+    task = make_task(dataclasses.replace(SETTINGS, shared_share=shared))
     sigma = np.asarray(task._sigmas(jax.random.key(3), 64, 6)).reshape(64, 2, 3)
     assert (sigma == sigma[:, :, :1]).all()
     assert ((sigma[:, 0] == sigma[:, 1]).all()) == bool(shared)
@@ -74,7 +85,7 @@ def test_noise_levels_are_equal_inside_a_block_and_shared_between_blocks_on_dema
 
 
 def test_before_training_the_clean_prediction_is_the_portrait():
-    task = ForcingTask(MODEL, SETTINGS, make_clips())
+    task = make_task()
     params, batch = task.init(jax.random.key(0)), task.batches(0)
     clean, sigma = jnp.asarray(batch["latent"]), 0.7
     noise = jax.random.normal(jax.random.key(1), clean.shape)
@@ -96,7 +107,7 @@ def test_without_speech_the_features_do_not_matter():
     silent = dataclasses.replace(SETTINGS, audio_dropout=1.0)
     heard = dataclasses.replace(SETTINGS, audio_dropout=0.0)
     for settings, is_same in ((silent, True), (heard, False)):
-        task = ForcingTask(MODEL, settings, make_clips())
+        task = make_task(settings)
         params, batch = task.init(jax.random.key(0)), task.batches(0)
         # The output layer starts at zero and would hide everything.
         params["head"]["kernel"] = jax.random.normal(
@@ -113,7 +124,7 @@ def test_every_window_comes_once_per_epoch_and_batches_repeat():
     clips = dataclasses.replace(
         clips, lip_gap=np.broadcast_to(np.arange(6.0)[:, None], clips.lip_gap.shape)
     )
-    task = ForcingTask(MODEL, SETTINGS, clips)
+    task = make_task(SETTINGS, clips)
     seen = [task.batches(step)["lip_gap"][:, 0] for step in range(6)]
     assert sorted(np.concatenate(seen[:3])) == sorted(np.concatenate(seen[3:])) == list(range(6))
     for name, value in task.batches(4).items():
@@ -125,14 +136,14 @@ def test_only_the_stillest_windows_of_every_person_are_kept():
     moved = clips.latent.copy()
     moved[1::2] += 1  # one of two clips of each person has moved away
     clips = dataclasses.replace(clips, latent=moved, person=np.array([7, 7, 9, 9]))
-    task = ForcingTask(MODEL, dataclasses.replace(SETTINGS, still_share=0.5), clips)
+    task = make_task(dataclasses.replace(SETTINGS, still_share=0.5), clips)
     assert set(task.windows[:, 0]) == {0, 2}
     assert len(task.windows) == 2 * 4
 
 
 def test_speech_and_picture_of_a_window_belong_together():
     clips = make_clips()
-    task = ForcingTask(MODEL, SETTINGS, clips)
+    task = make_task(SETTINGS, clips)
     starts = set()
     for step in range(12):
         batch = task.batches(step)
@@ -164,7 +175,7 @@ def test_mouth_cells_cover_the_boxes_of_all_four_frames():
 
 
 def test_settings_that_do_not_fit_the_clips_are_named():
-    with pytest.raises(ValueError, match="latents=5: clips have 9 and a block has 3"):
-        ForcingTask(MODEL, dataclasses.replace(SETTINGS, latents=5), make_clips())
+    with pytest.raises(ValueError, match=r"task\.latents=5: clips have 9 and a block has 3"):
+        make_task(dataclasses.replace(SETTINGS, latents=5))
     with pytest.raises(ValueError, match=r"model\.audio_layers"):
-        ForcingTask(MODEL.replace(audio_layers=3), SETTINGS, make_clips())
+        make_task(audio_layers=3)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from jax_avatar.training.evaluate import Truth, score, score_stream
-from jax_avatar.training.mouth_probe import MouthProbe
+from jax_avatar.evaluation.mouth_probe import MouthProbe
+from jax_avatar.evaluation.scores import Truth, score, score_stream
 
 
 class BrightnessProbe(MouthProbe):

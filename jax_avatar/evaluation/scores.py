@@ -1,9 +1,5 @@
-"""Scores of generated talking people against the renderer's truth, through the real sampler.
+"""Scores of generated talking people against the renderer's truth."""
 
-portraits, features of held-out clips --SequentialStream--> latents --VAE--> frames --> scores
-"""
-
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,14 +9,11 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from jax_avatar.data.records import ClipRecord
-from jax_avatar.diffusion.step import euler_step
+from jax_avatar.evaluation.mouth_probe import MouthProbe
 from jax_avatar.models.light_vae import LightVAE
 from jax_avatar.models.params import merge, split
-from jax_avatar.shapes import PyTree
-from jax_avatar.training.mouth_probe import MouthProbe
 
 __all__ = [
-    "ClipSampler",
     "Truth",
     "contact_sheet",
     "fit_probe",
@@ -56,57 +49,6 @@ class Truth:
             lip_gap=np.stack([clip.lip_gap[part] for clip in clips]),
             person=np.array([clip.person_id for clip in clips]),
         )
-
-
-class ClipSampler:
-    """Generates whole clips at once, compiled once for many weights.
-
-    All blocks go through the noise levels side by side in the training form of the transformer,
-    which for clips no longer than its window computes what the stream does.
-    """
-
-    def __init__(self, graphdef, vae: LightVAE, *, sigmas: Sequence[float], seed: int = 0):
-        """Binds everything but the weights of the transformer.
-
-        Args:
-            graphdef: structure of the transformer.
-            vae: decodes.
-            sigmas: noise levels, falling to 0.
-            seed: of the noise.
-        """
-        structure, self._vae_params = split(vae)
-
-        def generate(params, vae_params, reference, features):
-            dit, decoder = merge(graphdef, params), merge(structure, vae_params)
-            b, t = reference.shape[0], features.shape[1] // 4
-            pose = jnp.broadcast_to(reference, (b, t, *reference.shape[2:]))
-            text = jnp.zeros((b, 1, dit.config.text_width))
-
-            def velocity_fn(latent, sigma, cache):
-                timestep = jnp.full((b, t), 1000.0 * sigma)
-                velocity = dit.block_causal(
-                    latent, timestep, text, reference, None, pose, features[:, None]
-                )
-                return velocity, cache
-
-            latent = jax.random.normal(jax.random.key(seed), pose.shape)
-            for sigma, next_sigma in itertools.pairwise(sigmas):
-                latent, _ = euler_step(velocity_fn, latent, sigma, next_sigma, None)
-            _, state = decoder.decode_first(reference)
-            video, _ = decoder.decode_next(state, latent)
-            return jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8)
-
-        self._generate = jax.jit(generate)
-
-    def __call__(
-        self,
-        params: PyTree,
-        reference: Float[np.ndarray, "b 1 h w c"],
-        features: Float[np.ndarray, "b T k a"],
-    ) -> Frames:
-        """Frames of clips that follow the still portrait and say what the features say."""
-        reference, features = (jnp.asarray(x, jnp.float32) for x in (reference, features))
-        return np.asarray(self._generate(params, self._vae_params, reference, features))
 
 
 def reconstruct(vae: LightVAE, frames: Frames) -> Frames:
@@ -151,14 +93,14 @@ def score(frames: Frames, truth: Truth, probe: MouthProbe) -> dict[str, float]:
         is late; `lip_r_best`: there; `lip_amplitude`: deviation of the opening over the truth's;
         `identity`: distance of the mean picture from the portrait's own person over that from
         other people, 0 is perfect and 1 a stranger; `motion`: change from frame to frame over the
-        truth's; `latent_jump`: change at borders of latents over the change inside them.
+        truth's; `flicker`: how much that change itself changes, over the truth's; `latent_jump`:
+        change at borders of latents over the change inside them.
     """
     opening = _openings(frames, truth, probe)
     true = truth.lip_gap
     curve = {lag: _mean_correlation(opening, true, lag) for lag in _LAGS}
     best = max(curve, key=curve.get)
-    change = np.abs(np.diff(frames.astype(np.float32), axis=1)).mean((2, 3, 4))
-    true_change = np.abs(np.diff(truth.frames.astype(np.float32), axis=1)).mean((2, 3, 4))
+    change, true_change = _change(frames, 1), _change(truth.frames, 1)
     # Every fourth change crosses a border; which one depends on the first frame.
     phases = np.array([change[:, phase::4].mean() for phase in range(4)])
     return {
@@ -176,6 +118,7 @@ def score(frames: Frames, truth: Truth, probe: MouthProbe) -> dict[str, float]:
         "lip_amplitude": float(np.median(opening.std(1) / (true.std(1) + 1e-6))),
         "identity": _identity(frames, truth),
         "motion": float(change.mean() / true_change.mean()),
+        "flicker": float(_change(frames, 2).mean() / _change(truth.frames, 2).mean()),
         "latent_jump": float(phases.max() / max(np.sort(phases)[:3].mean(), 1e-6)),
     }
 
@@ -235,6 +178,11 @@ def _openings(frames: Frames, truth: Truth, probe: MouthProbe) -> Float[np.ndarr
             for clip, box in zip(frames, boxes, strict=True)
         ]
     )
+
+
+def _change(frames: Frames, order: int) -> Float[np.ndarray, "b t"]:
+    """Mean absolute difference of some order from frame to frame."""
+    return np.abs(np.diff(frames.astype(np.float32), order, axis=1)).mean((2, 3, 4))
 
 
 def _mean_correlation(opening: np.ndarray, true: np.ndarray, lag: int) -> float:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jax_avatar.training.mouth_probe import MouthProbe, mouth_crops
+from jax_avatar.evaluation.mouth_probe import MouthProbe, mouth_crops
 
 
 def faces(count, seed):

@@ -1,0 +1,90 @@
+"""Makes a teacher causal: every block has a noise level of its own and sees the past (stage 1).
+
+    python launch/train.py --config=configs/diffusion_forcing.py --workdir runs/diffusion_forcing
+    python launch/stream.py --checkpoint runs/diffusion_forcing
+
+`small` starts from `runs/teacher` and takes two CPU cores half an hour.
+`--config.weights.start=""` starts from random weights instead.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.sizes import (
+    PAPER_MODEL,
+    SMALL_MODEL,
+    adam,
+    choose,
+    paper_dit,
+    small_dit,
+    tiny_dit,
+    weights,
+)
+
+
+def get_config(size: str = "small") -> ConfigDict:
+    """Settings of one size: "tiny", "small" or "wan_s2v_14b"."""
+    sizes = {"tiny": _tiny, "small": _small, "wan_s2v_14b": _wan_s2v_14b}
+    return choose("diffusion_forcing", size, sizes)
+
+
+def _tiny() -> dict:
+    return {
+        "data": "",
+        "latents": "",
+        "weights": weights(SMALL_MODEL),
+        "model": tiny_dit(),
+        "task": {"batch_size": 2, "latents": 9, "weight": "clean"},
+        "loop": {
+            **adam(20, 1e-3, 5, betas=[0.9, 0.999], log_every=5),
+            "evaluate_every": 20,
+            "checkpoint_every": 10,
+        },
+    }
+
+
+def _small() -> dict:
+    return {
+        "data": "data/people",
+        "latents": "data/latents",
+        "weights": weights(SMALL_MODEL, start="runs/teacher"),
+        "model": small_dit(),
+        "task": {
+            "batch_size": 4,
+            "latents": 9,
+            # A sampler of four steps never feeds smaller levels, and every step keeps a window of
+            # blocks at its own level.
+            "shift": 2.0,
+            "smallest_sigma": 0.4,
+            "shared_share": 0.5,
+            "audio_dropout": 0.1,
+            "reference_noise": 0.05,
+            "reference_frames": [13, 39],
+            "mouth_weight": 5.0,
+            "mouth_probe_weight": 0.1,
+        },
+        "loop": {
+            "num_steps": 2800,
+            "learning_rate": 1e-3,
+            "warmup_steps": 100,
+            "ema_decay": 0.998,
+            "log_every": 20,
+            "evaluate_every": 400,
+            "checkpoint_every": 200,
+        },
+    }
+
+
+def _wan_s2v_14b() -> dict:
+    return {
+        "data": "data/speakers",
+        "latents": "data/speakers_latents",
+        "weights": weights(PAPER_MODEL, start=PAPER_MODEL),
+        "model": paper_dit(),
+        "task": {"batch_size": 128, "latents": 21},
+        "loop": {
+            **adam(25_000, 1e-5, 500, betas=[0.9, 0.999], max_grad_norm=1.0),
+            "log_every": 10,
+            "evaluate_every": 2500,
+            "checkpoint_every": 500,
+        },
+    }

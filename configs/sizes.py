@@ -1,0 +1,85 @@
+"""Sizes that the stages of training share, and how a config file chooses one.
+
+`tiny` runs from nothing on a laptop CPU in a minute or two, on drawn faces; its result talks to
+nobody. `small` is the model that ships. `wan_s2v_14b` has the paper's values.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+
+from configs import wan_s2v_14b
+
+SMALL_MODEL = "jax_avatar/assets/small"
+"""Folder of the model that ships, for its VAE, speech encoder and stream settings."""
+
+PAPER_MODEL = "models/wan_s2v_14b"
+"""Folder of the converted official weights, see docs/weights.md."""
+
+
+def choose(stage: str, size: str, sizes: Mapping[str, Callable[[], dict]]) -> ConfigDict:
+    """The config of a stage in one size, or an error that names the sizes there are."""
+    if size not in sizes:
+        near = difflib.get_close_matches(size, sizes, n=1)
+        hint = f"; did you mean :{near[0]}?" if near else ""
+        known = ", ".join(f"{stage}.py:{name}" for name in sizes)
+        raise ValueError(f"size {size!r} is unknown; write {known}{hint}")
+    return ConfigDict({"stage": stage, "seed": 0, **sizes[size]()})
+
+
+def weights(model: str, **folders: str) -> dict:
+    """The weights section of stages 0 and 1."""
+    return {"model": model, "vae": "", "speech": "", "start": "", **folders}
+
+
+def tiny_dit() -> dict:
+    """A transformer of 0.3 million weights."""
+    return {
+        **small_dit(),
+        "width": 48,
+        "ffn_width": 96,
+        "num_layers": 2,
+        "audio_inject_layers": [0],
+        "unroll": 1,
+    }
+
+
+def small_dit() -> dict:
+    """The transformer that ships: 4.8 million weights."""
+    return {
+        "width": 192,
+        "ffn_width": 768,
+        "num_heads": 4,
+        "num_layers": 6,
+        "text_width": 32,
+        "text_len": 8,
+        "latent_channels": 32,
+        "pose_channels": 32,
+        "audio_width": 96,
+        "audio_layers": 5,
+        "audio_inject_layers": [0, 2, 4],
+        "audio_history": 1,
+        "ring_blocks": 3,
+        "framepack": False,
+        "zero_init": False,
+        "unroll": 6,
+    }
+
+
+def paper_dit() -> dict:
+    """Wan2.2-S2V-14B with four blocks of the past and the current one; no motion tokens."""
+    dit = wan_s2v_14b.get_config().dit.to_dict()
+    return {**dit, "ring_blocks": 5, "framepack": False, "rematerialise": True}
+
+
+def adam(num_steps: int, learning_rate: float, warmup_steps: int, **changes) -> dict:
+    """A loop section with a constant learning rate after the warm-up."""
+    return {
+        "num_steps": num_steps,
+        "learning_rate": learning_rate,
+        "final_learning_rate": 1.0,
+        "warmup_steps": warmup_steps,
+        "weight_decay": 0.01,
+        **changes,
+    }

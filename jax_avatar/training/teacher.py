@@ -1,0 +1,89 @@
+"""Samples a bidirectional transformer: whole clips, many steps, classifier-free guidance.
+
+noise --40 x (velocity with speech and prompt, velocity without) --> latents of a clip
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_avatar.diffusion.schedule import few_step_schedule
+from jax_avatar.diffusion.step import euler_step
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.params import merge
+from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
+from jax_avatar.training.dmd import guide
+
+__all__ = ["SamplerConfig", "make_sampler"]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How a teacher's clips are made.
+
+    Attributes:
+        num_steps: of Euler, evenly spaced, then shifted.
+        shift: of the noise levels, toward noise.
+        guidance: scale in the standard form; 1 is none.
+        seed: of the noise.
+    """
+
+    num_steps: int = 40
+    shift: float = 3.0
+    guidance: float = 4.0
+    seed: int = 420
+
+
+def make_sampler(
+    graphdef: Any, config: DiTConfig, settings: SamplerConfig, *, pose: str = "zeros"
+) -> Callable[[PyTree, Latent, AudioFeatures], Latent]:
+    """Returns the compiled `(params, reference, features) -> latents` of whole clips.
+
+    What guidance leads away from has neither speech nor prompt, but still the portrait.
+
+    Args:
+        graphdef: structure of the transformer.
+        config: its size.
+        settings: steps and guidance.
+        pose: what the pose input carries: "zeros", or "reference", the portrait.
+
+    Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598; the
+    conditions are Wan2.2-S2V's.
+    """
+    sigmas = np.float32(few_step_schedule(settings.num_steps, settings.shift).sigmas)
+
+    def velocity(params: PyTree, latent: Latent, sigma: Array, reference, features) -> Latent:
+        b, t, h, w, _ = latent.shape
+        still = jnp.zeros((b, t, h, w, config.pose_channels))
+        if pose == "reference":
+            still = jnp.broadcast_to(reference, latent.shape)
+        text, timestep = jnp.zeros((b, 1, config.text_width)), jnp.full((b, t), 1000 * sigma)
+        dit = merge(graphdef, params)
+        return dit.bidirectional(latent, timestep, text, reference, None, still, features)
+
+    def guided(params, latent, sigma, reference, features):
+        if settings.guidance == 1:
+            return velocity(params, latent, sigma, reference, features)
+        latents, references = (jnp.concatenate([x, x]) for x in (latent, reference))
+        told = jnp.concatenate([features, jnp.zeros_like(features)])
+        out = velocity(params, latents, sigma, references, told)
+        return guide(*jnp.split(out, 2), settings.guidance)
+
+    @jax.jit
+    def sample(params: PyTree, reference: Latent, features: AudioFeatures) -> Latent:
+        def velocity_fn(latent, sigma, cache):
+            return guided(params, latent, sigma, reference, features), cache
+
+        def step(latent, levels):
+            return euler_step(velocity_fn, latent, *levels, None)
+
+        b, _, *rest = reference.shape
+        shape = (b, features.shape[2] // 4, *rest)
+        noise = jax.random.normal(jax.random.key(settings.seed), shape)
+        return jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))[0]
+
+    return sample

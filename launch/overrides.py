@@ -1,0 +1,88 @@
+"""`--config=FILE:SIZE --config.section.key=value` -> plain settings.
+
+A config file names only what departs from the defaults, so any setting of a section may be
+overridden, not only those in the file; `build_section` names the nearest to a misspelt one.
+"""
+
+import ast
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read_config", "split_arguments"]
+
+_FLAG = "--config"
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
+    """Command line -> the config file, the overrides by their dotted name, everything else."""
+    file, overrides, others = "", {}, []
+    rest = iter(argv)
+    for argument in rest:
+        name, given, value = argument.partition("=")
+        if name != _FLAG and not name.startswith(f"{_FLAG}."):
+            others.append(argument)
+            continue
+        value = value if given else next(rest, None)
+        if value is None:
+            raise ValueError(f"{name} came without a value; write {name}=VALUE.")
+        if name == _FLAG:
+            file = value
+        else:
+            overrides[name.removeprefix(f"{_FLAG}.")] = value
+    return file, overrides, others
+
+
+def read_config(file: str, overrides: dict[str, str]) -> dict[str, Any]:
+    """Settings of a config file, with some changed.
+
+    Args:
+        file: path, and after a colon what `get_config` is given.
+        overrides: dotted name -> value as written.
+
+    Raises:
+        ValueError: there is no such file or section, or the file refuses its argument.
+    """
+    path, colon, argument = file.partition(":")
+    if not Path(path).is_file():
+        known = sorted(str(p) for p in Path("configs").glob("*.py"))
+        near = difflib.get_close_matches(path, known, n=1)
+        raise ValueError(
+            f"--config={file}: {path or 'nothing'} is no file; give one of configs/"
+            + (f", perhaps {near[0]}." if near else ".")
+        )
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = module.get_config(*([argument] if colon else [])).to_dict()
+    for name, value in overrides.items():
+        _change(settings, name, _parsed(value))
+    return settings
+
+
+def _change(settings: dict[str, Any], name: str, value: Any) -> None:
+    section, _, key = name.partition(".")
+    if section not in settings:
+        near = difflib.get_close_matches(section, settings, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(settings)}."
+        raise ValueError(f"config.{section} is not in this config; {hint}")
+    is_section = isinstance(settings[section], dict)
+    if is_section != bool(key):
+        example = f"--config.{section}.{next(iter(settings[section]), 'key')}=..."
+        usage = example if is_section else f"--config.{section}=..."
+        raise ValueError(f"--config.{name}: expected {usage}")
+    if is_section:
+        settings[section][key] = value
+    else:
+        settings[section] = value
+
+
+def _parsed(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
