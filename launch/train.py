@@ -23,6 +23,9 @@ COMPILE = flags.DEFINE_bool(
     "compile", None, "dry run: compile the step to count its temporaries; else only if small"
 )
 RESUME = flags.DEFINE_bool("resume", True, "go on in a workdir that holds a run")
+SMALL_BATCH = flags.DEFINE_bool(
+    "small_batch", False, "distil a large network although the batch is below 32 clips"
+)
 FORCE = flags.DEFINE_bool("force", False, "resume although the settings differ")
 
 
@@ -52,7 +55,7 @@ def run(overrides: dict[str, str]) -> None:
     from jax_avatar.training.stages import build_stage
 
     settings = read_config(CONFIG.value or "", overrides)
-    build_task, loop = build_stage(settings)
+    build_task, loop = build_stage(settings, small_batch=SMALL_BATCH.value)
     if DRY_RUN.value:
         from jax_avatar.planning.run import plan_run
 

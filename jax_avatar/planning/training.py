@@ -22,7 +22,7 @@ from jax_avatar.training.latents import LatentClips
 from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step
 from jax_avatar.training.state import start_state
 
-__all__ = ["plan_training", "training_program"]
+__all__ = ["plan_training", "still_clips", "training_program"]
 
 
 def training_program(
@@ -38,7 +38,7 @@ def training_program(
     """
     config = model.dit.config.replace(attention=attention, rematerialise=True)
     settings = ForcingConfig(batch_size=len(devices), latents=config.ring_frames)
-    task = ForcingTask(config, settings, _clips(config, grid))
+    task = ForcingTask(config, settings, still_clips(config, config.ring_frames, grid))
     loop = LoopConfig(num_steps=1000)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     key = jax.random.key(0)
@@ -120,9 +120,15 @@ def _training_flops(config: DiTConfig, grid: tuple[int, int]) -> float:
     return 4.0 * (config.num_layers * (linear + attention) + audio)
 
 
-def _clips(config: DiTConfig, grid: tuple[int, int]) -> LatentClips:
-    """One silent grey clip, for its shapes."""
-    frames, c = config.ring_frames, config.latent_channels
+def still_clips(config: DiTConfig, frames: int, grid: tuple[int, int]) -> LatentClips:
+    """One silent grey clip, for its shapes.
+
+    Args:
+        config: size of the transformer.
+        frames: latent frames.
+        grid: latent rows and columns.
+    """
+    c = config.latent_channels
     return LatentClips(
         latent=np.zeros((1, frames, *grid, c), np.float16),
         reference=np.zeros((1, 1, *grid, c), np.float16),

@@ -3,6 +3,7 @@
 speech, vae --> latents and features --> teacher --> diffusion_forcing --> dmd
 """
 
+import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,9 +30,10 @@ from jax_avatar.training.state import build_section
 from jax_avatar.training.teacher import SamplerConfig
 from jax_avatar.training.vae import FaceWindows, VAELossConfig, VAETask
 
-__all__ = ["build_stage", "load_clips", "load_encoders", "load_latents"]
+__all__ = ["build_stage", "load_clips", "load_encoders", "load_latents", "read_sections"]
 
 _STRIDE = 8  # pixels per latent cell, of both kinds of VAE
+_STABLE_BATCH, _SMALL_NETWORK = 32, 50_000_000  # clips per update; weights
 _FLOW = {"weights": StageWeights, "model": DiTConfig, "task": ForcingConfig}
 _SECTIONS: dict[str, dict[str, Any]] = {
     "speech": {"model": SpeechConfig, "task": SpeechTaskConfig},
@@ -49,11 +51,14 @@ _SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_stage(settings: Mapping[str, Any]) -> tuple[Callable[[], Task | OwnStepTask], LoopConfig]:
+def build_stage(
+    settings: Mapping[str, Any], *, small_batch: bool = False
+) -> tuple[Callable[[], Task | OwnStepTask], LoopConfig]:
     """Checks the settings of a stage.
 
     Args:
         settings: plain values, from a config file.
+        small_batch: distil a large network on fewer clips per update than are known to be stable.
 
     Returns:
         What makes the task (this reads data and weights), and the settings of the loop.
@@ -61,16 +66,28 @@ def build_stage(settings: Mapping[str, Any]) -> tuple[Callable[[], Task | OwnSte
     Raises:
         ValueError: an unknown stage or setting, or values that do not fit together.
     """
+    sections, loop = read_sections(settings)
+    if settings["stage"] == "dmd" and not small_batch:
+        _check_batch(sections["model"], sections["task"])
+    build = {"speech": _speech, "vae": _vae, "dmd": _dmd}.get(settings["stage"], _flow)
+    return functools.partial(build, settings, **sections), loop
+
+
+def read_sections(settings: Mapping[str, Any]) -> tuple[dict[str, Any], LoopConfig]:
+    """The sections of a stage's settings as their dataclasses, and that of the loop.
+
+    Argument and errors as of `build_stage`; weights are read for the size of a network only, and
+    only where the settings leave it open.
+    """
     stage = settings.get("stage")
     if stage not in _SECTIONS:
         raise ValueError(f"stage {stage!r} is unknown; one of {', '.join(_SECTIONS)} is expected.")
     expected = {"stage", "seed", "loop", *_SECTIONS[stage]}
-    if set(settings) != expected:
-        odd = sorted(set(settings) ^ expected)
-        raise ValueError(
-            f"stage {stage} expects the sections {', '.join(sorted(expected))}; "
-            f"{', '.join(odd)} is missing or unknown."
-        )
+    for name in sorted(set(settings) ^ expected):
+        near = difflib.get_close_matches(name, expected - set(settings), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(expected))}."
+        what = "is missing" if name in expected else "is unknown"
+        raise ValueError(f"config.{name} {what} in stage {stage}; {hint}")
     loop = build_section(LoopConfig, {"seed": settings["seed"], **settings["loop"]}, "loop")
     sections = {
         name: build_section(kind, settings[name], name)
@@ -79,8 +96,7 @@ def build_stage(settings: Mapping[str, Any]) -> tuple[Callable[[], Task | OwnSte
     }
     values = _with_size(settings["model"], sections.get("weights"))
     sections["model"] = build_section(_SECTIONS[stage]["model"], values, "model")
-    build = {"speech": _speech, "vae": _vae, "dmd": _dmd}.get(stage, _flow)
-    return functools.partial(build, settings, **sections), loop
+    return sections, loop
 
 
 def load_encoders(weights: Mapping[str, str]) -> tuple[LightVAE, SpeechEncoder]:
@@ -132,6 +148,17 @@ def load_latents(settings: Mapping[str, Any], split: str) -> LatentClips:
         path.parent.mkdir(parents=True, exist_ok=True)
         clips.save(path)
     return clips
+
+
+def _check_batch(model: DiTConfig, task: DistillConfig) -> None:
+    d = model.width
+    count = model.num_layers * (8 * d * d + 2 * d * model.ffn_width)
+    if task.batch_size < _STABLE_BATCH and count > _SMALL_NETWORK:
+        raise ValueError(
+            f"task.batch_size {task.batch_size}: distilling {count / 1e9:.1f} billion weights on "
+            f"fewer than {_STABLE_BATCH} clips per update usually collapses; accumulate to 64 or "
+            "more, or pass --small_batch."
+        )
 
 
 def _with_size(
