@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jax_avatar.models.config import ATTENTION_KERNELS
 from jax_avatar.models.layers import RMSNorm
 from jax_avatar.models.quantise import projection
+from jax_avatar.models.sharding import constrain
 from jax_avatar.shapes import Array, Float, IntScalar, Tokens
 
 __all__ = ["Attention", "attend", "block_causal_mask", "choose_kernel"]
@@ -25,6 +26,7 @@ Heads = Float[Array, "b n m e"]
 _BY_BACKEND = {"gpu": "cudnn", "tpu": "splash"}
 _LANES = 128  # of a TPU's vector unit
 _MAX_TILE = 1024
+_CHUNK = 512  # queries of which "chunked" attention holds the scores
 
 
 def attend(
@@ -56,11 +58,11 @@ def attend(
         return _over_heads(_splash)(query, key, value, lengths)
     if mask is not None:
         mask = mask[None, None]
-    if kernel == "xla":
+    if kernel in ("xla", "chunked"):
         if lengths is not None:
             seen = (jnp.arange(key.shape[1])[None] < lengths[:, None])[:, None, None]
             mask = seen if mask is None else mask & seen
-        return _plain(query, key, value, mask)
+        return {"xla": _plain, "chunked": _chunked}[kernel](query, key, value, mask)
 
     def cudnn(query, key, value, lengths):
         return jax.nn.dot_product_attention(
@@ -100,7 +102,7 @@ def choose_kernel(kernel: str, query: Array, key: Array, *, has_mask: bool = Fal
         return "cudnn" if halves and size <= 128 and size % 8 == 0 else "xla"
     if kernel == "splash":
         return "splash" if size % _LANES == 0 and not has_mask else "xla"
-    return "xla"
+    return kernel
 
 
 def _plain(query: Heads, key: Array, value: Array, mask: Array | None) -> Heads:
@@ -121,6 +123,29 @@ def _plain(query: Heads, key: Array, value: Array, mask: Array | None) -> Heads:
         "bmns,bmse->bmne", weight.astype(dtype), value, preferred_element_type=jnp.float32
     )
     return jnp.moveaxis(seen / total, 1, 2).astype(dtype)
+
+
+def _chunked(query: Heads, key: Array, value: Array, mask: Array | None) -> Heads:
+    """`_plain` for some queries after others; their scores are made again for the gradient."""
+    n = query.shape[1]
+    size = min(_CHUNK, n)
+
+    def cut(x, axis):
+        pad = [(0, -n % size if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, pad)
+        shape = (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    by_query = mask is not None and mask.shape[2] == n > 1
+    parts = (cut(query, 1), cut(mask, 2) if by_query else None)
+
+    @jax.checkpoint
+    def some(part):
+        query, own = part
+        return _plain(query, key, value, own if by_query else mask)
+
+    seen = jnp.moveaxis(jax.lax.map(some, parts), 0, 1)
+    return seen.reshape(seen.shape[0], -1, *query.shape[2:])[:, :n]
 
 
 def _splash(query: Heads, key: Array, value: Array, lengths: Array) -> Heads:
@@ -181,21 +206,28 @@ def _block(length: int) -> int:
 
 
 def _over_heads(function):
-    """`function(query, key, value, lengths)` on each device's own heads.
+    """`function(query, key, value, lengths)` on each device's own heads and, in training, samples.
 
-    Kernels are opaque to the compiler, which cannot split them over the "model" axis of a slice.
+    Kernels are opaque to the compiler, which cannot split them over the axes of a mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if "model" not in mesh.shape:
         return function
-    heads, whole = PartitionSpec(None, None, "model"), PartitionSpec()
-    return jax.shard_map(
-        function,
-        in_specs=(heads, heads, heads, whole),
-        out_specs=heads,
-        axis_names={"model"},
-        check_vma=False,
-    )
+
+    def run(query, key, value, lengths):
+        # Where one sample is left, a `vmap` has the others (see `constrain`).
+        spread = query.shape[0] > 1 and query.shape[0] % mesh.shape.get("data", 1) == 0
+        batch = "data" if spread and "data" in mesh.shape else None
+        heads = PartitionSpec(batch, None, "model")
+        return jax.shard_map(
+            function,
+            in_specs=(heads, heads, heads, PartitionSpec(batch)),
+            out_specs=heads,
+            axis_names={"model", "data"} & set(mesh.shape),
+            check_vma=False,
+        )(query, key, value, lengths)
+
+    return run
 
 
 def block_causal_mask(
@@ -251,4 +283,4 @@ class Attention(nnx.Module):
         return self.out(x.reshape(*x.shape[:-2], -1))
 
     def _split(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], *self.heads)
+        return constrain(x.reshape(*x.shape[:-1], *self.heads), ..., None, "model")

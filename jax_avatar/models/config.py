@@ -16,8 +16,9 @@ __all__ = [
     "wan_s2v_14b",
 ]
 
-ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
-"""How attention may be computed: by the backend's best, or always by the named one."""
+ATTENTION_KERNELS = ("auto", "xla", "chunked", "cudnn", "splash")
+"""How attention may be computed: by the backend's best, or always by the named one. "chunked" is
+"xla" for a few queries at a time, which holds their scores only; slower, anywhere."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class DiTConfig:
         param_dtype: storage type of the parameters.
         weights: "" keeps the large products in `dtype`; "int8" or "fp8" computes them in eight
             bits, for inference (`models.quantise`).
+        adapter_rank: of the adapters beside the large products, for distillation; 0 for none.
+        adapter_scaling: factor of their terms, alpha over rank.
         attention: kernel of the attention, one of `ATTENTION_KERNELS`.
         unroll: layers unrolled per iteration of the scan over layers.
         rematerialise: recompute layers in the backward pass instead of storing them.
@@ -82,6 +85,8 @@ class DiTConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     weights: str = ""
+    adapter_rank: int = 0
+    adapter_scaling: float = 1.0
     attention: str = "auto"
     unroll: int = 1
     rematerialise: bool = False
@@ -104,6 +109,8 @@ class DiTConfig:
             )
         if self.weights not in ("", "int8", "fp8"):
             raise ValueError(f"weights {self.weights!r} must be '' (as stored), 'int8' or 'fp8'.")
+        if self.adapter_rank < 0:
+            raise ValueError(f"adapter_rank {self.adapter_rank} must be 0 (none) or more.")
         if self.freq_width % 2:
             raise ValueError(f"freq_width {self.freq_width} must be even: half cosines, half sines")
         layers = self.audio_inject_layers

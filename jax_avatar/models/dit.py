@@ -40,6 +40,7 @@ from jax_avatar.models.rope import (
     motion_positions,
     rotate,
 )
+from jax_avatar.models.sharding import constrain, gathered
 from jax_avatar.shapes import (
     Array,
     AudioFeatures,
@@ -126,7 +127,8 @@ class Block(nnx.Module):
 
         hidden = modulate(layer_norm(x, eps), ffn_shift, ffn_scale).astype(dtype)
         tap("ffn_in", hidden)
-        hidden = self.ffn_out(jax.nn.gelu(self.ffn_in(hidden), approximate=True))
+        hidden = constrain(self.ffn_in(hidden), ..., None, "model")
+        hidden = self.ffn_out(jax.nn.gelu(hidden, approximate=True))
         tap("ffn_out", hidden)
         x = (x + ffn_gate * hidden.astype(jnp.float32)).astype(dtype)
         tap("out", x)
@@ -496,14 +498,17 @@ class DiT(nnx.Module):
     def _layers(self, x, layer, xs, carry, *, tap):
         """Runs `layer(x, block, index, xs, carry, tap) -> (x, carry, kept)` over all layers."""
         graphdef, state = nnx.split(self.blocks)
+        count = self.config.num_layers
 
         def body(through, inputs):
             x, carry = through
             index, state, xs = inputs
-            x, carry, kept = layer(x, nnx.merge(graphdef, state), index, xs, carry, None)
-            return (x, carry), kept
+            # Between layers, tokens are spread over "model"; within, heads are.
+            x = constrain(x, "data", "model")
+            block = nnx.merge(graphdef, gathered(state, "blocks", count))
+            x, carry, kept = layer(x, block, index, xs, carry, None)
+            return (constrain(x, "data", "model"), carry), kept
 
-        count = self.config.num_layers
         if tap is None:
             if self.config.rematerialise:
                 body = jax.checkpoint(body)
@@ -568,7 +573,8 @@ class DiT(nnx.Module):
             slot = jnp.asarray(slot_of_layer)[index]
 
             def added(x):
-                injector = nnx.merge(graphdef, layer_at(state, slot))
+                own = gathered(layer_at(state, slot), "injectors", len(layers))
+                injector = nnx.merge(graphdef, own)
                 return x + injector(x, tokens, mask).astype(x.dtype)
 
             if min(slot_of_layer) >= 0:
@@ -629,6 +635,7 @@ class DiT(nnx.Module):
         graphdef, state = nnx.split(self.blocks.cross_attention)
 
         def project(_, state):
+            state = gathered(state, "blocks/cross_attention", config.num_layers)
             return None, nnx.merge(graphdef, state).project_key_value(hidden)
 
         return jax.lax.scan(project, None, state)[1]

@@ -11,6 +11,8 @@ from flax import nnx
 from jax_avatar.shapes import Array, Float, IntScalar, PyTree
 
 __all__ = [
+    "AdaptedLinear",
+    "Adapter",
     "LayerNorm",
     "PatchProjection",
     "RMSNorm",
@@ -52,11 +54,12 @@ def linear(
     zero: bool = False,
     bias: bool = True,
     init=None,
+    build: Callable[..., nnx.Linear] = nnx.Linear,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """A linear layer in the types of `config`, Xavier-uniform or zero."""
     init = nnx.initializers.zeros_init() if zero else init or nnx.initializers.xavier_uniform()
-    return nnx.Linear(
+    return build(
         inputs,
         outputs,
         use_bias=bias,
@@ -65,6 +68,33 @@ def linear(
         kernel_init=init,
         rngs=rngs,
     )
+
+
+class Adapter(nnx.Module):
+    """A low-rank term beside a linear layer, `scaling * (x a) b`; its factors are float32."""
+
+    def __init__(self, config, inputs: int, outputs: int):
+        self.scaling, self.dtype = config.adapter_scaling, config.dtype
+        self.a = nnx.Param(jnp.zeros((inputs, config.adapter_rank), jnp.float32))
+        self.b = nnx.Param(jnp.zeros((config.adapter_rank, outputs), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*n d"], y: Float[Array, "*n o"]) -> Float[Array, "*n o"]:
+        """What the layer made of `x`, with the term added in float32; in the type of `y`."""
+        a, b = (factor[...].astype(self.dtype) for factor in (self.a, self.b))
+        term = jnp.dot(jnp.dot(x.astype(self.dtype), a), b).astype(jnp.float32)
+        return (y.astype(jnp.float32) + self.scaling * term).astype(y.dtype)
+
+
+class AdaptedLinear(nnx.Linear):
+    """A linear layer with an `Adapter`; the weights are never merged."""
+
+    def __init__(self, config, inputs: int, outputs: int, **options):
+        super().__init__(inputs, outputs, **options)
+        self.adapter = Adapter(config, inputs, outputs)
+
+    def __call__(self, x: Float[Array, "*n d"], out_sharding=None) -> Float[Array, "*n o"]:
+        """`x W + bias + scaling * (x a) b`."""
+        return self.adapter(x, super().__call__(x, out_sharding))
 
 
 def layer_norm(x: Float[Array, "*n d"], eps: float) -> Float[Array, "*n d"]:

@@ -1,7 +1,8 @@
-"""Low-rank adapters of the transformer: `kernel + scaling * a @ b`, on plain dictionaries.
+"""Low-rank adapters of the transformer: `x W + scaling * (x a) b`, on plain dictionaries.
 
-An adapter is a flat dictionary `path/of/kernel/a`, `path/of/kernel/b` beside the parameters. The
-frozen base stays one copy, whichever adapter, or none, is added to it.
+An adapter is a nested dictionary of its own, `path/of/kernel/a` and `path/of/kernel/b`. In training
+the frozen base stays one copy, and an adapter is laid beside it (`with_adapter`); it is added to
+the kernels (`add_adapter`) only where a model is loaded.
 """
 
 from typing import Any
@@ -12,7 +13,14 @@ import jax.numpy as jnp
 from jax_avatar.models.params import flatten, unflatten
 from jax_avatar.shapes import Array, PyTree
 
-__all__ = ["adapted_kernels", "adapter_leaves", "add_adapter", "init_adapter", "is_adapted"]
+__all__ = [
+    "adapted_kernels",
+    "adapter_leaves",
+    "add_adapter",
+    "init_adapter",
+    "is_adapted",
+    "with_adapter",
+]
 
 _PARTS = (
     "blocks/self_attention/",
@@ -79,6 +87,23 @@ def add_adapter(params: PyTree, adapter: PyTree, scaling: float) -> PyTree:
         ValueError: the adapter has a place that the parameters have not.
     """
     merged, factors = dict(flatten(params)), flatten(adapter)
+    for path in _places(params, factors):
+        merged[path] = _add(merged[path], factors[f"{path}/a"], factors[f"{path}/b"], scaling)
+    return unflatten(merged)
+
+
+def with_adapter(params: PyTree, adapter: PyTree) -> PyTree:
+    """Parameters of the same network with `adapter_rank`: both trees in one, nothing computed.
+
+    Arguments and errors as in `add_adapter`; the network's config has the scaling.
+    """
+    factors = flatten(adapter)
+    _places(params, factors)
+    beside = {path.replace("/kernel/", "/adapter/"): leaf for path, leaf in factors.items()}
+    return unflatten(flatten(params) | beside)
+
+
+def _places(params, factors) -> set[str]:
     places = {path.rpartition("/")[0] for path in factors}
     stray = sorted(places - set(adapted_kernels(params)))
     if stray:
@@ -86,9 +111,7 @@ def add_adapter(params: PyTree, adapter: PyTree, scaling: float) -> PyTree:
             f"the adapter is for another network: {stray[:5]} are not adapted here; convert the "
             "LoRA for this size of transformer."
         )
-    for path in places:
-        merged[path] = _add(merged[path], factors[f"{path}/a"], factors[f"{path}/b"], scaling)
-    return unflatten(merged)
+    return places
 
 
 def _add(kernel, a, b, scaling):

@@ -11,6 +11,7 @@ Source: the published model's own float8 option uses one scale per tensor (Live 
 scales per output and per token cost nothing and err less.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_avatar.models.layers import linear
+from jax_avatar.models.layers import AdaptedLinear, Adapter, linear
 from jax_avatar.models.lora import is_adapted
 from jax_avatar.models.params import flatten, unflatten
 from jax_avatar.shapes import Array, Float, PyTree
@@ -94,6 +95,7 @@ class QuantisedLinear(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs), _TYPES[config.weights]))
         self.kernel_scale = nnx.Param(jnp.ones((outputs,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((outputs,), config.param_dtype))
+        self.adapter = Adapter(config, inputs, outputs) if config.adapter_rank else None
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n outputs"]:
         """The product in 32 bits, the result in the compute type."""
@@ -107,11 +109,13 @@ class QuantisedLinear(nnx.Module):
         ).astype(jnp.float32)
         lead = (1,) * (x.ndim - 1) + (-1,)
         product = product * scale * self.kernel_scale[...].reshape(lead)
-        return (product + self.bias[...].astype(jnp.float32).reshape(lead)).astype(self.dtype)
+        y = (product + self.bias[...].astype(jnp.float32).reshape(lead)).astype(self.dtype)
+        return self.adapter(x, y) if self.adapter else y
 
 
 def projection(config, inputs: int, outputs: int, *, zero: bool = False, rngs: nnx.Rngs):
     """A linear layer inside the transformer's blocks, in the weights that `config` asks for."""
     if config.weights:
         return QuantisedLinear(config, inputs, outputs)
-    return linear(config, inputs, outputs, zero=zero, rngs=rngs)
+    build = functools.partial(AdaptedLinear, config) if config.adapter_rank else nnx.Linear
+    return linear(config, inputs, outputs, zero=zero, build=build, rngs=rngs)

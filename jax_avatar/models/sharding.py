@@ -3,67 +3,170 @@
 "stage"   every slice of a pipeline has its own copy
 "model"   tensor parallelism: heads and feed-forward are split
 "data"    FSDP: what is left of a large weight is cut once more, and gathered where it is used
+
+In training, activations are told where to lie (`constrain`) and a layer's weights are gathered
+while it runs (`gathered`); without a mesh that has "data", both do nothing.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_avatar.models.params import flatten, unflatten
-from jax_avatar.shapes import PyTree
+from jax_avatar.shapes import Array, PyTree
 
-__all__ = ["param_shardings", "param_specs"]
+__all__ = ["constrain", "constrain_params", "gathered", "param_shardings", "param_specs"]
 
 _BY_OUTPUT = ("query", "key", "value", "ffn_in")
 _BY_INPUT = ("out", "ffn_out")
-_SMALL = 2**16  # elements of a weight that is not worth gathering
+_LAYERS = ("blocks/", "injectors/")
+SMALL = 2**20
+"""Elements below which a weight stays whole over "data"; it is not worth gathering."""
 
 
-def param_specs(params: PyTree, axes: Mapping[str, int], *, smallest: int = _SMALL) -> PyTree:
+def param_specs(params: PyTree, axes: Mapping[str, int], *, smallest: int | None = None) -> PyTree:
     """How the transformer's weights are split over the axes of a mesh.
 
     Projections into heads and into the feed-forward are split by output, those back by input, so
     that a layer needs one sum over the "model" axis per projection back. Over "data", the longest
-    other axis that divides is cut.
+    other axis that divides is cut. The factors of an adapter follow their kernel, their rank is
+    never cut.
 
     Args:
-        params: nested dictionary of anything with `shape`.
+        params: anything with `shape` in nested dictionaries; these may lie within other trees, as
+            the moments do within the state of an optimiser.
         axes: mesh axis -> devices, `mesh.shape`; "model" and "data" are looked at.
-        smallest: elements below which a weight stays whole over "data".
+        smallest: elements below which a weight stays whole over "data"; `SMALL` if not given.
 
     Returns:
-        Nested dictionary of `PartitionSpec`.
+        The same tree of `PartitionSpec`.
 
     Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053; Rajbhandari et al., "ZeRO",
     arXiv 1910.02054.
     """
-    specs = {}
-    for path, leaf in flatten(params).items():
-        spec = _by_model(path, leaf.ndim) if "model" in axes else [None] * leaf.ndim
-        if axes.get("data", 1) > 1 and leaf.size >= smallest:
-            first = 1 if path.startswith(("blocks/", "injectors/")) else 0  # layers stay together
-            free = [i for i in range(first, leaf.ndim) if not spec[i]]
-            fitting = [i for i in free if leaf.shape[i] % axes["data"] == 0]
-            if fitting:
-                spec[max(fitting, key=lambda i: leaf.shape[i])] = "data"
-        specs[path] = PartitionSpec(*spec) if any(spec) else PartitionSpec()
-    return unflatten(specs)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _spec(_name(path), leaf.shape, axes, smallest), params
+    )
 
 
-def param_shardings(params: PyTree, mesh: Mesh, *, smallest: int = _SMALL) -> PyTree:
+def param_shardings(params: PyTree, mesh: Mesh, *, smallest: int | None = None) -> PyTree:
     """`param_specs` on the devices of a mesh."""
     specs = param_specs(params, mesh.shape, smallest=smallest)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
+def constrain(x: Array, *axes: Any) -> Array:
+    """Says how an activation lies on the mesh of a training step.
+
+    Args:
+        x: any array.
+        axes: for each of its first axes a mesh axis (left out where it does not divide), None for
+            whole, or `...` for as it comes. In a `vmap` over clips with `spmd_axis_name="data"`,
+            clips are spread in any case.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.shape or mesh.size == 1:
+        return x
+
+    def place(axis, size):
+        if axis is ...:
+            return PartitionSpec.UNCONSTRAINED
+        return axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+
+    spec = [place(axis, size) for axis, size in zip(axes, x.shape, strict=False)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def constrain_params(tree: PyTree) -> PyTree:
+    """Weights, their gradients or a state that has them, spread as `param_specs` says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.shape or mesh.size == 1:
+        return tree
+    specs = param_specs(tree, mesh.shape)
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
+
+
+def gathered(state: PyTree, part: str, count: int) -> PyTree:
+    """Weights of one layer, whole over "data" while it runs; their gradients are cut again.
+
+    Without this the compiler may cut the activations by weight instead, and clips would meet.
+
+    Args:
+        state: of the layer.
+        part: path of the stacked layers, such as "blocks".
+        count: layers in the stack.
+    """
+    axes = jax.sharding.get_abstract_mesh().shape
+    if axes.get("data", 1) == 1:
+        return state
+
+    def gather(path, leaf):
+        cut = _spec(f"{part}/{_name(path)}", (count, *leaf.shape), axes, None)[1:]
+        whole = PartitionSpec(*(_without_data(axis) for axis in cut))
+        return _gather(leaf, whole, PartitionSpec(*cut))
+
+    return jax.tree_util.tree_map_with_path(gather, state)
+
+
+def _gather(weight, whole, cut):
+    @jax.custom_vjp
+    def gather(weight):
+        return jax.lax.with_sharding_constraint(weight, whole)
+
+    gather.defvjp(
+        lambda weight: (gather(weight), None),
+        lambda _, slope: (jax.lax.with_sharding_constraint(slope, cut),),
+    )
+    return gather(weight)
+
+
+def _without_data(axis):
+    return "model" if axis in ("model", ("model", "data")) else None
+
+
+def _name(path) -> str:
+    """The dictionary keys of a path in a tree; a weight is named alike wherever its tree lies."""
+    return "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+
+
+def _spec(path, shape, axes, smallest) -> PartitionSpec:
+    spec = _by_model(path, len(shape)) if axes.get("model", 1) > 1 else [None] * len(shape)
+    size = 1
+    for length in shape:
+        size *= length
+    if axes.get("data", 1) > 1 and size >= (SMALL if smallest is None else smallest):
+        first = 1 if path.startswith(_LAYERS) else 0  # layers stay together
+        rank = {"a": len(shape) - 1, "b": len(shape) - 2}.get(_factor(path))
+        free = [i for i in range(first, len(shape)) if i != rank]
+
+        def fits(i):
+            parts = axes["data"] * (axes["model"] if spec[i] else 1)
+            return shape[i] % parts == 0
+
+        # Rather an axis of its own than one that "model" has cut already.
+        fitting = sorted(filter(fits, free), key=lambda i: (spec[i] is None, shape[i]))
+        if fitting and (rank is not None or not spec[fitting[-1]]):
+            spec[fitting[-1]] = ("model", "data") if spec[fitting[-1]] else "data"
+    return PartitionSpec(*spec) if any(spec) else PartitionSpec()
+
+
+def _factor(path: str) -> str:
+    """Which factor of an adapter a path leads to, "a" or "b", or ""."""
+    *_, place, leaf = ("//" + path).split("/")
+    return leaf if place in ("kernel", "adapter") and leaf in ("a", "b") else ""
+
+
 def _by_model(path: str, ndim: int) -> list[str | None]:
     spec: list[str | None] = [None] * ndim
-    if not path.startswith(("blocks/", "injectors/")):
+    if not path.startswith(_LAYERS):
         return spec
+    factor = _factor(path)
+    if factor:
+        path = path.rsplit("/", 2)[0] + "/kernel"
     _, layer, leaf = ("/" + path).rsplit("/", 2)
-    if layer in _BY_OUTPUT:  # kernels, their scales and biases alike
+    if layer in _BY_OUTPUT and factor != "a":  # kernels, their scales and biases alike
         spec[-1] = "model"
-    elif layer in _BY_INPUT and leaf == "kernel":
+    elif layer in _BY_INPUT and leaf == "kernel" and factor != "b":
         spec[-2] = "model"
     return spec

@@ -26,10 +26,9 @@ from jax_avatar.planning.training import still_clips
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.model import LIVE_AVATAR
 from jax_avatar.training.diffusion_forcing import ForcingTask
-from jax_avatar.training.distillation import Distiller, Told
+from jax_avatar.training.distillation import Told, make_distiller
 from jax_avatar.training.loop import LoopConfig, learning_rate, make_optimiser, make_step
 from jax_avatar.training.model_folder import NETWORKS
-from jax_avatar.training.rollout import Generator
 from jax_avatar.training.stages import read_sections
 from jax_avatar.training.state import start_state
 
@@ -130,9 +129,8 @@ class _Plan:
         if self.stage != "dmd":
             self._hold(jax.eval_shape(self._started, self.network))
             return
-        self.distiller = Distiller(
-            Generator(self.graphdef, model, sections["rollout"]), sections["task"], loop
-        )
+        task, rollout = sections["task"], sections["rollout"]
+        self.distiller = make_distiller(self.kind, model, rollout, task, loop)
         rank, self.base = sections["task"].adapter_rank, self.network
         trained = unflatten(adapter_leaves(self.base, rank)) if rank else self.base
         self.held["base (teacher)"] = self.base
@@ -167,7 +165,8 @@ class _Plan:
         still = array(1, *self.grid, model.latent_channels)
         states = (1, 4 * task.latents, model.audio_layers, model.audio_width)
         pose = array(1, *self.grid, model.pose_channels)
-        return Told(text, text, still, array(*states), pose)
+        row = jax.ShapeDtypeStruct((task.batch_size,), jnp.int32)
+        return Told(text, text, still, array(*states), pose, row)
 
     def _started(self, params):
         return start_state(params, make_optimiser(self.loop))

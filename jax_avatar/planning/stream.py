@@ -264,7 +264,7 @@ def _widths(
     """Bytes of a denoising device by devices per slice and type of weights."""
     plain = flatten(model.dit.params)
     leaves = {"bf16": plain} | {d: quantised_leaves(plain, d) for d in DTYPES if d != "bf16"}
-    specs = flatten(param_specs(model.dit.params, {"model": layout.stage_devices}))
+    specs = flatten(param_specs(model.dit.params, {"model": 2}))
     used = uses[0].bytes
     other = sum(f.value for name, f in used.items() if name not in ("weights", "program"))
     if "temporaries" not in used:

@@ -119,6 +119,8 @@ class ForcingConfig:
 class ForcingTask:
     """Flow matching as a training task: parameters, batches, loss."""
 
+    by_clip = True
+
     def __init__(
         self,
         model: DiTConfig,
@@ -164,7 +166,7 @@ class ForcingTask:
             )
         self.model, self.settings, self.clips = model, settings, clips
         self.name, self.seed, self._pose = name, seed, pose
-        self._network, self._start = network, start
+        self._network, self._start, self.batch_size = network, start, settings.batch_size
         self.windows = _windows(clips, settings.latents, settings.still_share)
         self.graphdef, _ = abstract(lambda: network(model, rngs=nnx.Rngs(0)))
         few = clips.take(slice(None, None, max(1, len(clips) // 800)))
@@ -183,11 +185,11 @@ class ForcingTask:
         """Parameters of the transformer from what is trained."""
         return params
 
-    def batches(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step; every window of the clips once per epoch."""
+    def batches(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """The batch of a step, or some rows of it; every window of the clips once per epoch."""
         settings, clips = self.settings, self.clips
         size, count = settings.batch_size, len(self.windows)
-        positions = np.arange(step * size, (step + 1) * size)
+        positions = step * size + (np.arange(size) if rows is None else rows)
         orders = {
             epoch: np.random.default_rng([self.seed, 1, epoch]).permutation(count)
             for epoch in set(positions // count)
@@ -201,7 +203,7 @@ class ForcingTask:
             cuts = [array[i, rate * s : rate * (s + frames)] for i, s in windows]
             return np.stack(cuts).astype(np.float32)
 
-        text = np.zeros((size, 1, self.model.text_width), np.float32)
+        text = np.zeros((len(index), 1, self.model.text_width), np.float32)
         return {
             "latent": cut(clips.latent),
             "reference": clips.reference[index].astype(np.float32),

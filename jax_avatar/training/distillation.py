@@ -3,9 +3,10 @@
 every `generator_every` steps    generator makes clips, critic and teacher say where to go
 every step                       generator makes other clips, critic learns to denoise them
 
-    teacher = base            critic = base + adapter          generator = base + adapter
+    teacher = base            critic = base, adapter           generator = base, adapter
 
-With full fine-tuning, critic and generator are whole copies of the weights instead.
+The base is frozen and one copy; an adapter lies beside it and is never merged in training. With
+full fine-tuning, critic and generator are whole copies of the weights instead.
 
 Source: Live Avatar (arXiv 2512.04677), Algorithms 1 and 2; Self-Forcing (arXiv 2506.08009).
 """
@@ -18,11 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from jax_avatar.diffusion.flow import add_noise, clean_from_velocity
-from jax_avatar.models.lora import add_adapter
-from jax_avatar.models.params import merge
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.lora import with_adapter
+from jax_avatar.models.params import abstract, merge
+from jax_avatar.models.sharding import constrain_params
 from jax_avatar.shapes import Array, Latent, PyTree
+from jax_avatar.training.accumulate import accumulated, clip_keys
 from jax_avatar.training.dmd import (
     NORMALIZERS,
     critic_loss,
@@ -44,6 +49,7 @@ from jax_avatar.training.monitors import (
 from jax_avatar.training.rollout import (
     Clip,
     Generator,
+    RolloutConfig,
     clip_gradient,
     draw,
     made_clips,
@@ -51,7 +57,7 @@ from jax_avatar.training.rollout import (
 )
 from jax_avatar.training.state import scaled_update, update_ema
 
-__all__ = ["DistillConfig", "DistillState", "Distiller", "Told"]
+__all__ = ["DistillConfig", "DistillState", "Distiller", "Told", "make_distiller"]
 
 _GENERATOR, _CRITIC = 0, 1  # roles, folded into the key
 _COUNTS = ("batch_size", "generator_every", "latents", "monitor_every", "max_critic_steps")
@@ -72,7 +78,7 @@ class DistillConfig:
         normalizer: "clip" or "block", see `generator_gradient`.
         gradient_limit: largest element of the gradient.
         ema_start: step at which averaging starts; before, the average is the weights.
-        adapter_rank: of the adapters on one frozen base; 0 trains whole copies of the weights.
+        adapter_rank: of the adapters beside one frozen base; 0 trains whole copies of the weights.
         adapter_alpha: adapters are scaled by this over their rank.
         monitor_every: steps between reviews of the monitors.
         max_critic_steps: most updates of the critic per step, reached by doubling while it lags
@@ -115,10 +121,16 @@ class DistillConfig:
         return self.adapter_alpha / self.adapter_rank
 
     def bind(self, base: PyTree) -> Callable[[PyTree], PyTree]:
-        """Returns `trained weights -> parameters of the transformer`."""
+        """Returns `trained weights -> parameters of the transformer`; nothing is computed."""
         if not self.adapter_rank:
             return lambda weights: weights
-        return lambda adapter: add_adapter(base, adapter, self.adapter_scaling)
+        return lambda adapter: with_adapter(base, adapter)
+
+    def adapted(self, model: DiTConfig) -> DiTConfig:
+        """Size of the transformer that takes such parameters."""
+        if not self.adapter_rank:
+            return model
+        return model.replace(adapter_rank=self.adapter_rank, adapter_scaling=self.adapter_scaling)
 
 
 @jax.tree_util.register_dataclass
@@ -164,6 +176,7 @@ class Told:
         reference: portraits' latents, `b 1 h w c`.
         features: speech features, `b u T k a`; zeros in the null condition.
         pose: pose latents of one latent frame, `b 1 h w c`.
+        row: number of each clip in the whole batch, `b`; with it goes the clip's chance.
     """
 
     text: Any
@@ -171,6 +184,7 @@ class Told:
     reference: Any
     features: Any
     pose: Any
+    row: Any
 
 
 @dataclass(frozen=True)
@@ -178,13 +192,15 @@ class Distiller:
     """The step, for one transformer.
 
     Attributes:
-        generator: structure, size and rollout.
+        generator: structure, with adapters if there are any, size and rollout; also the critic's.
+        teacher: structure of the transformer without adapters.
         settings: batches, scores and what is trained.
         loop: learning rate, betas, decay and clipping, of both optimisers.
         data: what monitors compare generated clips with.
     """
 
     generator: Generator
+    teacher: Any
     settings: DistillConfig
     loop: LoopConfig
     data: ClipFigures | None = None
@@ -249,17 +265,17 @@ class Distiller:
             told: what they were told.
             key: of the noise and its level.
         """
-        settings = self.settings
-        noise, sigma = self._noise(key, made)
+        settings, teacher = self.settings, self.teacher
+        noise, sigma = self._noise(key, made, told.row)
         noisy = add_noise(made, noise, sigma)
-        fake = self._score(critic, noisy, sigma, told)
-        cond = self._score(base, noisy, sigma, told)
+        fake = _score(self.generator.graphdef, critic, noisy, sigma, told)
+        cond = _score(teacher, base, noisy, sigma, told)
         guided = cond
         if settings.guidance_scale != 1:
             null = dataclasses.replace(
                 told, text=told.null_text, features=jnp.zeros_like(told.features)
             )
-            null_velocity = self._score(base, noisy, sigma, null)
+            null_velocity = _score(teacher, base, noisy, sigma, null)
             guided = guide(cond, null_velocity, settings.guidance_scale)
         real = clean_from_velocity(noisy, guided, sigma)
         gradient = generator_gradient(
@@ -288,21 +304,23 @@ class Distiller:
     ) -> tuple[DistillState, dict[str, Array]]:
         """The generator's part of a step; arguments as in `step`."""
         bind, keys = self.settings.bind(base), _keys(key, state.step, _GENERATOR)
-        critic = bind(state.critic)
+        critic, exit_step = bind(state.critic), self._exit_step(keys[2])
 
-        def score(made):
-            return self.generator_slope(critic, base, made, told, keys[1])
+        def measure(told):
+            def score(made):
+                return self.generator_slope(critic, base, made, told, keys[1])
 
-        exit_step = self._exit_step(keys[2])
-        grads, made, metrics = clip_gradient(
-            self.generator,
-            bind,
-            state.generator,
-            *self._clips(told, keys[0]),
-            exit_step,
-            score,
-        )
-        scores = metrics.pop("scores")
+            clips, draws = self._clips(told, keys[0])
+            grads, made, metrics = clip_gradient(
+                self.generator, bind, state.generator, clips, draws, exit_step, score
+            )
+            each = {"made": made, "scores": metrics.pop("scores")}
+            if "replay_error" in metrics:
+                each["replay_error"] = jnp.broadcast_to(metrics.pop("replay_error"), len(made))
+            return constrain_params(grads), metrics, each
+
+        grads, metrics, each = accumulated(measure, told, self.loop.accumulate)
+        made, scores = each.pop("made"), each.pop("scores")
         optimiser, _ = self._optimisers()
         cause, norm = judge(metrics["dmd_loss"], grads, made)
         moments, is_good = state.generator_optimiser, cause == 0
@@ -325,7 +343,7 @@ class Distiller:
             "generator_exit": exit_step + 1,
             "largest_clean": jnp.max(jnp.abs(made)),
         }
-        return state, metrics
+        return constrain_params(state), metrics | jax.tree.map(jnp.max, each)
 
     def update_critic(
         self, state: DistillState, told: Told, key: Array, base: PyTree
@@ -357,22 +375,30 @@ class Distiller:
     def _teach_critic(self, state, told, key, base):
         settings, generator = self.settings, self.generator
         bind, keys = settings.bind(base), _keys(key, state.step, _CRITIC)
-        clips, draws = self._clips(told, keys[0])
         params, exit_step = bind(state.generator), self._exit_step(keys[2])
-        made = made_clips(roll_out(generator, params, clips, draws, exit_step))
-        made = jax.lax.stop_gradient(made)
-        noise, sigma = self._noise(keys[1], made)
-        noisy = add_noise(made, noise, sigma)
 
-        def loss(critic):
-            return critic_loss(self._score(bind(critic), noisy, sigma, told), made, noise)
+        def measure(told):
+            clips, draws = self._clips(told, keys[0])
+            made = made_clips(roll_out(generator, params, clips, draws, exit_step))
+            made = jax.lax.stop_gradient(made)
+            noise, sigma = self._noise(keys[1], made, told.row)
+            noisy = add_noise(made, noise, sigma)
 
-        value, grads = jax.value_and_grad(loss)(state.critic)
+            def loss(critic):
+                velocity = _score(generator.graphdef, bind(critic), noisy, sigma, told)
+                return critic_loss(velocity, made, noise)
+
+            value, grads = jax.value_and_grad(loss)(state.critic)
+            return constrain_params(grads), {"loss": value}, (made, sigma.reshape(-1))
+
+        grads, means, (made, sigma) = accumulated(measure, told, self.loop.accumulate)
+        value = means["loss"]
         _, optimiser = self._optimisers()
         cause, norm = judge(value, grads, made)
         moments, is_good = state.critic_optimiser, cause == 0
         new, moved = _stepped(optimiser, grads, moments, state.critic, cause, state.guard)
-        is_final, frames = exit_step == generator.settings.num_steps - 1, clips.pose.shape[2]
+        is_final = exit_step == generator.settings.num_steps - 1
+        frames = generator.config.frames_per_block
         state = dataclasses.replace(
             state,
             critic=new,
@@ -382,7 +408,8 @@ class Distiller:
             watch=watch_clips(state.watch, made, is_final & is_good, frames),
         )
         metrics = {"loss": value, "critic_norm": norm, "critic_exit": exit_step + 1}
-        return state, metrics | bin_shares(sigma.reshape(-1), settings.timestep_shift)
+        shares = bin_shares(sigma, settings.timestep_shift)
+        return constrain_params(state), metrics | shares
 
     def _optimisers(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
         every, loop = self.settings.generator_every, self.loop
@@ -408,12 +435,12 @@ class Distiller:
         def draw_one(key):
             return draw(key, self.generator.settings, blocks, frames)
 
-        return clips, jax.vmap(draw_one)(_per_clip(key, len(told.pose)))
+        return clips, jax.vmap(draw_one)(clip_keys(key, told.row))
 
     def _exit_step(self, key):
         return jax.random.randint(key, (), 0, self.generator.settings.num_steps)
 
-    def _noise(self, key, made):
+    def _noise(self, key, made, row):
         """Noise and its level, one per clip, ready to broadcast."""
         settings = self.settings
 
@@ -422,28 +449,47 @@ class Distiller:
             level = draw_level(level_key, settings.timestep_shift, settings.sigma_bounds)
             return jax.random.normal(noise_key, made.shape[1:]), level
 
-        noise, sigma = jax.vmap(one)(_per_clip(key, len(made)))
+        noise, sigma = jax.vmap(one)(clip_keys(key, row))
         return noise, sigma[:, None, None, None, None]
 
-    def _score(self, params, noisy, sigma, told):
-        """Velocity of whole clips, all frames seeing all others."""
-        b, t = noisy.shape[:2]
-        pose = jnp.broadcast_to(told.pose, (b, t, *told.pose.shape[2:]))
-        timestep = jnp.broadcast_to(1000 * sigma[:, :, 0, 0, 0], (b, t))
-        dit = merge(self.generator.graphdef, params)
-        return dit.bidirectional(
-            noisy, timestep, told.text, told.reference, None, pose, told.features
-        )
+
+def make_distiller(
+    network: Callable[..., Any],
+    model: DiTConfig,
+    rollout: RolloutConfig,
+    settings: DistillConfig,
+    loop: LoopConfig,
+    data: ClipFigures | None = None,
+) -> Distiller:
+    """The step for a transformer of some size.
+
+    Args:
+        network: its class.
+        model: its size, without adapters.
+        rollout: how the generator makes clips.
+        settings: batches, scores and what is trained.
+        loop: of both optimisers.
+        data: what monitors compare generated clips with.
+    """
+    adapted = settings.adapted(model)
+    teacher, student = (
+        abstract(lambda size=size: network(size, rngs=nnx.Rngs(0)))[0] for size in (model, adapted)
+    )
+    return Distiller(Generator(student, adapted, rollout), teacher, settings, loop, data)
+
+
+def _score(graphdef, params, noisy, sigma, told):
+    """Velocity of whole clips, all frames seeing all others."""
+    b, t = noisy.shape[:2]
+    pose = jnp.broadcast_to(told.pose, (b, t, *told.pose.shape[2:]))
+    timestep = jnp.broadcast_to(1000 * sigma[:, :, 0, 0, 0], (b, t))
+    dit = merge(graphdef, params)
+    return dit.bidirectional(noisy, timestep, told.text, told.reference, None, pose, told.features)
 
 
 def _keys(key, step, role):
     """Keys of the clips' chance, of the scores' and of the exit step."""
     return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, step), role), 3)
-
-
-def _per_clip(key, count):
-    # By the clip's number in the whole batch, so that no layout of devices changes it.
-    return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(count))
 
 
 def _errors(velocity, made, noise):

@@ -17,17 +17,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from jax_avatar.io.checkpoint import load_json, load_weights, save_json, save_weights
+from jax_avatar.io.checkpoint import (
+    StoredWeights,
+    load_json,
+    load_weights,
+    open_weights,
+    save_json,
+    save_weights,
+    tree_of,
+)
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.lora import init_adapter
+from jax_avatar.models.lora import add_adapter, init_adapter
 from jax_avatar.models.params import abstract, flatten, split
 from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.sharding import param_shardings
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.distillation import DistillConfig, Distiller, DistillState, Told
 from jax_avatar.training.latents import LatentClips
-from jax_avatar.training.loop import LoopConfig
+from jax_avatar.training.loop import LoopConfig, mesh_of, on_mesh
+from jax_avatar.training.mesh import place_state
 from jax_avatar.training.monitors import ClipFigures, measure_data
 from jax_avatar.training.rollout import Generator, RolloutConfig
 
@@ -102,16 +113,24 @@ class DistillTask:
                 f"{weights.model}/config.json: dit {content.get('dit')!r} must be one of "
                 f"{', '.join(_NETWORKS)}; give the folder of a whole model."
             )
+        if model.weights:
+            raise ValueError(
+                f"model.weights {model.weights!r} has no gradient; distil with weights as stored "
+                "('') and round the student afterwards."
+            )
         self.model, self.settings, self.weights = model, settings, weights
         self.clips, self.seed, self._content = clips, seed, content
-        self._build = functools.partial(_NETWORKS[content["dit"]], model)
+        self.batch_size = settings.batch_size
+        network, adapted = _NETWORKS[content["dit"]], settings.adapted(model)
+        self._build = functools.partial(network, model)
         self.graphdef, self._expected = abstract(lambda: self._build(rngs=nnx.Rngs(0)))
-        self.generator = Generator(self.graphdef, model, rollout)
+        structure, _ = abstract(lambda: network(adapted, rngs=nnx.Rngs(0)))
+        self.generator = Generator(structure, adapted, rollout)
         self._base = None
 
     def start(self, config: LoopConfig, key: Array) -> DistillState:
         """The state before the first step; `base` is read or drawn here."""
-        base = self.base()
+        base = self.base(mesh_of(self, config))
         rank, student = self.settings.adapter_rank, self.weights.student
         if rank:
             keys = jax.random.split(key)
@@ -123,15 +142,15 @@ class DistillTask:
             critic = base
         return self._distiller(config).start(generator, critic)
 
-    def make_step(self, config: LoopConfig):
+    def make_step(self, config: LoopConfig, mesh: Mesh | None = None):
         """The compiled `(state, batch, key) -> (state, metrics)`; the state is donated.
 
         It is `Distiller.step`, compiled in two parts, one of which most steps leave out.
         """
-        distiller, base = self._distiller(config), self.base()
+        distiller, base = self._distiller(config), self.base(mesh)
         parts = {
-            "generator": jax.jit(distiller.update_generator, donate_argnums=0),
-            "critic": jax.jit(distiller.update_critic, donate_argnums=0),
+            "generator": jax.jit(on_mesh(distiller.update_generator, mesh), donate_argnums=0),
+            "critic": jax.jit(on_mesh(distiller.update_critic, mesh), donate_argnums=0),
         }
 
         def step(state, batch, key):
@@ -144,26 +163,34 @@ class DistillTask:
 
         return step
 
-    def batches(self, step: int) -> dict[str, Told]:
-        """What clips are told in a step: other ones for the generator than for the critic."""
+    def batches(self, step: int, rows: np.ndarray | None = None) -> dict[str, Told]:
+        """What clips are told in a step: other ones for the generator than for the critic.
+
+        Args:
+            step: number of the step, from 0.
+            rows: numbers of the clips to make; all of the batch if not given.
+        """
         roles = ["critic"]
         if (step + 1) % self.settings.generator_every == 0:
             roles.append("generator")
-        return {role: self._told(step, role) for role in roles}
+        rows = np.arange(self.batch_size) if rows is None else rows
+        return {role: self._told(step, role, rows) for role in roles}
 
-    def base(self) -> PyTree:
-        """The teacher's weights, on the device; read, or drawn from the seed, once."""
+    def base(self, mesh: Mesh | None = None) -> PyTree:
+        """The teacher's weights, spread over a mesh; read, or drawn from the seed, once."""
         if self._base is None:
-            teacher = self.weights.teacher
             # Kept, so it must be numbers, also when first asked for while something is traced.
             with jax.ensure_compile_time_eval():
-                base = self._read(teacher) if teacher else self._random_teacher()
-                self._base = jax.tree.map(jnp.asarray, base)
+                self._base = jax.tree.map(jnp.asarray, self._read_or_draw(mesh))
+                if mesh is not None:
+                    self._base = place_state(self._base, mesh)
         return self._base
 
     def whole(self, weights: PyTree) -> PyTree:
-        """Parameters of the transformer from what is trained."""
-        return self.settings.bind(self.base())(weights)
+        """Parameters of the transformer from what is trained, for evaluation."""
+        if not self.settings.adapter_rank:
+            return weights
+        return add_adapter(self.base(), weights, self.settings.adapter_scaling)
 
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder that can be streamed: `config.json` and all its networks."""
@@ -183,7 +210,8 @@ class DistillTask:
             fields = {"scaling": self.settings.adapter_scaling, "rank": self.settings.adapter_rank}
             save_weights(folder, "lora", jax.device_get(weights), fields, dict(metadata))
             content["lora"] = "lora"
-            weights = self.base()
+            # The base as it lies on the devices of all hosts is not one host's to fetch.
+            weights = self.base() if jax.process_count() == 1 else self._read_or_draw()
         save_weights(folder, "dit", jax.device_get(weights), config, dict(metadata))
         rollout = self.generator.settings
         content["stream"] = content["stream"] | {
@@ -193,19 +221,19 @@ class DistillTask:
         save_json(folder / "config.json", content)
 
     def _distiller(self, config: LoopConfig) -> Distiller:
-        return Distiller(self.generator, self.settings, config, self._data)
+        return Distiller(self.generator, self.graphdef, self.settings, config, self._data)
 
     @functools.cached_property
     def _data(self) -> ClipFigures:
         latents = self.clips.latent[:: -(-len(self.clips) // _COMPARED), : self.settings.latents]
         return measure_data(latents.astype(np.float32), self.model.frames_per_block)
 
-    def _told(self, step: int, role: str) -> Told:
+    def _told(self, step: int, role: str, rows: np.ndarray) -> Told:
         clips, settings = self.clips, self.settings
         rng = np.random.default_rng([self.seed, 2, _ROLES[role], step])
-        index = rng.integers(len(clips), size=settings.batch_size)
+        index = rng.integers(len(clips), size=settings.batch_size)[rows]
         last = clips.latent.shape[1] - settings.latents
-        starts = rng.integers(last + 1, size=settings.batch_size)
+        starts = rng.integers(last + 1, size=settings.batch_size)[rows]
         features = np.stack(
             [
                 clips.features[i, 4 * s : 4 * (s + settings.latents)]
@@ -217,7 +245,12 @@ class DistillTask:
         pose = reference
         if self._content["stream"].get("pose", "zeros") == "zeros":
             pose = np.zeros((*reference.shape[:-1], self.model.pose_channels), np.float32)
-        return Told(text, text, reference, features.astype(np.float32)[:, None], pose)
+        features = features.astype(np.float32)[:, None]
+        return Told(text, text, reference, features, pose, rows.astype(np.int32))
+
+    def _read_or_draw(self, mesh: Mesh | None = None) -> PyTree:
+        teacher = self.weights.teacher
+        return self._read(teacher, mesh) if teacher else self._random_teacher()
 
     def _random_teacher(self) -> PyTree:
         params = split(jax.jit(lambda: self._build(rngs=nnx.Rngs(self.seed)))())[1]
@@ -227,8 +260,13 @@ class DistillTask:
         params["head"]["kernel"] = 0.1 * noise
         return params
 
-    def _read(self, folder: str) -> PyTree:
-        return self._checked(load_weights(folder, "dit")[0], self._expected, folder)
+    def _read(self, folder: str, mesh: Mesh | None = None) -> PyTree:
+        params, _, _ = open_weights(folder, "dit")
+        expected = self._checked(tree_of(params), self._expected, folder)
+        if not isinstance(params, StoredWeights):
+            return params
+        # No device, nor the host, sees more than its own part.
+        return params.restore(None if mesh is None else param_shardings(expected, mesh))
 
     def _checked(self, params: PyTree, expected: PyTree, folder: str) -> PyTree:
         got = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}

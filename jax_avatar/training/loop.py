@@ -27,10 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as managers
 from tqdm import tqdm
 
+from jax_avatar.models.sharding import constrain_params
 from jax_avatar.shapes import Array, PyTree
+from jax_avatar.training.accumulate import accumulated, clip_keys
 from jax_avatar.training.guards import (
     TooManySkips,
     check_skips,
@@ -39,6 +42,17 @@ from jax_avatar.training.guards import (
     rate_factor,
     report,
     rolled_back,
+)
+from jax_avatar.training.mesh import (
+    abstract_on,
+    fetched,
+    gathered_values,
+    local_rows,
+    make_training_mesh,
+    parse_training_mesh,
+    place_batch,
+    place_state,
+    shared,
 )
 from jax_avatar.training.monitors import PREFIX, find_alarms
 from jax_avatar.training.state import TrainState, config_differences, start_state, update_state
@@ -50,6 +64,8 @@ __all__ = [
     "learning_rate",
     "make_optimiser",
     "make_step",
+    "mesh_of",
+    "on_mesh",
     "restore",
     "train",
 ]
@@ -67,7 +83,10 @@ class Task(Protocol):
     """What a stage of training provides; the loop does the rest.
 
     A task may also have `evaluate(params, step) -> {name: value}`, called with the EMA weights,
-    and `export(params, folder, metadata)`, called with them at the end.
+    and `export(params, folder, metadata)`, called with them at the end. To run on several devices
+    it has `batch_size`, the clips of a batch, on the leading axis of all its arrays. With `by_clip`
+    true, the loss is asked for one clip at a time, with a key of that clip, and the mean is taken:
+    then no layout of devices and no accumulation changes it.
     """
 
     name: str
@@ -79,15 +98,18 @@ class Task(Protocol):
         """Loss and metrics, all scalars; pure, compiled by the loop."""
 
     def batches(self, step: int) -> Batch:
-        """The batch of a step; the same for the same step, whoever asks."""
+        """The batch of a step; the same for the same step, whoever asks.
+
+        On several hosts it is called with `rows`, too, numbers of the clips that this host needs.
+        """
 
 
 @runtime_checkable
 class OwnStepTask(Protocol):
     """A stage that trains more than one network: with a state and a step of its own.
 
-    The state has `step`, `ema` and `guard`, whatever else; `evaluate` and `export` are as for a
-    `Task`.
+    The state has `step`, `ema` and `guard`, whatever else; `evaluate`, `export` and `batch_size`
+    are as for a `Task`.
     """
 
     name: str
@@ -95,7 +117,7 @@ class OwnStepTask(Protocol):
     def start(self, config: "LoopConfig", key: Array) -> PyTree:
         """The state before the first step."""
 
-    def make_step(self, config: "LoopConfig") -> Step:
+    def make_step(self, config: "LoopConfig", mesh: Mesh | None = None) -> Step:
         """The compiled `(state, batch, key) -> (state, metrics)`.
 
         Among the metrics are `loss` and those of `guards.report`.
@@ -118,6 +140,8 @@ class LoopConfig:
         betas: of AdamW.
         max_grad_norm: global-norm clip.
         ema_decay: of the averaged weights.
+        accumulate: parts that a batch is computed in, one after the other, to save memory.
+        mesh: devices, DATAxMODEL as in "4x2"; "" takes all for data if the batch divides, else one.
         seed: of initialisation and of the loss's random numbers.
         log_every: steps between lines in `metrics.jsonl`.
         evaluate_every: steps between evaluations; 0 for none.
@@ -136,6 +160,8 @@ class LoopConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
+    accumulate: int = 1
+    mesh: str = ""
     seed: int = 0
     log_every: int = 20
     evaluate_every: int = 0
@@ -146,6 +172,7 @@ class LoopConfig:
 
     # Free to change between the parts of a run.
     BOOKKEEPING = (
+        *("accumulate", "mesh"),
         *("log_every", "evaluate_every", "checkpoint_every", "keep", "keep_every", "max_minutes"),
     )
 
@@ -156,6 +183,10 @@ class LoopConfig:
                 f"num_steps {self.num_steps} with warmup_steps {self.warmup_steps}: at least one "
                 "step and a shorter warm-up are expected."
             )
+        if self.mesh:
+            parse_training_mesh(self.mesh)
+        if self.accumulate < 1:
+            raise ValueError(f"loop.accumulate {self.accumulate} must be at least 1.")
         if self.log_every < 1 or self.checkpoint_every < 1 or self.keep < 1:
             raise ValueError("log_every, checkpoint_every and keep must be at least 1")
 
@@ -191,27 +222,68 @@ def make_optimiser(
     )
 
 
-def make_step(task: Task | OwnStepTask, config: LoopConfig) -> Step:
+def make_step(task: Task | OwnStepTask, config: LoopConfig, mesh: Mesh | None = None) -> Step:
     """Returns the compiled `(state, batch, key) -> (state, metrics)`; the state is donated.
 
     The key is the run's; the step number is folded in here.
     """
     if isinstance(task, OwnStepTask):
-        return task.make_step(config)
+        return task.make_step(config, mesh)
     optimiser, schedule = make_optimiser(config), learning_rate(config)
 
     def step(state, batch, key):
         key = jax.random.fold_in(key, state.step)
-        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(
-            state.params, batch, key
-        )
+
+        def measure(part):
+            rows, part = part
+            slope = jax.value_and_grad(_mean_loss(task, config), has_aux=True)
+            (loss, metrics), grads = slope(state.params, part, key, rows)
+            return constrain_params(grads), {**metrics, "loss": loss}, ()
+
+        rows = jnp.arange(max(len(leaf) for leaf in jax.tree.leaves(batch) if leaf.ndim))
+        grads, metrics, _ = accumulated(measure, (rows, batch), config.accumulate)
+        loss = metrics["loss"]
         cause, norm = judge(loss, grads)
         rate = jnp.asarray(schedule(state.step), jnp.float32) * rate_factor(state.guard)
         extra = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
         state = update_state(state, grads, cause, optimiser, config.ema_decay)
-        return state, {**metrics, **extra, **report(state.guard, state.step - 1)}
+        metrics = {**metrics, **extra, **report(state.guard, state.step - 1)}
+        return constrain_params(state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(on_mesh(step, mesh), donate_argnums=0)
+
+
+def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
+    """The function, to be compiled, in sight of the mesh that its constraints speak of."""
+    if mesh is None:
+        return function
+
+    def call(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return call
+
+
+def _mean_loss(task, config):
+    """`(params, batch, key, rows) -> (loss, metrics)`, means over the clips of a part."""
+    if not getattr(task, "by_clip", False):
+
+        def whole(params, batch, key, rows):
+            # One part has the step's own key.
+            own = key if config.accumulate == 1 else jax.random.fold_in(key, rows[0])
+            return task.loss(params, batch, own)
+
+        return whole
+
+    def mean(params, batch, key, rows):
+        def one(clip, key):
+            return task.loss(params, jax.tree.map(lambda leaf: leaf[None], clip), key)
+
+        each = jax.vmap(one, spmd_axis_name="data")(batch, clip_keys(key, rows))
+        return jax.tree.map(jnp.mean, each)
+
+    return mean
 
 
 def train(
@@ -244,29 +316,46 @@ def train(
             although the run went back twice.
     """
     workdir = Path(workdir).resolve()
+    mesh = mesh_of(task, config)
     settings = json.loads(json.dumps(_semantic(settings or {}, config)))
     root, init_key = jax.random.split(jax.random.key(config.seed))
     with ocp.CheckpointManager(
         workdir / "checkpoints", item_names=_ITEMS, options=_manager_options(config)
     ) as manager:
         _check_settings(manager, settings, force)
-        start, step_fn = lambda: _start(task, config, init_key), make_step(task, config)
-        state, pending = _restore_or_start(manager, start, manager.latest_step())
+        start, step_fn = lambda: _start(task, config, init_key), make_step(task, config, mesh)
+        state, pending = _restore_or_start(manager, start, manager.latest_step(), mesh)
         try:
-            with _Log(workdir, int(state.step)) as log, _until_interrupted() as interrupted:
-                run = (task, config, step_fn, root, manager, settings, log, progress, interrupted)
+            make_log = _Log if jax.process_index() == 0 else _NoLog
+            with make_log(workdir, int(state.step)) as log, _until_interrupted() as interrupted:
+                run = (task, config, mesh, step_fn, root, manager, settings, log, progress)
                 while True:
                     try:
-                        state = _run(state, pending, *run)
+                        state = _run(state, pending, *run, interrupted)
                         break
                     except TooManySkips as trouble:
-                        state, pending = _roll_back(manager, start, log, trouble)
+                        state, pending = _roll_back(manager, start, mesh, log, trouble)
         finally:
             manager.wait_until_finished()
     if int(state.step) >= config.num_steps and hasattr(task, "export"):
-        skipped = int(state.guard.total)
-        task.export(state.ema, workdir, {"step": int(state.step), "skipped": skipped})
+        weights, skipped = fetched(state.ema), int(state.guard.total)
+        if jax.process_index() == 0:
+            task.export(weights, workdir, {"step": int(state.step), "skipped": skipped})
     return state
+
+
+def mesh_of(task: Task | OwnStepTask, config: LoopConfig) -> Mesh:
+    """The mesh that a run of this task takes.
+
+    Raises:
+        ValueError: devices, batch and heads do not divide.
+    """
+    return make_training_mesh(
+        config.mesh,
+        getattr(task, "batch_size", None),
+        accumulate=config.accumulate,
+        num_heads=getattr(getattr(task, "model", None), "num_heads", None),
+    )
 
 
 def restore(workdir: str | Path, like: PyTree = None) -> tuple[PyTree, dict]:
@@ -302,14 +391,13 @@ def _start(task: Task | OwnStepTask, config: LoopConfig, key: Array) -> PyTree:
 
 
 def _run(
-    state, pending, task, config, step_fn, root, manager, settings, log, progress, interrupted
+    state, pending, task, config, mesh, step_fn, root, manager, settings, log, progress, interrupted
 ):  # fmt: skip
     started, first = time.monotonic(), int(state.step)
     # After going back, other chance.
     root = jax.random.fold_in(root, state.guard.rollbacks)
-    bar = tqdm(
-        total=config.num_steps, initial=first, disable=not progress, desc=task.name, unit="step"
-    )
+    hidden = not progress or jax.process_index() > 0
+    bar = tqdm(total=config.num_steps, initial=first, disable=hidden, desc=task.name, unit="step")
 
     def save(step, state, is_good=False):
         if manager.latest_step() != step:
@@ -325,7 +413,7 @@ def _run(
             )
 
     try:
-        for step, batch in _prefetch(task, first, config.num_steps):
+        for step, batch in _prefetch(task, mesh, first, config.num_steps):
             state, metrics = step_fn(state, batch, root)
             step += 1
             pending.append(metrics)
@@ -342,14 +430,13 @@ def _run(
             if is_logged:
                 pending = []
             if config.evaluate_every and step % config.evaluate_every == 0:
-                scores = task.evaluate(state.ema, step)
+                scores = _evaluated(task, state.ema, step)
                 log.write(step, {f"eval/{k}": v for k, v in scores.items()})
             if is_saved or is_passed(scores):
                 is_good = not config.evaluate_every or is_passed(scores)
                 save(step, state, is_good and not metrics["recent_skips"])
-            if config.max_minutes and time.monotonic() - started > 60 * config.max_minutes:
-                break
-            if interrupted():
+            is_late = config.max_minutes and time.monotonic() - started > 60 * config.max_minutes
+            if _anywhere(bool(is_late) or interrupted()):
                 break
     finally:
         bar.close()
@@ -381,43 +468,67 @@ def _until_interrupted() -> Iterator[Callable[[], bool]]:
             signal.signal(signal_number, handler)
 
 
-def _prefetch(task: Task | OwnStepTask, first: int, last: int) -> Iterator[tuple[int, Batch]]:
-    """Steps with their batches, the next one prepared while the current one is used."""
+def _evaluated(task, weights, step):
+    """Scores, on every host those of the first."""
+    if jax.process_count() == 1:
+        return task.evaluate(weights, step)
+    weights = fetched(weights)
+    return shared(task.evaluate(weights, step) if jax.process_index() == 0 else None)
+
+
+def _anywhere(flag: bool) -> bool:
+    """Whether it is so on any host, since all must stop together."""
+    return flag if jax.process_count() == 1 else any(gathered_values(flag))
+
+
+def _prefetch(
+    task: Task | OwnStepTask, mesh: Mesh, first: int, last: int
+) -> Iterator[tuple[int, Batch]]:
+    """Steps with their batches on the devices, the next one prepared while one is used."""
     if first >= last:
         return
+    share = {}
+    if jax.process_count() > 1:
+        share["rows"] = local_rows(task.batch_size, mesh)
+
+    def make(step):
+        return place_batch(task.batches(step, **share), mesh)
+
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(task.batches, first)
+        following = pool.submit(make, first)
         for step in itertools.count(first):
             batch = following.result()
             if step + 1 < last:
-                following = pool.submit(task.batches, step + 1)
+                following = pool.submit(make, step + 1)
             yield step, batch
             if step + 1 == last:
                 return
 
 
-def _restore_or_start(manager, start: Callable[[], PyTree], step: int | None):
+def _restore_or_start(manager, start: Callable[[], PyTree], step: int | None, mesh: Mesh):
     """The state at a checkpoint, or before the first step, and the metrics not yet logged."""
     if step is None:
-        return start(), []
+        return place_state(start(), mesh), []
+    # Onto the mesh of this run, whichever it was saved from.
+    like = abstract_on(mesh, jax.eval_shape(start))
     found = manager.restore(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.eval_shape(start)), pending=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(like), pending=ocp.args.JsonRestore()
         ),
     )
     # Copied, because restored buffers may be shared and the state is donated.
     return jax.tree.map(jnp.array, found["state"]), found["pending"]["rows"]
 
 
-def _roll_back(manager, start: Callable[[], PyTree], log: "_Log", trouble: TooManySkips):
+def _roll_back(manager, start: Callable[[], PyTree], mesh, log: "_Log", trouble: TooManySkips):
     """The last good checkpoint, or the start, with half the learning rates and other chance."""
     manager.wait_until_finished()
     good = max((manager.metrics(step)["good"] for step in manager.all_steps()), default=-1)
     for step in manager.all_steps():
         if step > good:
             manager.delete(step)
-    state, pending = _restore_or_start(manager, start, None if good < 0 else good)
+    state, pending = _restore_or_start(manager, start, None if good < 0 else good, mesh)
     rollbacks = trouble.rollbacks + 1
     log.turn_back(max(good, 0), rollbacks)
     _warn(f"{trouble}; back to step {max(good, 0)} with half the learning rates")
@@ -547,3 +658,21 @@ class _Log:
         whole = self._path.with_suffix(".tmp")
         whole.write_text("".join(kept))
         os.replace(whole, self._path)
+
+
+class _NoLog(contextlib.AbstractContextManager):
+    """The log of hosts other than the first."""
+
+    alarming: Mapping[str, str] = {}
+
+    def __init__(self, workdir: Path, first_step: int):
+        del workdir, first_step
+
+    def __exit__(self, *_):
+        pass
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def turn_back(self, step: int, rollbacks: int) -> None:
+        pass

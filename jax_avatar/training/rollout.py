@@ -23,6 +23,7 @@ from jax_avatar.diffusion.step import move
 from jax_avatar.models.cache import Sink, frame_table, position_in
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
+from jax_avatar.models.sharding import constrain_params
 from jax_avatar.shapes import Array, IntScalar, Latent, PyTree
 
 __all__ = [
@@ -353,9 +354,11 @@ def roll_out(
 
     Arguments as there; clips, draws and the result have a leading axis of clips.
     """
-    return jax.vmap(lambda clip, chance: generator.rollout(params, clip, chance, exit_step))(
-        clips, draws
-    )
+
+    def one(clip, chance):
+        return generator.rollout(params, clip, chance, exit_step)
+
+    return jax.vmap(one, spmd_axis_name="data")(clips, draws)
 
 
 def made_clips(traces: Trace) -> Latent:
@@ -406,16 +409,18 @@ def clip_gradient(
     def block(total, number):
         def exits(weights):
             params = bind(weights)
-            return jax.vmap(
-                lambda trace, clip, chance: generator.exit_block(
-                    params, trace, clip, chance, exit_step, number
-                )
-            )(traces, clips, draws)
+
+            def one(trace, clip, chance):
+                return generator.exit_block(params, trace, clip, chance, exit_step, number)
+
+            return jax.vmap(one, spmd_axis_name="data")(traces, clips, draws)
 
         again, pull = jax.vjp(exits, weights)
         (grads,) = pull(slope[:, number].astype(again.dtype))
         error = jnp.max(jnp.abs(again - traces.clean[:, number]))
-        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), error
+        return constrain_params(
+            jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
+        ), error
 
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights)
     blocks = jnp.arange(traces.clean.shape[1])
@@ -457,10 +462,12 @@ def _tokens(blocks):
 
 
 def _write(histories, own, index):
-    return tuple(
-        history.at[index].set(part.astype(history.dtype))
-        for history, part in zip(histories, own, strict=True)
-    )
+    def write(history, part):
+        starts = [jnp.int32(i) for i in index] + [jnp.int32(0)] * part.ndim
+        part = part.astype(history.dtype).reshape(*[1] * len(index), *part.shape)
+        return jax.lax.dynamic_update_slice(history, part, starts)
+
+    return tuple(write(*pair) for pair in zip(histories, own, strict=True))
 
 
 def _fold(key, number, step):

@@ -43,15 +43,16 @@ def make_told(seed=0, b=2, grid=(4, 4), config=MODEL):
     reference = jax.random.normal(keys[0], (b, 1, *grid, 4))
     features = (b, 1, 24, config.audio_layers, config.audio_width)
     text = jax.random.normal(keys[2], (b, 2, config.text_width))
-    return Told(
-        text, jnp.zeros_like(text), reference, jax.random.normal(keys[1], features), reference
-    )
+    features, row = jax.random.normal(keys[1], features), np.arange(b, dtype=np.int32)
+    return Told(text, jnp.zeros_like(text), reference, features, reference, row)
 
 
 @functools.cache
 def distiller():
     graphdef, base = nano.make_dit(MODEL)
-    return Distiller(Generator(graphdef, MODEL, ROLLOUT), SETTINGS, LOOP), base
+    config = SETTINGS.adapted(MODEL)
+    generator = Generator(nano.make_dit(config)[0], config, ROLLOUT)
+    return Distiller(generator, graphdef, SETTINGS, LOOP), base
 
 
 @functools.cache
@@ -148,6 +149,49 @@ def test_fresh_adapters_agree_with_the_teacher_only_without_guidance(scale):
     value, metrics = slope(critic, base, clips, make_told(), KEY)
     assert bool(np.abs(value).max() > 0) == (scale != 1)
     np.testing.assert_array_equal(metrics["scores"]["critic"], metrics["scores"]["teacher"])
+
+
+def largest(tree):
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+def test_only_adapters_are_trained():
+    """Critic, teacher, the blocks before their exit and all history are constants."""
+    made, base = distiller()
+    state, told = start(), make_told()
+    bind, clips = made.settings.bind(base), jax.random.normal(KEY, (2, 6, 4, 4, 4))
+
+    def loss(critic, teacher):
+        return made.generator_slope(bind(critic), teacher, clips, told, KEY)[1]["dmd_loss"]
+
+    value, slopes = jax.jit(jax.value_and_grad(loss, (0, 1)))(state.critic, base)
+    assert value > 0 and largest(slopes) == 0
+
+    one, draws = jax.tree.map(lambda leaf: leaf[0], made._clips(told, KEY))
+    trace = jax.jit(made.generator.rollout)(bind(state.generator), one, draws, 1)
+
+    def exit(adapter, trace):
+        clean = made.generator.exit_block(bind(adapter), trace, one, draws, 1, 1)
+        return jnp.sum(jnp.sin(clean))
+
+    for_adapter, for_trace = jax.jit(jax.grad(exit, (0, 1)))(state.generator, trace)
+    assert largest(for_trace) == 0 and largest(for_adapter) > 0
+    paths = set(flatten(state.generator))
+    assert set(flatten(for_adapter)) == paths and all(p.endswith(("/a", "/b")) for p in paths)
+
+
+def test_fresh_adapters_change_nothing_at_all():
+    made, base = distiller()
+    one, draws = jax.tree.map(lambda leaf: leaf[0], made._clips(make_told(), KEY))
+    plain = dataclasses.replace(made.generator, graphdef=made.teacher, config=MODEL)
+    clips = [
+        jax.jit(generator.rollout)(params, one, draws, 1).clean
+        for generator, params in (
+            (made.generator, made.settings.bind(base)(start().generator)),
+            (plain, base),
+        )
+    ]
+    np.testing.assert_array_equal(*clips)
 
 
 def make_task(model, **changes):

@@ -12,6 +12,7 @@ from jax_avatar.diffusion.flow import noise_from_velocity
 from jax_avatar.diffusion.step import move
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.params import merge
+from jax_avatar.training import distillation
 from jax_avatar.training import rollout as rollout_module
 from jax_avatar.training.distillation import DistillConfig, Distiller, Told
 from jax_avatar.training.dmd import generator_gradient
@@ -272,14 +273,15 @@ def test_an_update_without_a_normaliser_is_small_and_made(monkeypatch):
     made = jax.random.normal(jax.random.key(0), (2, 2 * FRAMES, *GRID, 4))
     critic, teacher = {"is_critic": jnp.array(1.0)}, {"is_critic": jnp.array(0.0)}
 
-    def score(self, params, noisy, sigma, told):
+    def score(graphdef, params, noisy, sigma, told):
         return (noisy - made - params["is_critic"]) / sigma
 
-    monkeypatch.setattr(Distiller, "_score", score)
+    monkeypatch.setattr(distillation, "_score", score)
     settings = DistillConfig(batch_size=2, latents=2 * FRAMES)
-    distiller = Distiller(MAKER, settings, LoopConfig(num_steps=9, warmup_steps=0))
+    loop = LoopConfig(num_steps=9, warmup_steps=0)
+    distiller = Distiller(MAKER, MAKER.graphdef, settings, loop)
     clip = make_clip(2)
-    told = Told(clip.text, clip.text, clip.reference, clip.features, clip.pose)
+    told = Told(clip.text, clip.text, clip.reference, clip.features, clip.pose, np.arange(2))
     slope, metrics = distiller.generator_slope(critic, teacher, made, told, jax.random.key(1))
     assert metrics["normalizer"] < 1e-5
     limit = settings.gradient_limit / made.size

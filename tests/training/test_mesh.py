@@ -1,0 +1,230 @@
+"""No layout of devices, and no accumulation, changes what is learnt."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_avatar.models import sharding
+from jax_avatar.models.lora import init_adapter
+from jax_avatar.training.accumulate import accumulated
+from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
+from jax_avatar.training.distillation import DistillConfig, Distiller, Told
+from jax_avatar.training.latents import random_clips
+from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step, on_mesh
+from jax_avatar.training.mesh import (
+    local_rows,
+    make_training_mesh,
+    parse_training_mesh,
+    place_batch,
+    place_state,
+)
+from jax_avatar.training.rollout import Generator, RolloutConfig
+from jax_avatar.training.state import start_state
+from tests import nano
+
+BATCH, GRID = 8, (2, 4)
+MODEL = nano.CONFIG.replace(framepack=False, num_layers=1, ring_blocks=2)
+ROLLOUT = RolloutConfig(sigmas=(1.0, 0.8, 0.0), shift_max=20)
+SETTINGS = DistillConfig(batch_size=BATCH, latents=6, adapter_rank=2, adapter_alpha=4.0)
+# With a first moment, the state after a step shows the gradient as it is.
+LOOP = LoopConfig(num_steps=9, warmup_steps=0, betas=(0.5, 0.999), max_grad_norm=1e6)
+KEY = jax.random.key(11)
+
+LAYOUTS = [("2x2", 4)]
+MORE = [("1", 4), ("2", 1), ("4", 1), ("8", 1), ("1x2", 1), ("4x2", 1)]
+EVERY = [*LAYOUTS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiler():
+    """Little is computed, much is compiled; every weight is cut, however small."""
+    small = sharding.SMALL
+    jax.config.update("jax_disable_most_optimizations", True)
+    sharding.SMALL = 1
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    sharding.SMALL = small
+
+
+def norm(tree):
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+    return np.sqrt(sum(np.square(leaf).sum() for leaf in leaves))
+
+
+def difference(left, right):
+    left, right = jax.device_get((left, right))
+    return norm(jax.tree.map(lambda a, b: a - b, left, right)) / norm(right)
+
+
+def first_moment(optimiser_state):
+    (moment,) = [
+        part.mu for part in jax.tree.leaves(optimiser_state, is_leaf=has_mu) if has_mu(part)
+    ]
+    return moment
+
+
+def has_mu(part):
+    return hasattr(part, "mu")
+
+
+def mesh_of(text, accumulate):
+    return make_training_mesh(text, BATCH, accumulate=accumulate, num_heads=MODEL.num_heads)
+
+
+# ---- distillation ------------------------------------------------------------------------
+
+
+@functools.cache
+def network():
+    return nano.make_dit(MODEL)
+
+
+def make_told():
+    keys = jax.random.split(jax.random.key(0), 3)
+    reference = jax.random.normal(keys[0], (BATCH, 1, *GRID, 4))
+    features = (BATCH, 1, 24, MODEL.audio_layers, MODEL.audio_width)
+    text = jax.random.normal(keys[2], (BATCH, 2, MODEL.text_width))
+    features = jax.random.normal(keys[1], features)
+    row = np.arange(BATCH, dtype=np.int32)
+    return Told(text, jnp.zeros_like(text), reference, features, reference, row)
+
+
+def distil(role, layout=None, accumulate=1):
+    """State and metrics after one update."""
+    graphdef, base = network()
+    config = SETTINGS.adapted(MODEL)
+    structure, _ = nano.make_dit(config)
+    loop = dataclasses.replace(LOOP, accumulate=accumulate)
+    made = Distiller(Generator(structure, config, ROLLOUT), graphdef, SETTINGS, loop)
+    # Not fresh ones, whose second factors are zero, so that first factors have no gradient.
+    adapters = [
+        jax.tree.map(lambda leaf: leaf + 0.02, init_adapter(base, 2, key))
+        for key in jax.random.split(KEY)
+    ]
+    state, told = made.start(*adapters), make_told()
+    mesh = mesh_of(layout, accumulate) if layout else None
+    if mesh:
+        state, base, told = (
+            place_state(state, mesh),
+            place_state(base, mesh),
+            place_batch(told, mesh),
+        )
+    update = jax.jit(on_mesh(getattr(made, f"update_{role}"), mesh))
+    return update(state, told, KEY, base)
+
+
+@functools.cache
+def alone(role):
+    return distil(role)
+
+
+@pytest.mark.parametrize(("layout", "accumulate"), EVERY)
+@pytest.mark.parametrize("role", ["generator", "critic"])
+def test_distillation_is_the_same_on_every_layout(role, layout, accumulate):
+    expected, wanted = alone(role)
+    state, metrics = distil(role, layout, accumulate)
+    moments = [first_moment(getattr(s, f"{role}_optimiser")) for s in (state, expected)]
+    assert difference(*moments) < 1e-5
+    assert norm(moments[1]) > 0
+    loss = {"generator": "dmd_loss", "critic": "loss"}[role]
+    for name in (loss, f"{role}_norm"):
+        np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5)
+    if role == "generator":
+        assert int(metrics["generator_exit"]) == int(wanted["generator_exit"])
+
+
+def test_clips_have_their_own_chance_and_one_exit():
+    """Were noise or positions shared, equal clips would be made from equal conditions."""
+    made, told = distiller_alone(), make_told()
+    same = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), told)
+    same = dataclasses.replace(same, row=told.row)
+    _, draws = made._clips(same, KEY)
+    assert len(np.unique(draws.first_frame)) > 1
+    assert np.abs(draws.noise[0] - draws.noise[1]).max() > 0.1
+    swapped = dataclasses.replace(same, row=told.row[::-1])
+    np.testing.assert_array_equal(made._clips(swapped, KEY)[1].noise[0], draws.noise[-1])
+
+
+def distiller_alone():
+    graphdef, _ = network()
+    return Distiller(Generator(graphdef, MODEL, ROLLOUT), graphdef, SETTINGS, LOOP)
+
+
+# ---- tasks with a loss -------------------------------------------------------------------
+
+
+@functools.cache
+def forcing(layout=None, accumulate=1):
+    clips = random_clips(3, 7, GRID, 4, (2, 6))
+    settings = ForcingConfig(batch_size=BATCH, latents=6, reference_frames=(13, 30))
+    task = ForcingTask(MODEL, settings, clips)
+    loop = dataclasses.replace(LOOP, accumulate=accumulate)
+    state = start_state(network()[1], make_optimiser(loop))
+    batch, mesh = task.batches(0), mesh_of(layout, accumulate) if layout else None
+    if mesh:
+        state, batch = place_state(state, mesh), place_batch(batch, mesh)
+    return make_step(task, loop, mesh)(state, batch, KEY)
+
+
+@pytest.mark.parametrize(("layout", "accumulate"), EVERY)
+def test_diffusion_forcing_is_the_same_on_every_layout(layout, accumulate):
+    expected, wanted = forcing()
+    state, metrics = forcing(layout, accumulate)
+    moments = [first_moment(s.optimiser) for s in (state, expected)]
+    assert difference(*moments) < 1e-5
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5)
+
+
+def test_the_state_stays_where_it_was_put():
+    state, _ = forcing("2x2", 4)
+    kernel = state.params["blocks"]["ffn_in"]["kernel"]
+    assert tuple(kernel.sharding.spec) == (None, "data", "model")
+    moment = first_moment(state.optimiser)["blocks"]["ffn_in"]["kernel"]
+    assert moment.sharding.is_equivalent_to(kernel.sharding, kernel.ndim)
+
+
+# ---- parts and places --------------------------------------------------------------------
+
+
+def test_parts_of_a_batch_have_its_mean_and_its_order():
+    values = jax.random.normal(KEY, (12, 3))
+
+    def measure(part):
+        return {"g": jnp.mean(part**2, 0)}, {"m": part.mean()}, {"top": part.max(-1)}
+
+    whole, parts = (accumulated(measure, values, count) for count in (1, 4))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_without_a_mesh_all_devices_share_a_batch_that_divides():
+    assert dict(make_training_mesh("", 16).shape) == {"data": 8, "model": 1}
+    assert make_training_mesh("", 12).size == make_training_mesh("", None).size == 1
+    assert make_training_mesh("", 16, accumulate=4).size == 1
+    np.testing.assert_array_equal(local_rows(16, make_training_mesh("4x2", 16)), np.arange(16))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("4by2", {}, r"'4by2': expected DATAxMODEL devices such as 4x2"),
+        ("3", {}, r"3x1 takes 3 devices, of 8 here; choose DATAxMODEL whose product divides 8"),
+        ("4x4", {}, r"4x4 takes 16 devices, of 8 here"),
+        ("8", {"batch_size": 12}, r"spreads 12 clips over 8 devices .* a multiple of 8"),
+        ("4", {"accumulate": 4}, r"spreads 2 clips over 4 devices \(a batch of 8 in 4 parts\)"),
+        ("1", {"accumulate": 3}, r"loop\.accumulate=3 does not divide the batch of 8"),
+        ("1x8", {}, r"splits 2 attention heads over 8 devices; choose a divisor of 2"),
+    ],
+)
+def test_what_does_not_divide_is_named(text, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_training_mesh(text, **{"batch_size": BATCH, "num_heads": 2} | options)
+
+
+def test_a_mesh_is_data_times_model():
+    assert (parse_training_mesh("4x2"), parse_training_mesh("8")) == ((4, 2), (8, 1))
