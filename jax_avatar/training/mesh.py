@@ -122,8 +122,8 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Spreads the clips of a batch over "data".
 
     Args:
-        batch: host arrays with clips on their leading axis, or scalars for all; on several hosts each gives the clips
-            of `local_rows`.
+        batch: host arrays with clips on their leading axis, or scalars for all; on several hosts
+            each gives the clips of `local_rows`.
         mesh: of the run.
 
     Raises:
