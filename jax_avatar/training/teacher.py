@@ -15,10 +15,12 @@ from jax_avatar.diffusion.schedule import few_step_schedule
 from jax_avatar.diffusion.step import euler_step
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
-from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
+from jax_avatar.shapes import Array, AudioFeatures, Float, Latent, PyTree
 from jax_avatar.training.dmd import guide
 
 __all__ = ["SamplerConfig", "make_sampler"]
+
+Portrait = Float[Array, "b 1 h w c"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class SamplerConfig:
 
 def make_sampler(
     graphdef: Any, config: DiTConfig, settings: SamplerConfig, *, pose: str = "zeros"
-) -> Callable[[PyTree, Latent, AudioFeatures], Latent]:
+) -> Callable[[PyTree, Portrait, AudioFeatures], Latent]:
     """Returns the compiled `(params, reference, features) -> latents` of whole clips.
 
     What guidance leads away from has neither speech nor prompt, but still the portrait.
@@ -56,7 +58,7 @@ def make_sampler(
     """
     sigmas = np.float32(few_step_schedule(settings.num_steps, settings.shift).sigmas)
 
-    def velocity(params: PyTree, latent: Latent, sigma: Array, reference, features) -> Latent:
+    def velocity(params, latent, sigma, reference, features):
         b, t, h, w, _ = latent.shape
         still = jnp.zeros((b, t, h, w, config.pose_channels))
         if pose == "reference":
@@ -74,7 +76,7 @@ def make_sampler(
         return guide(*jnp.split(out, 2), settings.guidance)
 
     @jax.jit
-    def sample(params: PyTree, reference: Latent, features: AudioFeatures) -> Latent:
+    def sample(params, reference, features):
         def velocity_fn(latent, sigma, cache):
             return guided(params, latent, sigma, reference, features), cache
 

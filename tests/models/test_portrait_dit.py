@@ -1,12 +1,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.params import merge, split
+from jax_avatar.models.portrait_dit import BlockAudioEncoder, PortraitDiT
 
 CONFIG = DiTConfig(
     width=24,
@@ -60,6 +62,20 @@ def test_a_stream_computes_what_was_trained():
             block_position(CONFIG, block, 4),
         )
         np.testing.assert_allclose(velocity, whole[:, part], atol=2e-4)
+
+
+def test_dropped_speech_does_not_blow_up_the_gradient():
+    """Dropped speech is zeros, and a norm of nothing but zeros multiplies gradients by 1000."""
+    graphdef, params = split(BlockAudioEncoder(CONFIG, rngs=nnx.Rngs(0)))
+
+    def total(params, features):
+        local, overall = merge(graphdef, params)(features)
+        return jnp.sum(jnp.sin(local)) + jnp.sum(jnp.sin(overall))
+
+    slope = jax.jit(jax.grad(total))
+    heard = jax.random.normal(jax.random.key(0), (1, 1, 12, 2, 6))
+    norms = [optax.global_norm(slope(params, x)) for x in (jnp.zeros_like(heard), heard)]
+    assert norms[0] < 5 * norms[1]
 
 
 def test_pose_and_latent_channels_must_agree():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import merge
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
@@ -31,6 +32,7 @@ MODEL = DiTConfig(
     framepack=False,
     zero_init=False,
 )
+KEY = jax.random.key(11)
 SETTINGS = ForcingConfig(
     batch_size=2, latents=6, shift=2.0, shared_share=0.5, smallest_sigma=0.4,
     reference_noise=0.05, mouth_weight=5.0,
@@ -41,6 +43,14 @@ def make_task(settings=SETTINGS, clips=None, network=PortraitDiT, **changes):
     model = dataclasses.replace(MODEL, **changes)
     clips = clips or make_clips()
     return ForcingTask(model, settings, clips, network=network, pose="reference")
+
+
+@pytest.fixture(autouse=True)
+def quick_compiler():
+    """Little is computed, much is compiled."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_clips(count=4, frames=9, seed=0):
@@ -59,6 +69,14 @@ def make_clips(count=4, frames=9, seed=0):
         lip_gap=gap,
         person=np.arange(count),
     )
+
+
+def with_head(params):
+    """The output layer starts at zero and would hide everything."""
+    kernel = params["head"]["kernel"]
+    return params | {
+        "head": params["head"] | {"kernel": 0.1 * jax.random.normal(KEY, kernel.shape)}
+    }
 
 
 def test_the_loss_falls_on_one_batch():
@@ -103,20 +121,93 @@ def test_before_training_the_clean_prediction_is_the_portrait():
     np.testing.assert_allclose(noisy - sigma * velocity, portrait, atol=1e-5)
 
 
-def test_without_speech_the_features_do_not_matter():
-    silent = dataclasses.replace(SETTINGS, audio_dropout=1.0)
-    heard = dataclasses.replace(SETTINGS, audio_dropout=0.0)
-    for settings, is_same in ((silent, True), (heard, False)):
-        task = make_task(settings)
-        params, batch = task.init(jax.random.key(0)), task.batches(0)
-        # The output layer starts at zero and would hide everything.
-        params["head"]["kernel"] = jax.random.normal(
-            jax.random.key(9), params["head"]["kernel"].shape
-        )
-        loss = jax.jit(task.loss)
-        first, _ = loss(params, batch, jax.random.key(2))
-        second, _ = loss(params, {**batch, "features": -batch["features"]}, jax.random.key(2))
-        assert bool(first == second) == is_same
+@pytest.mark.parametrize(
+    ("dropout", "given"),
+    [("audio_dropout", "features"), ("text_dropout", "text"), ("reference_dropout", "reference")],
+)
+def test_what_is_dropped_does_not_matter(dropout, given):
+    batch = jax.tree.map(jnp.asarray, make_task().batches(0))
+    batch["text"] = batch["text"] + 1
+    for share in (0.0, 1.0):
+        task = make_task(dataclasses.replace(SETTINGS, reference_noise=0.0, **{dropout: share}))
+        told, heard = task._told(jax.random.key(2), batch)
+        other, _ = task._told(jax.random.key(2), {**batch, given: batch[given] - 1})
+        assert np.array_equal(told[given], other[given]) == (share == 1)
+        assert heard.all() == (dropout != "audio_dropout" or share == 0)
+        others = {"features", "text", "reference"} - {given}
+        assert all(np.array_equal(told[name], other[name]) for name in others)
+    np.testing.assert_array_equal(told[given], 0)
+
+
+@pytest.mark.parametrize(
+    ("network", "form", "seen"),
+    [
+        (DiT, "block_causal", [False, True, True, False]),
+        (PortraitDiT, "block_causal", [False, True, True, False]),
+        (PortraitDiT, "bidirectional", [True, True, True, True]),
+    ],
+)
+def test_a_block_sees_a_window_of_the_past_and_a_teacher_everything(network, form, seen):
+    """One layer, one block of the past; the second block of two clips is changed."""
+    settings = dataclasses.replace(SETTINGS, latents=12, form=form)
+    task = make_task(settings, make_clips(2, 12), network, num_layers=1, ring_blocks=2)
+    params, batch = with_head(task.init(jax.random.key(0))), task.batches(0)
+    told = {name: jnp.asarray(batch[name]) for name in ("reference", "features", "text")}
+    sigma, latent = jnp.full((2, 12), 0.7), jax.random.normal(KEY, batch["latent"].shape)
+    velocity = jax.jit(lambda latent: task._velocity(params, latent, sigma, told, KEY))
+    change = np.abs(velocity(latent) - velocity(latent.at[:, 3:6].add(1.0)))
+    assert (change.reshape(2, 4, -1).max((0, 2)) > 0).tolist() == seen
+
+
+def test_the_portrait_follows_the_clip_or_stays():
+    settings = dataclasses.replace(SETTINGS, shift_max=1003, reference_frames=(22, 30))
+    first, face = make_task(settings)._places(KEY, 400)
+    assert set(np.asarray(face - first)) == set(range(22, 31))
+    assert first.min() < 50 and 950 < first.max() <= 1003
+    first, face = make_task(dataclasses.replace(settings, sink="fixed"))._places(KEY, 400)
+    assert (face == MODEL.reference_frame).all() and np.unique(first).size > 100
+
+
+def test_levels_of_the_paper_are_a_thousand_shifted_ones():
+    settings = dataclasses.replace(SETTINGS, shift=5.0, shared_share=0.0, smallest_sigma=0.0)
+    sigma = np.asarray(make_task(settings)._sigmas(KEY, 4000, 9))[:, ::3]
+    level = sigma / (5 - 4 * sigma)
+    np.testing.assert_allclose(1000 * level, np.round(1000 * level), atol=2e-3)
+    assert 0 < level.min() < 2e-3 and level.max() == 1
+    assert abs(level.mean() - 0.5) < 0.01 and abs(np.corrcoef(sigma.T)[0, 1]) < 0.05
+
+
+def test_weights_of_the_levels():
+    sigma = jnp.array([[1.0, 0.5, 0.05]])
+    weights = {
+        kind: np.asarray(make_task(dataclasses.replace(SETTINGS, weight=kind))._level_weight(sigma))
+        for kind in ForcingConfig.CHOICES["weight"]
+    }
+    assert (weights["uniform"] == 1).all()
+    assert weights["gaussian"][0, 0] == 0 < weights["gaussian"][0, 2] < weights["gaussian"][0, 1]
+    np.testing.assert_allclose(weights["clean"][0], [1, 0.25, 0.01], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["bidirectional", "block_causal"])
+@pytest.mark.parametrize("network", [DiT, PortraitDiT])
+def test_two_clips_are_learnt_by_heart(form, network):
+    clips = make_clips(2, 6)
+    settings = ForcingConfig(batch_size=2, latents=6, form=form, weight="clean", text_dropout=0)
+    settings = dataclasses.replace(settings, shift=1.0, audio_dropout=0.0)
+    task = make_task(settings, clips, network=network)
+    loop = LoopConfig(num_steps=1500, learning_rate=4e-3, warmup_steps=20)
+    state = start_state(task.init(jax.random.key(0)), make_optimiser(loop))
+    step, batch, measure = make_step(task, loop), task.batches(0), jax.jit(task.loss)
+
+    def error(params):
+        keys = jax.random.split(jax.random.key(5), 16)
+        return np.mean([measure(params, batch, key)[0] for key in keys])
+
+    before = error(state.params)
+    for _ in range(loop.num_steps):
+        state, _ = step(state, batch, jax.random.key(1))
+    assert error(state.params) < before / 5
 
 
 def test_every_window_comes_once_per_epoch_and_batches_repeat():
