@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from jax_avatar.diffusion.schedule import Schedule
+from jax_avatar.models.params import merge
 from jax_avatar.streaming.plan import Conditions, StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
+from jax_avatar.training import rollout as rollout_module
 from jax_avatar.training.rollout import (
     Clip,
     Draws,
@@ -73,46 +76,89 @@ def difference(left, right):
     return norm(jax.tree.map(lambda a, b: a - b, left, right)) / norm(right)
 
 
-def gradient(settings, config, exit_step, algorithm, clips=2):
+class InPieces:
+    """The network with its forms compiled one by one: all variants of a rollout share them."""
+
+    def __init__(self, graphdef, params):
+        self.graphdef, self.params = graphdef, params
+
+    def prefill(self, *told):
+        return compiled_form(self.graphdef, "prefill")(self.params, *told)
+
+    def project_prompt(self, text):
+        return compiled_form(self.graphdef, "project_prompt")(self.params, text)
+
+    def block_after(self, noisy, timestep, pose, audio, past, sink, position):
+        layers = [past(layer) for layer in range(len(sink.key))]
+        # The first block's empty past is no clip's own; vmap would compile for it once more.
+        own = 0 * noisy[0, 0, 0, 0, 0]
+        history = [jnp.stack(parts) + own for parts in zip(*layers, strict=True)]
+        seen = (noisy, timestep, pose, audio, history, sink, position)
+        return compiled_form(self.graphdef, "block_after")(self.params, *seen)
+
+
+@functools.cache
+def compiled_form(graphdef, name):
+    def run(params, *args):
+        if name == "block_after":
+            history = args[4]
+
+            def past(layer):
+                return tuple(part[layer] for part in history)
+
+            args = (*args[:4], past, *args[5:])
+        return getattr(merge(graphdef, params), name)(*args)
+
+    return jax.jit(run)
+
+
+def scan_in_python(body, carry, xs, *, reverse=False, unroll=1):
+    made = {}
+    for number in sorted(range(len(xs)), reverse=reverse):
+        carry, made[number] = body(carry, xs[number])
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *[made[n] for n in range(len(xs))])
+
+
+def loop_in_python(start, stop, body, carry):
+    for number in range(start, int(stop)):
+        carry = body(jnp.int32(number), carry)
+    return carry
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """Loops over blocks and steps run in Python, so that nothing longer than a form is compiled."""
+    lax = types.SimpleNamespace(**vars(jax.lax))
+    lax.scan, lax.fori_loop = scan_in_python, loop_in_python
+    monkeypatch.setattr(rollout_module, "jax", types.SimpleNamespace(**vars(jax) | {"lax": lax}))
+    monkeypatch.setattr(rollout_module, "merge", InPieces)
+
+
+def gradients(settings, config, exit_steps, algorithm, compiler):
+    """Gradient, clips and metrics."""
     made = generator(dataclasses.replace(settings, gradient=algorithm), config)
-    told = make_clips(clips)
+    told, params = make_clips(2), network(config)[1]
     draws = jax.vmap(lambda key: draw(key, settings, BLOCKS, (1, 3, *GRID, 4)))(
-        jax.random.split(jax.random.key(3), clips)
+        jax.random.split(jax.random.key(3), 2)
     )
 
-    @jax.jit
+    @compiler
     def run(params, exit_step):
-        return clip_gradient(
-            made,
-            lambda params: params,
-            params,
-            told,
-            draws,
-            exit_step,
-            lambda x: (jnp.sin(3 * x), {}),
-        )
+        def score(clips):
+            return jnp.sin(3 * clips), {}
 
-    return [run(network(config)[1], step) for step in exit_step]
+        return clip_gradient(made, lambda p: p, params, told, draws, exit_step, score)
+
+    return [run(params, step) for step in exit_steps]
 
 
-VARIANTS = [
-    ({"kv_noise": 0.3}, 2),
-    pytest.param({"sampler": "renoise", "cache": "exit_only"}, 5, marks=pytest.mark.slow),
-    pytest.param(
-        {"refresh": "fixed", "kv_noise": 0.3, "kv_noise_sink": True}, 5, marks=pytest.mark.slow
-    ),
-    pytest.param({"refresh": "clean", "sampler": "renoise"}, 2, marks=pytest.mark.slow),
-    pytest.param(
-        {"sampler": "renoise", "kv_noise": 0.3, "kv_noise_on": "k"}, 5, marks=pytest.mark.slow
-    ),
-]
-
-
-@pytest.mark.parametrize(("changes", "ring_blocks"), VARIANTS)
-def test_one_block_at_a_time_gives_the_gradient_of_the_whole_clip(changes, ring_blocks):
-    settings = dataclasses.replace(SETTINGS, **changes)
-    config = MODEL.replace(ring_blocks=ring_blocks)
-    pairs = [gradient(settings, config, range(3), name) for name in ("blocks", "clip")]
+def assert_the_same_gradients(changes, ring_blocks, exit_steps, compiler=lambda run: run):
+    settings, config = (
+        dataclasses.replace(SETTINGS, **changes),
+        MODEL.replace(ring_blocks=ring_blocks),
+    )
+    algorithms = ("blocks", "clip")
+    pairs = [gradients(settings, config, exit_steps, name, compiler) for name in algorithms]
     for (blocks, made, figures), (whole, same, _) in zip(*pairs, strict=True):
         np.testing.assert_allclose(made, same, atol=1e-6)
         assert difference(blocks, whole) < 1e-5
@@ -120,6 +166,34 @@ def test_one_block_at_a_time_gives_the_gradient_of_the_whole_clip(changes, ring_
         # The prompt's projections and the audio tower are trained, too.
         attention = blocks["blocks"]["cross_attention"]["key"]["kernel"]
         assert np.abs(attention).max() > 0
+
+
+NOISY = {"kv_noise": 0.3}
+VARIANTS = [
+    NOISY,
+    {"sampler": "renoise", "cache": "exit_only"},
+    {"cache": "exit_only", "kv_noise_on": "v", **NOISY},
+    {"sampler": "renoise", "kv_noise_on": "k", **NOISY},
+    {"refresh": "clean", "sampler": "renoise"},
+    {"refresh": "fixed", "kv_noise_sink": True, **NOISY},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_one_block_at_a_time_gives_the_gradient_of_the_whole_clip(changes, in_pieces):
+    assert_the_same_gradients(changes, 2, (2,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ring_blocks", [2, 5])
+@pytest.mark.parametrize("changes", [{}, *VARIANTS], ids=str)
+def test_it_does_so_at_every_exit_and_with_every_window(changes, ring_blocks, in_pieces):
+    assert_the_same_gradients(changes, ring_blocks, range(3))
+
+
+@pytest.mark.slow
+def test_it_does_so_compiled_as_one_program():
+    assert_the_same_gradients(NOISY, 2, range(3), jax.jit)
 
 
 def test_the_rollout_to_the_last_step_is_the_stream():
@@ -141,9 +215,9 @@ def test_the_rollout_to_the_last_step_is_the_stream():
         np.testing.assert_allclose(trace.clean[block], latent, atol=2e-6)
 
 
-def test_later_audio_changes_no_earlier_block():
+def test_later_audio_changes_no_earlier_block(in_pieces):
     clip, chance = make_clip(), make_draws()
-    roll = jax.jit(generator().rollout)
+    roll = generator().rollout
     before = roll(network()[1], clip, chance, 2).clean
     other = dataclasses.replace(
         clip, features=clip.features.at[:, :, 24:].set(clip.features[:, :, :12])
@@ -153,7 +227,7 @@ def test_later_audio_changes_no_earlier_block():
     assert np.abs(after[2] - before[2]).max() > 1e-4
 
 
-def test_only_the_exit_step_is_differentiated():
+def test_only_the_exit_step_is_differentiated(in_pieces):
     """At the last of three steps, weights that only earlier steps or blocks used get nothing."""
     clip, chance = make_clip(), make_draws()
     made = generator(dataclasses.replace(SETTINGS, gradient="clip"))
@@ -163,17 +237,17 @@ def test_only_the_exit_step_is_differentiated():
         heard = dataclasses.replace(clip, features=clip.features.at[:, :, :24, :, 0].add(scale))
         return jnp.sum(jnp.square(made.rollout(network()[1], heard, chance, 2).clean[2]))
 
-    run = jax.jit(jax.value_and_grad(last_block))
+    run = jax.value_and_grad(last_block)
     value, slope = run(0.0)
     assert slope == 0 and abs(run(3.0)[0] - value) > 1e-5
 
 
-def test_every_mode_of_history_is_another_clip():
+def test_every_mode_of_history_is_another_clip(in_pieces):
     changes = [{}, {"cache": "exit_only"}, {"refresh": "clean"}, {"kv_noise": 0.3}]
     clips = []
     for change in changes:
         settings = dataclasses.replace(SETTINGS, **change)
-        roll = jax.jit(generator(settings).rollout)
+        roll = generator(settings).rollout
         clips.append(roll(network()[1], make_clip(), make_draws(), 2).clean)
     for other in clips[1:]:
         np.testing.assert_allclose(other[0], clips[0][0], atol=1e-6)  # it has no past
@@ -181,7 +255,7 @@ def test_every_mode_of_history_is_another_clip():
 
 
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
-def test_an_exact_velocity_leads_to_the_clean_clip(sampler, monkeypatch):
+def test_an_exact_velocity_leads_to_the_clean_clip(sampler, monkeypatch, in_pieces):
     """`velocity = noise - clean`, known from the block's level, at any exit."""
     settings = dataclasses.replace(SETTINGS, sampler=sampler)
     made, chance = generator(settings), make_draws(settings)
@@ -193,9 +267,8 @@ def test_an_exact_velocity_leads_to_the_clean_clip(sampler, monkeypatch):
         return (latent - clean[number]) / sigma, own
 
     monkeypatch.setattr(Generator, "_velocity", exact)
-    roll = jax.jit(made.rollout)
     for step in range(3):
-        trace = roll(network()[1], make_clip(), chance, step)
+        trace = made.rollout(network()[1], make_clip(), chance, step)
         np.testing.assert_allclose(trace.clean, clean, atol=1e-5)
 
 
