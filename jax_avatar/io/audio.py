@@ -12,7 +12,7 @@ import soxr
 from jax_avatar.io.media import open_media
 from jax_avatar.shapes import Float
 
-__all__ = ["AudioReader", "PcmReader", "is_silent", "load_audio"]
+__all__ = ["AudioReader", "PcmReader", "Resampler", "is_silent", "load_audio"]
 
 _PCM_TYPES = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 _RATES = (1000, 768_000)
@@ -105,7 +105,7 @@ class AudioReader:
         return self._container.duration / av.time_base if self._container.duration else None
 
     def _decode(self) -> Iterator[np.ndarray]:
-        resample = _Resampler(self.sample_rate)
+        resample = Resampler(self.sample_rate)
         packets = self._container.demux(self._container.streams.audio[0])
         count, lost_s, error = 0, 0.0, None
         try:
@@ -147,7 +147,7 @@ class AudioReader:
         return samples
 
 
-class _Resampler:
+class Resampler:
     """Mono samples of any rate -> one rate, chunk by chunk, with the filter's state in between."""
 
     def __init__(self, sample_rate: int):
@@ -235,7 +235,7 @@ class PcmReader:
             ValueError: the pipe ended without a sample, holds a file instead of raw samples, or
                 floats are no numbers.
         """
-        resample = _Resampler(self.sample_rate)
+        resample = Resampler(self.sample_rate)
         width = self._type.itemsize * self._channels
         # A tenth of a second at a time, so that a chunk is complete when its last sample is.
         size = max(1, self._input_rate // 10) * width

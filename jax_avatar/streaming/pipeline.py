@@ -7,7 +7,9 @@
     slice 3                        block0 block1      lowest noise
     VAE                                   block0      its own jitted function, not waited for
 
-Every slice keeps its own weights, windows and sink. Only the latent moves on, by `ppermute`.
+Every slice keeps its own weights, windows and sink. Only the latent moves on, by `ppermute`. A sink
+that changes, with the portrait's renewal or a new prompt, changes slice by slice: when the first
+block that is to see it comes there.
 """
 
 import functools
@@ -23,7 +25,7 @@ from jax_avatar.io.checkpoint import StoredWeights, place, tree_of
 from jax_avatar.models.cache import KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.sharding import param_shardings
-from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
+from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
 from jax_avatar.streaming.mesh import cache_place
 from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
 
@@ -208,10 +210,19 @@ class PipelinedStream:
 
         self.reset()
 
-    def reset(self) -> None:
-        """Back to block 0: empty windows, the portrait in every slice's sink."""
-        self._sinks = self._prefill(self.params, self.conditions)
-        self._renewed = None
+    def reset(self, conditions: Conditions | None = None) -> None:
+        """Back to block 0: empty windows, the portrait in every slice's sink.
+
+        Args:
+            conditions: of the new stream, of the same shapes; those of the last if not given.
+        """
+        if conditions is not None:
+            self.conditions = self._put(conditions, _EVERYWHERE)
+        self._now = self.conditions
+        self._sinks = self._prefill(self.params, self._now)
+        self._first_latent = None
+        self._is_stale = False
+        self._coming = {}  # block -> sinks from that block on, swapped in slice by slice
         self._caches = self._make_caches()
         latents = np.zeros((self.stages, *self._shape), self.config.dtype)
         self._latents = self._put(latents, _STAGE)
@@ -219,6 +230,15 @@ class PipelinedStream:
         self._blocks = [None] * self.stages  # block in each slice
         self._following = [0] * self.stages  # the block that each slice waits for
         self._next_block = 0
+
+    def set_text(self, text: TextStates | np.ndarray) -> None:
+        """Changes the prompt from the next block on, which keeps it through all slices.
+
+        Args:
+            text: prompt states, of the shape and type of those before.
+        """
+        self._now = self._now.with_text(self._put(text, _EVERYWHERE))
+        self._is_stale = True
 
     def push(self, audio: AudioFeatures | np.ndarray) -> list[Latent]:
         """Feeds the next block's audio; returns the blocks that have come out, oldest first.
@@ -235,8 +255,13 @@ class PipelinedStream:
         if self.plan.is_renewal(block):
             # The new sink is made of block 0, which must have left the last slice. After four
             # blocks on four slices it has; sooner, the pipeline waits.
-            while self._renewed is None:
+            while self._first_latent is None:
                 finished += self._advance(None)
+            self._now = self._now.with_reference(self._first_latent)
+            self._is_stale = True
+        if self._is_stale:
+            self._coming[block] = self._prefill(self.params, self._now)
+            self._is_stale = False
         return finished + self._advance(block)
 
     def finish(self) -> list[Latent]:
@@ -252,8 +277,8 @@ class PipelinedStream:
         for stage, block in enumerate(blocks):
             if block is not None:
                 self._following[stage] = block + 1
-                if self.plan.is_renewal(block):
-                    self._swap_sink(stage)
+                if block in self._coming:
+                    self._swap_sink(stage, block)
         # A slice without a block works on whatever it holds, in the place of the block it waits
         # for: that block overwrites the slot before anything attends to it.
         numbers = [
@@ -290,15 +315,14 @@ class PipelinedStream:
         self._audio.pop(last)
         latent = _last_stage(done)
         if last == 0 and self.plan.aas_after_blocks:
-            reference = self._spread_last(done)
-            self._renewed = self._prefill(self.params, self.conditions.with_reference(reference))
+            self._first_latent = self._spread_last(done)
         return [latent]
 
-    def _swap_sink(self, stage: int) -> None:
+    def _swap_sink(self, stage: int, block: int) -> None:
         is_mine = self._put(np.arange(self.stages) == stage, _STAGE)
-        self._sinks = self._swap(self._sinks, self._renewed, is_mine)
+        self._sinks = self._swap(self._sinks, self._coming[block], is_mine)
         if stage == self.stages - 1:
-            self._renewed = None
+            del self._coming[block]
 
     # ---- compiled functions ------------------------------------
 

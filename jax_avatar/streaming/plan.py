@@ -5,7 +5,7 @@ seed, never on the layout of devices, so every layout makes the same stream.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -41,7 +41,11 @@ class Conditions:
 
     def with_reference(self, reference: Array) -> "Conditions":
         """The same with another reference latent."""
-        return Conditions(self.text, reference, self.motion, self.pose)
+        return replace(self, reference=reference)
+
+    def with_text(self, text: Array) -> "Conditions":
+        """The same with another prompt."""
+        return replace(self, text=text)
 
 
 @dataclass(frozen=True)

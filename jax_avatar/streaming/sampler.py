@@ -2,6 +2,7 @@
 
 for block g:
     sink <- prefill(first generated latent)        once, before block `aas_after_blocks`
+    sink <- prefill(new prompt)                    where one was given since the last block
     x <- noise(g)
     for step i: x <- euler_step(x, window i, sink)   window i belongs to step i
     emit x
@@ -18,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from jax_avatar.io.checkpoint import StoredWeights, place, tree_of
 from jax_avatar.models.cache import KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
+from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
 from jax_avatar.streaming.mesh import cache_place
 from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
 
@@ -141,9 +142,17 @@ class SequentialStream:
         self.conditions = self._put(conditions)
         self.reset()
 
-    def reset(self) -> None:
-        """Back to block 0: empty windows, the portrait in the sink."""
-        self._sink = self._prefill(self.params, self.conditions)
+    def reset(self, conditions: Conditions | None = None) -> None:
+        """Back to block 0: empty windows, the portrait in the sink.
+
+        Args:
+            conditions: of the new stream, of the same shapes; those of the last if not given.
+        """
+        if conditions is not None:
+            self.conditions = self._put(conditions)
+        self._now = self.conditions
+        self._sink = self._prefill(self.params, self._now)
+        self._is_stale = False
         steps = range(self.plan.schedule.num_steps)
         windows = cache_place(self._device)
         self.caches = [
@@ -151,6 +160,15 @@ class SequentialStream:
         ]
         self._first_latent = None
         self._next_block = 0
+
+    def set_text(self, text: TextStates | np.ndarray) -> None:
+        """Changes the prompt from the next block on; the window keeps what it has seen.
+
+        Args:
+            text: prompt states, of the shape and type of those before.
+        """
+        self._now = self._now.with_text(self._put(jnp.asarray(text)))
+        self._is_stale = True
 
     def push(self, audio: AudioFeatures | np.ndarray) -> list[Latent]:
         """Generates the next block; returns it in a list (see `PipelinedStream.push`).
@@ -160,8 +178,11 @@ class SequentialStream:
         """
         block, plan = self._next_block, self.plan
         if plan.is_renewal(block):
-            renewed = self.conditions.with_reference(self._first_latent)
-            self._sink = self._prefill(self.params, renewed)
+            self._now = self._now.with_reference(self._first_latent)
+            self._is_stale = True
+        if self._is_stale:
+            self._sink = self._prefill(self.params, self._now)
+            self._is_stale = False
         audio = self._put(jnp.asarray(audio))
         latent = self._put(self._noise(block))
         for step in range(plan.schedule.num_steps):

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 
 from jax_avatar.models.params import merge
 from jax_avatar.shapes import Array, Float
@@ -24,6 +25,7 @@ from jax_avatar.streaming.model import AvatarModel, StreamSettings
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import Conditions
 from jax_avatar.streaming.sampler import SequentialStream
+from jax_avatar.streaming.samples import SampleQueue
 
 __all__ = [
     "DROPPED_FRAMES",
@@ -149,16 +151,10 @@ class AvatarSession:
         self.speech = model.speech.config
 
         self._vae_params = jax.device_put(model.vae.params, self._vae_device)
-        self.reference, self._still, self.portrait_error = self._encode(portrait)
-        if text is None:
-            text = jnp.zeros((1, 1, dit.config.text_width), jnp.float32)
-        pose_shape = (1, dit.config.frames_per_block, *self.reference.shape[2:])
-        if settings.pose == "reference":
-            pose = np.broadcast_to(self.reference, pose_shape)
-        else:
-            pose = np.zeros((*pose_shape[:-1], dit.config.pose_channels), np.float32)
-        motion = self._still[:, -MOTION_LATENTS:] if settings.motion == "still" else None
-        conditions = Conditions(jnp.asarray(text), self.reference, motion, jnp.asarray(pose))
+        self._encode = make_encode(model.vae.graphdef, settings)
+        self._size = None
+        self._text_type = jnp.float32 if text is None else text.dtype
+        conditions = self._conditions(portrait, text)
         arguments = (dit.graphdef, dit.params, dit.config, settings.plan(seed), conditions)
         if layout.is_sequential:
             self.stream = SequentialStream(*arguments, device=mesh.devices[0, 0])
@@ -169,11 +165,22 @@ class AvatarSession:
         self._speech_params = jax.device_put(model.speech.params, self._speech_device)
         self._features = jax.jit(self._make_features())
         self._decode_first, self._decode = make_decode(model.vae.graphdef)
-        self.reset()
+        self._begin()
 
-    def reset(self) -> None:
-        """Back to the first frame: empty windows, the portrait in the sink."""
-        self.stream.reset()
+    def reset(
+        self, portrait: Float[np.ndarray, "1 1 H W 3"] | None = None, *, text: Array | None = None
+    ) -> None:
+        """Back to the first frame: empty windows, the portrait in the sink.
+
+        Args:
+            portrait: of the new stream, in the size of the first; the last one if not given.
+            text: prompt states for the new portrait; zeros if not given.
+        """
+        conditions = None if portrait is None else self._conditions(portrait, text)
+        self.stream.reset(conditions)
+        self._begin()
+
+    def _begin(self) -> None:
         self.times = SessionTimes()
         warmup = self._still[:, : self.model.settings.warmup_latents]
         put = lambda x: jax.device_put(jnp.asarray(x), self._vae_device)  # noqa: E731
@@ -181,11 +188,10 @@ class AvatarSession:
         if warmup.shape[1] > 1:
             _, self._vae_state = self._decode(self._vae_params, self._vae_state, put(warmup[:, 1:]))
         # Video frame j of the stream is frame j - 3 of the output; silence comes before.
-        silence = np.zeros(DROPPED_FRAMES * self.speech.samples_per_frame, np.float32)
-        self._samples = [silence]
-        self._buffered = silence.size
+        self._samples = SampleQueue()
+        self._samples.append(np.zeros(DROPPED_FRAMES * self.speech.samples_per_frame, np.float32))
         self._speech_state = self._recording = None
-        self._blocks_in = self._blocks_out = 0
+        self._blocks_in = self._blocks_decoded = self._blocks_out = 0
         self._num_samples = 0
         self._frames_out = 0
         self._pending: deque = deque()
@@ -214,12 +220,42 @@ class AvatarSession:
         Yields:
             `[T H W 3]` uint8, in order.
         """
-        if self.times.started is None:
-            self.times.started = time.perf_counter()
-        self._num_samples += len(samples)
-        self._append(np.asarray(samples, np.float32))
+        self._hear(samples)
         while self._take_block():
             yield from self._collect(self._in_flight)
+
+    def feed(self, samples: Float[np.ndarray, " N"]) -> int:
+        """Feeds audio without fetching frames: that is left to `fetch`, in this thread or another.
+
+        Args:
+            samples: as for `push`; `samples_wanted` of them make one block.
+
+        Returns:
+            How many blocks of frames can be fetched from now on, in addition to those before.
+        """
+        self._hear(samples)
+        before = self._blocks_decoded
+        while self._take_block():
+            pass
+        return self._blocks_decoded - before
+
+    def fetch(self) -> UInt8[np.ndarray, "T H W 3"]:
+        """Waits for the oldest block of frames that `feed` has promised."""
+        return self._next_frames()
+
+    @property
+    def samples_wanted(self) -> int:
+        """Samples missing until the next block can be taken."""
+        start, stop = self.speech.sample_range(0, self.block_frames)
+        return (stop if self._speech_state is None else stop - start) - len(self._samples)
+
+    def set_text(self, text: Array) -> None:
+        """Changes the prompt from the next block on, which keeps it through all denoising steps.
+
+        Args:
+            text: prompt states `1 p f`.
+        """
+        self.stream.set_text(self._padded(text))
 
     def finish(self) -> Iterator[np.ndarray]:
         """Ends the audio; yields the remaining frames, up to its last one."""
@@ -228,7 +264,7 @@ class AvatarSession:
         if self._is_whole and wanted:
             self._recording = self._hear_recording(wanted)
         while self._frames_promised < wanted:
-            self._append(np.zeros(self.block_frames * per_frame, np.float32))
+            self._samples.append(np.zeros(self.block_frames * per_frame, np.float32))
             while self._frames_promised < wanted and self._take_block():
                 yield from self._collect(self._in_flight, wanted)
         self._decode_all(self.stream.finish())
@@ -242,9 +278,11 @@ class AvatarSession:
     def _frames_promised(self) -> int:
         return max(0, self._blocks_in * self.block_frames - DROPPED_FRAMES)
 
-    def _append(self, samples: np.ndarray) -> None:
+    def _hear(self, samples: np.ndarray) -> None:
+        if self.times.started is None:
+            self.times.started = time.perf_counter()
+        self._num_samples += len(samples)
         self._samples.append(samples)
-        self._buffered += len(samples)
 
     def _take_block(self) -> bool:
         """Hands the next block to the devices if its audio is there."""
@@ -259,20 +297,17 @@ class AvatarSession:
 
     def _next_features(self) -> Array | None:
         """Features of the next block if its audio has come."""
-        start, stop = self.speech.sample_range(0, self.block_frames)
-        head = 0 if self._speech_state is not None else max(0, start)
-        if self._buffered < stop - start + head:
+        if self.samples_wanted > 0:
             return None
-        heard = np.concatenate(self._samples)
-        if self._speech_state is None:
-            self._speech_state = self._start_speech(heard[:head])
+        start, stop = self.speech.sample_range(0, self.block_frames)
         count = stop - start
-        chunk = heard[head : head + count]
-        if start < 0 and self._blocks_in == 0:  # less look-ahead than a frame: silence before
-            chunk = np.concatenate([np.zeros(-start, np.float32), heard[: count + start]])
-            head = start
-        self._samples = [heard[head + count :]]
-        self._buffered = len(self._samples[0])
+        if self._speech_state is None:
+            heard = self._samples.take(stop)
+            self._speech_state = self._start_speech(heard[: max(0, start)])
+            # With less look-ahead than a frame, the first chunk begins before the audio.
+            chunk = np.pad(heard, (max(0, -start), 0))[-count:]
+        else:
+            chunk = self._samples.take(count)
         with jax.default_device(self._speech_device):
             features, self._speech_state = self._features(
                 self._speech_params, self._speech_state, chunk[None, None]
@@ -291,7 +326,9 @@ class AvatarSession:
         blocks = -(-(wanted + DROPPED_FRAMES) // self.block_frames)
         frames = blocks * self.block_frames - DROPPED_FRAMES
         graphdef = self.model.speech.graphdef
-        heard = np.concatenate(self._samples)[DROPPED_FRAMES * self.speech.samples_per_frame :]
+        heard = self._samples.take(len(self._samples))[
+            DROPPED_FRAMES * self.speech.samples_per_frame :
+        ]
         with jax.default_device(self._speech_device):
             features = jax.jit(lambda params, wave: merge(graphdef, params).encode(wave, frames))(
                 self._speech_params, heard[None, None]
@@ -310,31 +347,59 @@ class AvatarSession:
             frames, self._vae_state = self._decode(self._vae_params, self._vae_state, latent)
             frames.copy_to_host_async()
             self._pending.append(frames)
+            self._blocks_decoded += 1
 
     def _collect(self, in_flight: int, wanted: int | None = None) -> Iterator[np.ndarray]:
         """Fetches finished frames; waits only while more than `in_flight` blocks are pending."""
         while self._pending and (len(self._pending) > in_flight or self._pending[0].is_ready()):
-            frames = np.asarray(self._pending.popleft())[0]
-            now = time.perf_counter()
-            self.times.first_frame = self.times.first_frame or now
-            self.times.last_frame = now
-            self.times.blocks.append(now - self._submitted.popleft())
-            if self._blocks_out == 0:
-                frames = frames[DROPPED_FRAMES:]
-            self._blocks_out += 1
+            frames = self._next_frames()
             if wanted is not None:
                 frames = frames[: max(0, wanted - self._frames_out)]
             if len(frames):
                 self._frames_out += len(frames)
                 yield frames
 
-    def _encode(self, portrait: np.ndarray):
-        """Reference latent, latents of the still portrait, and how well it is reconstructed."""
-        encode = make_encode(self.model.vae.graphdef, self.model.settings)
+    def _next_frames(self) -> np.ndarray:
+        """Waits for the oldest pending block."""
+        frames = np.asarray(self._pending.popleft())[0]
+        now = time.perf_counter()
+        self.times.first_frame = self.times.first_frame or now
+        self.times.last_frame = now
+        self.times.blocks.append(now - self._submitted.popleft())
+        self._blocks_out += 1
+        return frames[DROPPED_FRAMES:] if self._blocks_out == 1 else frames
+
+    def _conditions(self, portrait: np.ndarray, text: Array | None) -> Conditions:
+        """What the stream is told of a portrait and a prompt; keeps the still portrait's latents.
+
+        Raises:
+            ValueError: the portrait is not of the size of the one before.
+        """
+        settings, dit = self.model.settings, self.model.dit.config
+        if self._size not in (None, portrait.shape):
+            raise ValueError(
+                f"a portrait of shape {portrait.shape} for a session made for {self._size}; "
+                "resize it with prepare_reference."
+            )
+        self._size = portrait.shape
         placed = jax.device_put(jnp.asarray(portrait, jnp.float32), self._vae_device)
-        still, error = encode(self._vae_params, placed)
-        still = np.asarray(still)
-        return still[:, :1], still, float(error)
+        still, error = self._encode(self._vae_params, placed)
+        self._still, self.portrait_error = np.asarray(still), float(error)
+        self.reference = self._still[:, :1]
+        if text is None:
+            text = jnp.zeros((1, 1, dit.text_width), jnp.float32)
+        pose_shape = (1, dit.frames_per_block, *self.reference.shape[2:])
+        if settings.pose == "reference":
+            pose = np.broadcast_to(self.reference, pose_shape)
+        else:
+            pose = np.zeros((*pose_shape[:-1], dit.pose_channels), np.float32)
+        motion = self._still[:, -MOTION_LATENTS:] if settings.motion == "still" else None
+        return Conditions(self._padded(text), self.reference, motion, jnp.asarray(pose))
+
+    def _padded(self, text: Array) -> Array:
+        """Prompt states with all rows that the transformer pads them to: one compiled shape."""
+        rows = max(0, self.model.dit.config.text_len - text.shape[1])
+        return jnp.pad(jnp.asarray(text).astype(self._text_type), ((0, 0), (0, rows), (0, 0)))
 
     def _make_features(self):
         graphdef = self.model.speech.graphdef

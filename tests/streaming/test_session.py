@@ -60,10 +60,23 @@ def test_the_pipeline_shows_the_same_video(sequential, pipelined):
     assert np.abs(plain.astype(int) - piped.astype(int)).max() <= 1  # rounding to 8 bits
 
 
-def test_pieces_of_any_length_make_the_same_video(sequential):
-    samples = voice(2.0)
+@pytest.mark.parametrize("piece", [16, 777, 48_000])  # 1 ms, and what fits no block
+def test_pieces_of_any_length_make_the_same_video(sequential, piece):
+    samples = voice(10.0)
     whole = frames_of(sequential, samples, len(samples))
-    np.testing.assert_array_equal(frames_of(sequential, samples, 777), whole)
+    np.testing.assert_array_equal(frames_of(sequential, samples, piece), whole)
+
+
+def test_a_session_takes_another_portrait(sequential, portrait):
+    samples = voice(1.0)
+    first = frames_of(sequential, samples)
+    sequential.reset(portrait[:, :, ::-1].copy())
+    other = np.concatenate([*sequential.push(samples), *sequential.finish()])
+    assert (other != first).any()
+    with pytest.raises(ValueError, match="resize it with prepare_reference"):
+        sequential.reset(portrait[:, :, :32])
+    sequential.reset(portrait)
+    np.testing.assert_array_equal(frames_of(sequential, samples), first)
 
 
 def test_what_is_heard_later_never_changes_earlier_frames(sequential):

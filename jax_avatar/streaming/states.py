@@ -1,0 +1,58 @@
+"""Who has the word: the states of a conversation with an avatar.
+
+            audio is played                    clear
+    IDLE ---------------------> SPEAKING ---------------> INTERRUPTED
+     ^  <---------------------     ^  ^                        |
+     |      end of speech          |  |                        | silence is shown
+     +--> LISTENING --> THINKING --+  +------------------------+--> IDLE
+
+A session moves to SPEAKING, IDLE and INTERRUPTED by itself. LISTENING and THINKING are for whoever
+knows that a person talks, or that an answer is being made.
+"""
+
+import enum
+
+__all__ = ["State", "Turn"]
+
+
+class State(enum.Enum):
+    """What the avatar is doing."""
+
+    IDLE = "idle"
+    LISTENING = "listening"
+    THINKING = "thinking"
+    SPEAKING = "speaking"
+    INTERRUPTED = "interrupted"
+
+
+_WAITING = {State.IDLE, State.LISTENING, State.THINKING}
+_NEXT = {
+    State.IDLE: {*_WAITING, State.SPEAKING},
+    State.LISTENING: {*_WAITING, State.SPEAKING},
+    State.THINKING: {*_WAITING, State.SPEAKING, State.INTERRUPTED},
+    State.SPEAKING: {State.IDLE, State.INTERRUPTED, State.SPEAKING},
+    State.INTERRUPTED: {*_WAITING, State.SPEAKING, State.INTERRUPTED},
+}
+
+
+class Turn:
+    """The current state, and which may follow it."""
+
+    def __init__(self):
+        self.state = State.IDLE
+
+    def to(self, state: State) -> bool:
+        """Moves to a state; says whether it is another one.
+
+        Raises:
+            ValueError: that state does not follow; an avatar that speaks must be interrupted
+                before it listens.
+        """
+        if state not in _NEXT[self.state]:
+            possible = ", ".join(sorted(s.value for s in _NEXT[self.state] - {self.state}))
+            raise ValueError(
+                f"an avatar that is {self.state.value} cannot become {state.value}; expected one "
+                f"of {possible} (clear() interrupts speech)."
+            )
+        is_new, self.state = state != self.state, state
+        return is_new
