@@ -70,8 +70,7 @@ def _change(settings: dict[str, Any], name: str, value: Any) -> None:
         raise ValueError(f"config.{section} is not in this config; {hint}")
     is_section = isinstance(settings[section], dict)
     if is_section != bool(key):
-        example = f"--config.{section}.{next(iter(settings[section]), 'key')}=..."
-        usage = example if is_section else f"--config.{section}=..."
+        usage = f"--config.{section}.SETTING=..." if is_section else f"--config.{section}=..."
         raise ValueError(f"--config.{name}: expected {usage}")
     if is_section:
         settings[section][key] = value

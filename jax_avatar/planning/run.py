@@ -106,7 +106,7 @@ def _level(task, share: float) -> float:
     return low + (1 - low) * shift * share / (1 + (shift - 1) * share)
 
 
-def _row(name: str, size: float, source: str) -> str:
+def _row(name: str, size: int, source: str) -> str:
     return f"  {name.replace('_', ' '):44s}{size / 2**20:14,.1f} MiB   {source}"
 
 

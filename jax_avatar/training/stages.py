@@ -83,7 +83,7 @@ def read_sections(settings: Mapping[str, Any]) -> tuple[dict[str, Any], LoopConf
     if stage not in _SECTIONS:
         raise ValueError(f"stage {stage!r} is unknown; one of {', '.join(_SECTIONS)} is expected.")
     expected = {"stage", "seed", "loop", *_SECTIONS[stage]}
-    for name in sorted(set(settings) ^ expected):
+    for name in [*sorted(set(settings) - expected), *sorted(expected - set(settings))]:
         near = difflib.get_close_matches(name, expected - set(settings), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(expected))}."
         what = "is missing" if name in expected else "is unknown"

@@ -139,12 +139,14 @@ def build_section(kind: type[Section], values: Mapping[str, Any], name: str) -> 
 
 def _of_type(kind: Any, value: Any, name: str) -> Any:
     """A value as written on a command line in the type of its field, where that is a plain one."""
+    if isinstance(value, list):
+        return tuple(value)
     if kind not in (bool, int, float, str) or type(value) is kind:
         return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and is_number:
         return float(value)
-    if kind is int and is_number and value == int(value):
+    if kind is int and is_number and float(value).is_integer():
         return int(value)
     raise ValueError(f"{name}: {value!r} came, expected a value of type {kind.__name__}.")
 

@@ -1,0 +1,108 @@
+"""The command line of training, in this process; the chain of all stages by their commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jax_avatar.io.video import read_video
+from jax_avatar.planning.run import plan_run
+from launch.overrides import read_config, split_arguments
+
+ROOT = Path(__file__).parents[2]
+
+
+def parse(*argv):
+    file, overrides, others = split_arguments(argv)
+    return read_config(file, overrides), others
+
+
+def test_settings_are_overridden_whether_the_file_names_them_or_not():
+    settings, others = parse(
+        "--config=configs/dmd.py:tiny", "--workdir", "runs/x", "--config.loop.num_steps=7",
+        "--config.task.generator_every", "3", "--config.task.normalizer=block",
+        "--config.task.sigma_bounds=[0.1,0.9]", "--config.seed=4", "--dry_run",
+    )  # fmt: skip
+    assert others == ["--workdir", "runs/x", "--dry_run"]
+    assert settings["loop"]["num_steps"] == 7 and settings["seed"] == 4
+    changed = {"generator_every": 3, "normalizer": "block", "sigma_bounds": [0.1, 0.9]}
+    assert settings["task"].items() >= changed.items()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.lop.num_steps=3", r"config\.lop is not in this config.*'loop'"),
+        ("--config.loop=3", r"--config\.loop: expected --config\.loop\.SETTING="),
+        ("--config.seed.x=3", r"--config\.seed\.x: expected --config\.seed="),
+        ("--config=configs/dmb.py", r"configs/dmb\.py is no file.*perhaps configs/dmd\.py"),
+        ("--config.loop.num_steps", r"without a value"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(argument, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=message):
+        parse("--config=configs/dmd.py:tiny", argument)
+
+
+def test_the_plan_of_the_published_size_needs_neither_data_nor_weights():
+    settings, _ = parse("--config=configs/dmd.py:wan_s2v_14b")
+    lines = "\n".join(plan_run(settings))
+    assert "1000, 937.5, 833.333, 625" in lines and "generator updates: 500" in lines
+    assert "16,271,819,609 weights" in lines
+    # One frozen base in bfloat16, and 676 million weights of each adapter in float32.
+    assert "base (teacher)" in lines and "31,038.4 MiB   computed" in lines
+    assert lines.count("2,580.0 MiB   computed") == 3
+    assert "not compiled" in lines
+
+
+def run(*arguments, script="train"):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": ".jax_cache"}
+    environment.pop("XLA_FLAGS", None)  # one device, as users have
+    command = [sys.executable, f"launch/{script}.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_line_and_a_run_is_not_overwritten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    tiny, workdir = "--config=configs/teacher.py:tiny", f"--workdir={tmp_path}"
+    for arguments, message in [
+        ([tiny, workdir, "--noresume"], "is not empty, and nothing is overwritten"),
+        ([tiny, workdir, "--config.task.shfit=3"], "did you mean 'shift'?"),
+        ([tiny], "--workdir is missing"),
+        ([workdir], "is no file"),
+    ]:
+        made = run(*arguments)
+        assert made.returncode == 1 and message in made.stderr
+        assert made.stderr.startswith("train.py: ") and made.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_all_stages_run_from_nothing_to_a_stream(tmp_path):
+    vae, teacher, causal, student = (tmp_path / n for n in ("vae", "teacher", "causal", "student"))
+    weights = {
+        "vae": (vae, {}),
+        "teacher": (teacher, {"vae": vae}),
+        "diffusion_forcing": (causal, {"vae": vae, "start": teacher}),
+        "dmd": (student, {"model": causal, "teacher": teacher, "student": causal}),
+    }
+    for stage, (workdir, folders) in weights.items():
+        given = [f"--config.weights.{name}={folder}" for name, folder in folders.items()]
+        made = run(f"--config=configs/{stage}.py:tiny", f"--workdir={workdir}", *given)
+        assert made.returncode == 0, made.stderr[-2000:]
+        metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+        assert metrics[-1]["step"] == 20
+        if stage != "vae":
+            assert any("eval/lip_r" in line for line in metrics)
+            videos = sorted((workdir / "samples" / "step_000020").glob("*.mp4"))
+            assert len(videos) == 3
+    out = tmp_path / "avatar.mp4"
+    made = run(
+        f"--checkpoint={student}", "--mesh=1", "--duration=1", f"--out={out}", script="stream"
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert read_video(out)[0].shape == (16, 96, 96, 3)
