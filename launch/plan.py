@@ -2,6 +2,7 @@
 
 python launch/plan.py --model wan_s2v_14b --mesh 5 --hardware h200
 python launch/plan.py --model wan_s2v_14b --mesh 4x2+1 --hardware v6e --json
+python launch/plan.py --task dmd --mesh 8x1 --hardware h100     training: data x model devices
 
 The real step is compiled on shapes alone: for TPUs by the TPU compiler, which needs no TPU
 (pip install -e ".[plan]"; minutes), for all others by the compiler for CPUs (seconds).
@@ -9,6 +10,7 @@ The real step is compiled on shapes alone: for TPUs by the TPU compiler, which n
 
 import importlib.util
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,23 +23,26 @@ import jax
 from absl import app, flags
 
 from jax_avatar.io.image import fit_size
+from jax_avatar.planning.distillation import plan_distillation
 from jax_avatar.planning.hardware import find_hardware
 from jax_avatar.planning.programs import abstract_model
 from jax_avatar.planning.stream import DTYPES, plan_stream
 from jax_avatar.planning.tables import plan_as_dict, plan_as_text
 from jax_avatar.planning.training import plan_training
 from jax_avatar.streaming.mesh import parse_layout
+from jax_avatar.training.mesh import parse_training_mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TASKS = ["stream", "diffusion_forcing", "dmd"]
 flags.DEFINE_string("model", "wan_s2v_14b", "a config of sizes: a name in configs/, or a .py file")
-flags.DEFINE_string("mesh", "5", "slices as in stream.py: 5, 1, 4x2+1, ...; training: devices")
+flags.DEFINE_string("mesh", "5", "slices as in stream.py: 5, 1, 4x2+1, ...; training: 8 or 4x2")
 flags.DEFINE_string("hardware", "h200", "h100, h200, h800, v5e, v5p, v6e, v7x or cpu")
 flags.DEFINE_enum("task", "stream", TASKS, "what the devices are to do")
 flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels; the model's usual if not given")
 flags.DEFINE_enum("dtype", "bf16", DTYPES, "of the large products: bf16, or eight bits")
 flags.DEFINE_list("compile", ["step", "decode"], "parts to compile; the rest is only computed")
 flags.DEFINE_bool("json", False, "print one JSON object instead of a table")
+flags.DEFINE_enum("cache", None, ["per_step", "exit_only"], "dmd: history in training")
 FLAGS = flags.FLAGS
 
 
@@ -49,10 +54,26 @@ def read_config(name: str) -> dict:
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.is_file():
         raise ValueError(f"--model {name}: {path} does not exist; pass wan_s2v_14b or a .py file.")
+    return load(path).get_config().to_dict()
+
+
+def load(path: Path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config().to_dict()
+    return module
+
+
+def distillation_sections() -> dict:
+    """Sections of `configs/dmd.py`: its size of the model's name, or the paper's."""
+    module = load(CONFIGS / "dmd.py")
+    name = "wan_s2v_14b"
+    sections = module.get_config(name).to_dict()
+    if FLAGS.cache:
+        sections["rollout"]["cache"] = FLAGS.cache
+    if FLAGS.model != name:  # only what does not depend on the size
+        sections["model"] = {k: sections["model"][k] for k in ("ring_blocks", "framepack")}
+    return sections
 
 
 def latent_grid(model, size: str | None) -> tuple[int, int]:
@@ -71,8 +92,6 @@ def latent_grid(model, size: str | None) -> tuple[int, int]:
 
 
 def run() -> None:
-    if FLAGS.task == "dmd":
-        raise ValueError("--task dmd: this version has no DMD; pass stream or diffusion_forcing.")
     if unknown := set(FLAGS.compile) - {"step", "decode", ""}:
         raise ValueError(f"--compile {','.join(sorted(unknown))}: expected step, decode or both.")
     hardware = find_hardware(FLAGS.hardware)
@@ -85,10 +104,12 @@ def run() -> None:
         options = {"dtype": FLAGS.dtype, "parts": tuple(FLAGS.compile), "say": say}
         needs = plan_stream(model, grid, layout, hardware, **options)
     else:
-        if not FLAGS.mesh.isdigit() or not int(FLAGS.mesh):
-            raise ValueError(f"--mesh {FLAGS.mesh}: training takes a number of devices, such as 8.")
-        jax.config.update("jax_num_cpu_devices", int(FLAGS.mesh))
-        needs = plan_training(model, grid, int(FLAGS.mesh), hardware, say=say)
+        jax.config.update("jax_num_cpu_devices", math.prod(parse_training_mesh(FLAGS.mesh)))
+        if FLAGS.task == "dmd":
+            sections = distillation_sections()
+            needs = plan_distillation(model, grid, FLAGS.mesh, hardware, sections, say=say)
+        else:
+            needs = plan_training(model, grid, FLAGS.mesh, hardware, say=say)
     header = {
         "model": model.name,
         "task": FLAGS.task,

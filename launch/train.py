@@ -2,7 +2,8 @@
 
 Repeating the command continues where the run stopped. Config files take a size, as in
 `--config=configs/dmd.py:tiny`; settings are changed as `--config.loop.num_steps=100`. `--dry_run`
-plans the memory and prints the schedule without training.
+plans the memory and prints the schedule without training. On several hosts the command is run on
+each, with `--multihost`, or with `--coordinator`, `--hosts` and `--host`.
 """
 
 import functools
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from absl import app, flags, logging
 
+from launch.hosts import join_hosts
 from launch.overrides import read_config, split_arguments
 
 CONFIG = flags.DEFINE_string("config", None, "config file, and after a colon the size")
@@ -26,6 +28,10 @@ RESUME = flags.DEFINE_bool("resume", True, "go on in a workdir that holds a run"
 SMALL_BATCH = flags.DEFINE_bool(
     "small_batch", False, "distil a large network although the batch is below 32 clips"
 )
+MULTIHOST = flags.DEFINE_bool("multihost", False, "join other hosts, as the cluster tells")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first host")
+HOSTS = flags.DEFINE_integer("hosts", None, "how many hosts run this command")
+HOST = flags.DEFINE_integer("host", None, "number of this host, from 0")
 FORCE = flags.DEFINE_bool("force", False, "resume although the settings differ")
 
 
@@ -51,6 +57,7 @@ def check_workdir() -> None:
 
 def run(overrides: dict[str, str]) -> None:
     # Late, so that --help and misspelt flags answer at once.
+    join_hosts(MULTIHOST.value, COORDINATOR.value, HOSTS.value, HOST.value)
     from jax_avatar.training.loop import train
     from jax_avatar.training.stages import build_stage
 

@@ -1,7 +1,6 @@
-"""What a training step asks of its devices: the real gradient step, compiled on shapes.
+"""What a training step asks of its devices: the real step on the run's own mesh, on shapes.
 
-The training loop of this version runs on one device. On several, the step is compiled with its
-state spread evenly over them (FSDP) and one clip per device: what such a loop would need.
+One clip per "data" device; weights, optimiser and average are spread as `models.sharding` says.
 """
 
 import math
@@ -9,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.planning.figures import DeviceUse, Figure, Needs
@@ -20,46 +19,65 @@ from jax_avatar.streaming.mesh import Layout
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.latents import LatentClips
 from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.mesh import abstract_on, make_training_mesh, parse_training_mesh
 from jax_avatar.training.state import start_state
 
-__all__ = ["plan_training", "still_clips", "training_program"]
+__all__ = ["placed", "plan_training", "still_clips", "training_devices", "training_program"]
 
 
 def training_program(
-    model: AbstractModel, grid: tuple[int, int], devices, *, attention: str
+    model: AbstractModel, grid: tuple[int, int], mesh: Mesh, *, attention: str
 ) -> Program:
     """The gradient step of diffusion forcing, on clips as long as the window.
 
     Args:
         model: from `abstract_model`.
         grid: latent rows and columns.
-        devices: the state is spread over them, each has one clip.
+        mesh: from `make_training_mesh`; its "data" devices have one clip each.
         attention: kernel, see `DiTConfig`.
     """
-    config = model.dit.config.replace(attention=attention, rematerialise=True)
-    settings = ForcingConfig(batch_size=len(devices), latents=config.ring_frames)
+    # Framepack needs motion latents, which this training does not use.
+    config = model.dit.config.replace(attention=attention, rematerialise=True, framepack=False)
+    settings = ForcingConfig(batch_size=mesh.shape["data"], latents=config.ring_frames)
     task = ForcingTask(config, settings, still_clips(config, config.ring_frames, grid))
     loop = LoopConfig(num_steps=1000)
-    mesh = Mesh(np.array(devices), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     key = jax.random.key(0)
     state = jax.eval_shape(lambda key: start_state(task.init(key), make_optimiser(loop)), key)
-    state = _spread(state, mesh)
-    by_clip = NamedSharding(mesh, PartitionSpec("data"))
-    batch = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=by_clip)
-        for name, value in task.batches(0).items()
-    }
-    whole = NamedSharding(mesh, PartitionSpec())
-    arguments = (state, batch, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole))
+    state = abstract_on(mesh, state)
+    batch = placed(task.batches(0), NamedSharding(mesh, PartitionSpec("data")))
+    arguments = (state, batch, placed(key, NamedSharding(mesh, PartitionSpec())))
     held = {"weights": state.params, "averaged weights": state.ema, "optimiser": state.optimiser}
-    step = make_step(task, loop)
-    return Program("gradient step", step, arguments, devices[0].platform, held)
+    step = make_step(task, loop, mesh)
+    return Program("gradient step", step, arguments, mesh.devices.flat[0].platform, held)
+
+
+def placed(tree: PyTree, sharding: Sharding) -> PyTree:
+    """Shapes of a tree, all in the same place."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+def training_devices(text: str, hardware: Hardware, num_heads: int) -> tuple[Mesh, str]:
+    """Stand-ins for the devices of a training mesh, and what they are.
+
+    Args:
+        text: "8" or "4x2", as `loop.mesh`.
+        hardware: to plan for.
+        num_heads: of the transformer.
+    """
+    data, parts = parse_training_mesh(text)
+    devices, compiled_for = stand_ins(hardware, Layout(1, data * parts, False, 1))
+    mesh = make_training_mesh(
+        text, data, num_heads=num_heads, devices=list(devices)[: data * parts]
+    )
+    return mesh, compiled_for
 
 
 def plan_training(
     model: AbstractModel,
     grid: tuple[int, int],
-    num_devices: int,
+    text: str,
     hardware: Hardware,
     *,
     say: Callable[[str], None] = lambda text: None,
@@ -69,14 +87,14 @@ def plan_training(
     Args:
         model: from `abstract_model`.
         grid: latent rows and columns.
-        num_devices: to spread the state over.
+        text: the mesh, "8" or "4x2".
         hardware: to plan for.
         say: told what is being done, since compiling takes minutes.
     """
-    devices, compiled_for = stand_ins(hardware, Layout(1, num_devices, False, 1))
-    devices = list(devices)[:num_devices]
-    attention = "splash" if devices[0].platform == "tpu" else "xla"
-    program = training_program(model, grid, devices, attention=attention)
+    mesh, compiled_for = training_devices(text, hardware, model.dit.config.num_heads)
+    num_devices = mesh.size
+    # Kernels take no block-causal mask; of this one, a few queries' scores are held.
+    program = training_program(model, grid, mesh, attention="chunked")
     say(f"{program.name}: compiling for {compiled_for}")
     made = compile_program(program)
     say(f"{program.name}: {made.refused or 'compiled'}, {made.seconds:.0f} s")
@@ -93,18 +111,8 @@ def plan_training(
             f"--mesh {max(enough, 2 * num_devices)}: the state alone fills {state / limit:.1f} of "
             f"a device's memory on {num_devices}",
         )
-    remarks = [f"the batch is {num_devices} clips of {model.dit.config.ring_frames} latents"]
-    if num_devices > 1:
-        remarks.append(
-            "the training loop of this version runs on one device; see planning/training"
-        )
-    if attention == "xla":
-        n = (model.dit.config.ring_frames + 1) * (grid[0] // 2) * (grid[1] // 2)
-        scores = 4 * model.dit.config.num_heads * n**2 / 2**30
-        remarks.append(
-            f"temporaries hold attention scores, {scores:.1f} GiB each time (computed), which a "
-            "kernel does not"
-        )
+    frames = model.dit.config.ring_frames
+    remarks = [f"the batch is {mesh.shape['data']} clips of {frames} latents"]
     flops = {"training_flop": Figure(_training_flops(model.dit.config, grid), "computed")}
     seconds = {"step": made.seconds}
     return Needs(compiled_for, (use,), flops, 0, advice, seconds, tuple(remarks))
@@ -137,19 +145,3 @@ def still_clips(config: DiTConfig, frames: int, grid: tuple[int, int]) -> Latent
         lip_gap=np.zeros((1, 4 * frames), np.float16),
         person=np.zeros(1, np.int32),
     )
-
-
-def _spread(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Every leaf cut along its longest axis that divides."""
-
-    def place(leaf):
-        axes = sorted(range(leaf.ndim), key=lambda axis: -leaf.shape[axis])
-        spec = [None] * leaf.ndim
-        for axis in axes:
-            if leaf.shape[axis] % mesh.size == 0 and leaf.size >= 2**16:
-                spec[axis] = "data"
-                break
-        sharding = NamedSharding(mesh, PartitionSpec(*spec))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(place, tree)

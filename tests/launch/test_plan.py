@@ -53,7 +53,7 @@ def test_a_table_says_where_numbers_are_from(config):
     ("flags", "message"),
     [
         (["--mesh=7"], "--mesh 7: 4 timesteps"),
-        (["--task=dmd"], "--task dmd: this version has no DMD"),
+        (["--task=dmd", "--mesh=4by2"], "training mesh '4by2': expected DATAxMODEL"),
         (["--size=384*704"], "--size 384*704: expected HEIGHTxWIDTH"),
     ],
 )

@@ -1,0 +1,179 @@
+"""What self-forcing distillation asks of its devices: both real updates, compiled on shapes.
+
+    frozen base, two adapters, average, moments   computed, spread over the mesh
+    generator's update (Algorithm 2), critic's    compiled, one clip per "data" device
+
+The formula beside them counts what must be kept: inputs of the layers of a block, one layer's
+insides, keys and values of all blocks, and the rings of the steps before the exit.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.lora import adapter_leaves
+from jax_avatar.models.params import abstract, unflatten
+from jax_avatar.planning.figures import DeviceUse, Figure, Needs
+from jax_avatar.planning.hardware import Hardware
+from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
+from jax_avatar.planning.training import placed, training_devices
+from jax_avatar.streaming.model import _KINDS
+from jax_avatar.training.distillation import DistillConfig, Told, make_distiller
+from jax_avatar.training.loop import LoopConfig, on_mesh
+from jax_avatar.training.mesh import abstract_on
+from jax_avatar.training.rollout import RolloutConfig
+
+__all__ = ["distillation_programs", "kept_bytes", "plan_distillation"]
+
+_LAYER_INSIDES = 24  # one layer keeps so many times its input for its gradient
+
+
+def distillation_programs(
+    model: AbstractModel,
+    grid: tuple[int, int],
+    mesh: Mesh,
+    rollout: RolloutConfig,
+    settings: DistillConfig,
+    *,
+    attention: str,
+) -> list[Program]:
+    """The generator's and the critic's update.
+
+    Args:
+        model: from `abstract_model`, with the window of training.
+        grid: latent rows and columns.
+        mesh: from `make_training_mesh`.
+        rollout: how the generator makes clips.
+        settings: what is trained; the batch is one clip per "data" device.
+        attention: kernel, see `DiTConfig`.
+    """
+    config = model.dit.config.replace(attention=attention, rematerialise=True)
+    settings = dataclasses.replace(settings, batch_size=mesh.shape["data"])
+    build = _KINDS["dit"][model.dit.metadata["kind"]][0]
+    base = abstract(lambda: build(config, rngs=nnx.Rngs(0)))[1]
+    loop = LoopConfig(num_steps=1000, betas=(0.0, 0.999))
+    distiller = make_distiller(build, config, rollout, settings, loop)
+    rank = settings.adapter_rank
+    trained = unflatten(adapter_leaves(base, rank)) if rank else base
+    state = abstract_on(mesh, jax.eval_shape(distiller.start, trained, trained))
+    base = abstract_on(mesh, base)
+    key = placed(jax.random.key(0), NamedSharding(mesh, PartitionSpec()))
+    arguments = (state, _told(config, grid, settings, mesh), key, base)
+    held = {
+        "frozen base": base,
+        "generator and critic": (state.generator, state.critic),
+        "averaged generator": state.ema,
+        "optimisers": (state.generator_optimiser, state.critic_optimiser),
+    }
+    platform = mesh.devices.flat[0].platform
+    return [
+        Program(
+            f"{role}'s update",
+            jax.jit(on_mesh(getattr(distiller, f"update_{role}"), mesh), donate_argnums=0),
+            arguments,
+            platform,
+            held,
+        )
+        for role in ("generator", "critic")
+    ]
+
+
+def kept_bytes(
+    config: DiTConfig, grid: tuple[int, int], rollout: RolloutConfig, latents: int
+) -> dict[str, float]:
+    """What the two updates must keep per clip, and one block's keys and values.
+
+    Args:
+        config: size of the transformer.
+        grid: latent rows and columns.
+        rollout: how the generator makes clips.
+        latents: of a clip.
+
+    Source: the sums of Algorithm 2 with recomputed layers.
+    """
+    per_latent = (grid[0] // 2) * (grid[1] // 2)
+    size, blocks = config.dtype.itemsize, latents // config.frames_per_block
+    n, whole = config.frames_per_block * per_latent, (latents + 1) * per_latent
+    row = config.width * size
+    history = 2.0 * config.num_layers * n * row
+    rings = 0.0
+    if rollout.cache == "per_step" and rollout.refresh == "none":
+        rings = (rollout.num_steps - 1) * min(config.ring_blocks - 1, blocks) * history
+
+    def backward(tokens):
+        return (config.num_layers + _LAYER_INSIDES) * tokens * row
+
+    return {
+        "block_history": history,
+        "generator_kept": backward(n) + blocks * history + rings,
+        "critic_kept": backward(whole),
+    }
+
+
+def plan_distillation(
+    model: AbstractModel,
+    grid: tuple[int, int],
+    text: str,
+    hardware: Hardware,
+    sections: Mapping[str, Any],
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Needs:
+    """Compiles both updates, and adds up what they need.
+
+    Args:
+        model: from `abstract_model`.
+        grid: latent rows and columns.
+        text: the mesh, "8" or "4x2".
+        hardware: to plan for.
+        sections: `model`, `rollout` and `task` of a config such as `configs/dmd.py`.
+        say: told what is being done, since compiling takes minutes.
+    """
+    config = model.dit.config.replace(**sections["model"])
+    model = dataclasses.replace(model, dit=dataclasses.replace(model.dit, config=config))
+    rollout = RolloutConfig(**sections["rollout"])
+    settings = DistillConfig(**sections["task"])
+    mesh, compiled_for = training_devices(text, hardware, config.num_heads)
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    attention = "splash" if is_tpu else "chunked"
+    programs = distillation_programs(model, grid, mesh, rollout, settings, attention=attention)
+    limit, uses, seconds = 1e9 * hardware.memory_gb, [], {}
+    for program in programs:
+        say(f"{program.name}: compiling for {compiled_for}")
+        made = compile_program(program)
+        say(f"{program.name}: {made.refused or 'compiled'}, {made.seconds:.0f} s")
+        used = {name: Figure(placed_bytes(tree), "computed") for name, tree in program.held.items()}
+        if not made.refused:
+            used["gradients, activations, history"] = Figure(float(made.temporaries), "compiled")
+        uses.append(DeviceUse(program.name, mesh.size, used, limit, made.refused))
+        seconds[program.name] = made.seconds
+    kept = kept_bytes(config, grid, rollout, settings.latents)
+    figures = {k: Figure(v / mesh.shape["model"], "computed") for k, v in kept.items()}
+    advice = ()
+    if not all(use.fits for use in uses):
+        data, parts = mesh.shape["data"], mesh.shape["model"]
+        advice = (f"--mesh {data}x{2 * parts}, or history.cache exit_only (rollout.cache)",)
+    remarks = (
+        f"the batch is {mesh.shape['data']} clips of {settings.latents} latents, one per data "
+        "device; more are accumulated (loop.accumulate) in the same memory",
+        f"history: {rollout.cache}, {config.ring_blocks - 1} past blocks seen",
+    )
+    return Needs(compiled_for, tuple(uses), figures, 0, advice, seconds, remarks)
+
+
+def _told(config, grid, settings, mesh) -> Told:
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((settings.batch_size, *shape), dtype)
+
+    text = array(config.text_len, config.text_width)
+    portrait = array(1, *grid, config.latent_channels)
+    features = array(1, 4 * settings.latents, config.audio_layers, config.audio_width)
+    pose = array(1, *grid, config.pose_channels)
+    told = Told(text, text, portrait, features, pose, array(dtype=jnp.int32))
+    return placed(told, NamedSharding(mesh, PartitionSpec("data")))

@@ -1,0 +1,75 @@
+"""Algorithm 2 needs the history of a further block and no more; Algorithm 1 its layers, too."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.lora import adapter_leaves, with_adapter
+from jax_avatar.models.params import abstract, unflatten
+from jax_avatar.training.rollout import Clip, Generator, RolloutConfig, clip_gradient, draw
+
+GRID, BLOCKS = (16, 16), (3, 5, 7)
+MODEL = DiTConfig(
+    width=256, ffn_width=512, num_heads=4, num_layers=8, text_width=16, text_len=8,
+    latent_channels=4, pose_channels=4, audio_width=16, audio_layers=2, ring_blocks=2,
+    framepack=False, rematerialise=True, adapter_rank=4,
+)  # fmt: skip
+PLAIN = dataclasses.replace(MODEL, adapter_rank=0)
+TOKENS = 3 * 8 * 8
+ROWS = 4 * MODEL.num_layers * TOKENS * MODEL.width  # bytes: a block's input to every layer
+HISTORY = 2 * ROWS  # its keys and values
+
+
+def temporaries(algorithm, blocks):
+    """Bytes, as compiled."""
+    settings = RolloutConfig(sigmas=(1.0, 0.8, 0.0), cache="exit_only", gradient=algorithm)
+    structure, _ = abstract(lambda: DiT(MODEL, rngs=nnx.Rngs(0)))
+    base = abstract(lambda: DiT(PLAIN, rngs=nnx.Rngs(0)))[1]
+    adapter = unflatten(adapter_leaves(base, MODEL.adapter_rank))
+    made = Generator(structure, MODEL, settings)
+
+    def run(base, adapter, key):
+        keys = jax.random.split(key, 1)
+        clips = Clip(
+            text=jnp.ones((1, 1, 2, MODEL.text_width)),
+            reference=jnp.ones((1, 1, 1, *GRID, 4)),
+            features=jnp.ones((1, 1, 1, 12 * blocks, MODEL.audio_layers, MODEL.audio_width)),
+            pose=jnp.ones((1, 1, 3, *GRID, 4)),
+        )
+        draws = jax.vmap(lambda key: draw(key, settings, blocks, (1, 3, *GRID, 4)))(keys)
+        return clip_gradient(
+            made,
+            lambda adapter: with_adapter(base, adapter),
+            adapter,
+            clips,
+            draws,
+            1,
+            lambda x: (jnp.sin(3 * x), {}),
+        )
+
+    lowered = jax.jit(run).lower(base, adapter, jax.eval_shape(lambda: jax.random.key(0)))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def growth(algorithm):
+    """Bytes per further block, between each number of blocks and the next."""
+    sizes = [temporaries(algorithm, blocks) for blocks in BLOCKS]
+    return [
+        (b - a) / (m - n) for (a, n), (b, m) in itertools.pairwise(zip(sizes, BLOCKS, strict=True))
+    ]
+
+
+@pytest.mark.slow
+def test_a_further_block_costs_its_history_only():
+    assert max(growth("blocks")) <= 1.2 * HISTORY
+
+
+@pytest.mark.slow
+def test_differentiating_the_clip_costs_its_layers_too():
+    assert min(growth("clip")) >= HISTORY + ROWS
