@@ -4,7 +4,7 @@
     python launch/stream.py --checkpoint runs/diffusion_forcing
 
 `small` starts from `runs/teacher` and takes two CPU cores half an hour.
-`--config.weights.start=""` starts from random weights instead.
+`--config.weights.start=` starts from random weights instead.
 """
 
 from ml_collections import ConfigDict

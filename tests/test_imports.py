@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "data": {"io"},
     "streaming": {"models", "diffusion", "io"},
     "training": {"models", "diffusion", "data", "io"},
-    "planning": {"models", "diffusion", "streaming", "training"},
+    "planning": {"models", "diffusion", "io", "streaming", "training"},
     "evaluation": {"models", "diffusion", "data", "io", "streaming", "training"},
 }
 FORBIDDEN = {"torch", "absl", "argparse", "conversion", "launch", "configs", "pickle"}

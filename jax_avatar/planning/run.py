@@ -77,6 +77,7 @@ def _schedule(stage: str, sections: Mapping[str, Any], loop: LoopConfig) -> Iter
         f"{stage}: {loop.num_steps:,} steps, {loop.warmup_steps:,} of them warm-up; learning rate "
         f"{loop.learning_rate:g}, {middle:g} half-way, {last:g} at the end; betas {loop.betas}"
     )
+    yield f"mesh: {loop.mesh or 'all devices for data'}; batches in {loop.accumulate} parts"
     task, model, rollout = (sections.get(name) for name in ("task", "model", "rollout"))
     if stage in ("speech", "vae"):
         return
