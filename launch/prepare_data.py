@@ -1,10 +1,14 @@
-"""Makes training data: `python launch/prepare_data.py people --out data/people`.
+"""Makes training data: raw clips from people that are rendered or from videos, then encoded ones.
+
+    python launch/prepare_data.py people --out data/people
+    python launch/prepare_data.py encode --data data/people --model jax_avatar/assets/small \\
+        --out data/latents --phases 4
 
 `python launch/prepare_data.py portraits --out jax_avatar/assets/portraits` draws the portraits that
 come with the package; none of these people is in the training data.
 
-The default set (320 people, 1,600 clips of three seconds at 96x96) takes half an hour on two
-busy CPU cores and 0.7 GB. A run that was stopped goes on where it was when the command is repeated.
+The default set of people (320 people, 1,600 clips of three seconds at 96x96) takes half an hour on
+two busy CPU cores and 0.7 GB. A command that was stopped goes on where it was when it is repeated.
 """
 
 import argparse
@@ -15,6 +19,8 @@ import pathlib
 import shutil
 import sys
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from tqdm import tqdm
 
@@ -51,10 +57,37 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     portraits.add_argument("--out", required=True, help="folder to write to")
     portraits.add_argument("--size", type=int, default=256, help="edge of the pictures in pixels")
+    encode = commands.add_parser(
+        "encode",
+        help="raw clips -> latents, text rows and speech features, as the transformer trains on",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    encode.add_argument("--data", required=True, help="folder of raw clips: people or videos")
+    encode.add_argument("--model", required=True, help="model folder whose encoders are used")
+    encode.add_argument("--vae", default="", help="folder of another VAE")
+    encode.add_argument("--speech", default="", help="folder of another speech encoder")
+    encode.add_argument("--out", required=True, help="folder to write to")
+    encode.add_argument("--splits", nargs="*", default=[], help="to encode; all if not given")
+    encode.add_argument(
+        "--phases", type=int, default=1, help="times a training clip is encoded, 1 to 4"
+    )
+    encode.add_argument("--clips_per_shard", type=int, default=512, help="records of a shard")
+    encode.add_argument(
+        "--reference_repeats", type=int, default=1, help="frames a portrait is encoded as, 1 or 5"
+    )
+    encode.add_argument("--negative_prompt", default="", help="of guidance, if there is text")
+    encode.add_argument(
+        "--no_features",
+        dest="store_features",
+        action="store_false",
+        help="leave the speech features to be computed in training",
+    )
     return parser.parse_args(argv)
 
 
 def check_programs(arguments: argparse.Namespace) -> None:
+    if arguments.command not in ("people", "portraits"):
+        return
     if arguments.command == "people" and shutil.which("flite") is None:
         raise ValueError(
             "speech synthesis needs the program `flite`, which was not found; install the package "
@@ -69,12 +102,16 @@ def check_programs(arguments: argparse.Namespace) -> None:
         ) from error
 
 
+def config_of(kind, arguments: argparse.Namespace):
+    """The settings among the arguments as their dataclass."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+
+
 def prepare_people(arguments: argparse.Namespace) -> None:
     from jax_avatar.data.talking_people import clips
 
-    names = [field.name for field in dataclasses.fields(clips.PeopleConfig)]
-    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    config = clips.PeopleConfig(**given)
+    config = config_of(clips.PeopleConfig, arguments)
     clips.start_manifest(config, arguments.out)
     jobs = clips.plan_shards(config, arguments.out)
     left = [job for job in jobs if not job.path.exists()]
@@ -96,6 +133,27 @@ def prepare_people(arguments: argparse.Namespace) -> None:
     )
 
 
+def encode_clips(arguments: argparse.Namespace) -> None:
+    # Late, so that --help answers at once.
+    from jax_avatar.streaming.model import has_text_encoder
+    from jax_avatar.streaming.prompts import prompt_encoder
+    from jax_avatar.training.encoders import Encoders
+    from jax_avatar.training.encoding import EncodeConfig, encode_data
+
+    config, model = config_of(EncodeConfig, arguments), arguments.model
+    folders = {"vae": arguments.vae or model, "speech": arguments.speech or model, "text": model}
+    states = prompt_encoder(model) if has_text_encoder(model) else None
+    text = (lambda prompt: states(prompt)[0]) if states else None
+    encoders = Encoders.load(folders, text=text)
+    index = encode_data(arguments.data, arguments.out, encoders, config, splits=arguments.splits)
+    for split, shards in index["splits"].items():
+        clips, size = sum(len(s["latents"]) for s in shards), sum(s["bytes"] for s in shards)
+        print(
+            f"{arguments.out}: {split}, {clips} clips in {len(shards)} shards, {size / 1e6:.0f} MB"
+        )
+    print(f"hash {index['hash'][:16]}")
+
+
 def draw_portraits(arguments: argparse.Namespace) -> None:
     from PIL import Image
 
@@ -115,7 +173,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         check_programs(arguments)
-        commands = {"people": prepare_people, "portraits": draw_portraits}
+        commands = {
+            "people": prepare_people,
+            "portraits": draw_portraits,
+            "encode": encode_clips,
+        }
         commands[arguments.command](arguments)
     except ValueError as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)

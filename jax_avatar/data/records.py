@@ -7,13 +7,17 @@ manifest.json                           counts, seed, names of the face units, h
 """
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
+
+from jax_avatar.data.shards import RecordSource, file_sha256, write_records
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out_person", "held_out_voice", "held_out_both", "cartoon")
@@ -24,28 +28,32 @@ _PIXELS = ("frames",)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClipRecord:
-    """One clip: what is seen, what is heard, and the truth both were made from."""
+    """One clip: what is seen and heard, and the truth both were made from, where it is known."""
 
     frames: np.ndarray  # [T H W 3] uint8; frame i shows time i / fps of the wave
-    portrait: np.ndarray  # [H W 3] uint8, the person before the clip, mouth closed
-    wave: np.ndarray  # [samples] int16, 16 kHz, the clip and 1280 samples after its end
-    units: np.ndarray  # [T q] float16, face-unit weights in the manifest's order
-    lip_gap: np.ndarray  # [T] float32, opening of the lips over the height of the head
-    mouth_box: np.ndarray  # [T 4] float32: left, top, right, bottom in pixels
-    pose: np.ndarray  # [T 8] float32: yaw, pitch, roll, shift right, up, near, gaze right, down
-    phones: tuple[tuple[str, float, float], ...]  # name, start and end in seconds of the wave
-    actions: tuple[tuple[str, float, float, str], ...]  # name, start, end, caption
-    text: str  # the words the clip was cut from
-    person_id: int
-    voice: str
-    split: str
-    style: str  # "people" or "cartoon"
+    wave: np.ndarray  # [samples] int16, 16 kHz, the clip and some samples after its end
     fps: int
+    split: str
+    style: str  # "people", "cartoon" or "video"
+    person_id: int
+    source: str = ""  # where it comes from; rendered clips say it by split and seeds
+    caption: str = ""  # what a video's own caption says
+    text: str = ""  # the words the clip was cut from
+    voice: str = ""
+    portrait: np.ndarray | None = None  # [H W 3] uint8, the person before it, mouth closed
+    units: np.ndarray | None = None  # [T q] float16, face-unit weights in the manifest's order
+    lip_gap: np.ndarray | None = None  # [T] float32, opening of the lips over the head's height
+    mouth_box: np.ndarray | None = None  # [T 4] float32: left, top, right, bottom in pixels
+    pose: np.ndarray | None = None
+    # [T 8] float32: yaw, pitch, roll, shift right, up, near, gaze right, down
+    phones: tuple[tuple[str, float, float], ...] = ()  # name, start and end in s of the wave
+    actions: tuple[tuple[str, float, float, str], ...] = ()  # name, start, end, caption
 
 
 def encode_clip(clip: ClipRecord) -> bytes:
     """Packs a clip; decoded by `decode_clip`."""
     arrays = {name: getattr(clip, name) for name in _ARRAYS}
+    arrays = {name: value for name, value in arrays.items() if value is not None}
     # Differences in time are mostly zero, which the shard's compression makes small.
     for name in _PIXELS:
         arrays[name] = np.diff(arrays[name], axis=0, prepend=np.zeros_like(arrays[name][:1]))
@@ -62,7 +70,7 @@ def encode_clip(clip: ClipRecord) -> bytes:
 def decode_clip(data: bytes) -> ClipRecord:
     """Unpacks what `encode_clip` made."""
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in _ARRAYS}
+        arrays = {name: archive[name] for name in _ARRAYS if name in archive}
         facts = json.loads(archive["facts"].tobytes())
     for name in _PIXELS:
         for before, frame in itertools.pairwise(arrays[name]):
@@ -80,61 +88,26 @@ def shard_path(folder: str | pathlib.Path, split: str, shard: int, num_shards: i
 
 
 def write_shard(path: pathlib.Path, clips: Iterable[ClipRecord]) -> int:
-    """Writes clips to a shard, which appears under its name only once it is whole.
+    """Writes clips to a shard, whole or not at all.
 
     Returns:
         The number of clips.
     """
-    from array_record.python import array_record_module
-
-    part = path.with_suffix(".part")
-    writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1,zstd:3")
-    count = 0
-    for clip in clips:
-        writer.write(encode_clip(clip))
-        count += 1
-    writer.close()
-    part.rename(path)
-    return count
+    return write_records(path, map(encode_clip, clips))
 
 
-class ClipSource:
-    """Random access to the clips of a split: `len(source)`, `source[i]`; fits `grain`.
-
-    Opened anew in every process it is sent to.
-    """
+class ClipSource(RecordSource):
+    """Random access to the clips of a split."""
 
     def __init__(self, paths: tuple[pathlib.Path, ...]):
-        self.paths = paths
-        self._records = None
-
-    def _open(self):
-        if self._records is None:
-            from array_record.python import array_record_data_source
-
-            self._records = array_record_data_source.ArrayRecordDataSource(
-                [str(path) for path in self.paths]
-            )
-        return self._records
-
-    def __len__(self) -> int:
-        return len(self._open())
-
-    def __getitem__(self, index: int) -> ClipRecord:
-        return decode_clip(self._open()[int(index)])
-
-    def __getstate__(self) -> dict:
-        return {"paths": self.paths, "_records": None}
-
-    def __repr__(self) -> str:
-        return f"ClipSource({len(self.paths)} shards)"
+        super().__init__(paths, decode_clip)
 
 
 def read_clips(folder: str | pathlib.Path, split: str = "train") -> ClipSource:
     """Opens the clips of one split, also while more shards are being written.
 
     Args:
-        folder: written by `launch/prepare_data.py people`.
+        folder: written by `launch/prepare_data.py people` or `videos`.
         split: one of `SPLITS`.
     """
     if split not in SPLITS:
@@ -157,3 +130,47 @@ def read_manifest(folder: str | pathlib.Path) -> dict:
             f"`python launch/prepare_data.py people --out {folder}`"
         )
     return json.loads(path.read_text())
+
+
+def start_manifest(folder: str | pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Creates a data folder, or checks that what lies there was begun with the same settings.
+
+    Args:
+        folder: to write clips to.
+        content: of the manifest while the set is not complete; its `config` is compared.
+
+    Raises:
+        ValueError: the folder holds data made with other settings.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MANIFEST).exists():
+        write_manifest(folder, {**content, "complete": False, "data_hash": None})
+        return
+    found = read_manifest(folder)["config"]
+    wanted = json.loads(json.dumps(content["config"]))
+    differing = [k for k in wanted if found.get(k) != wanted[k]]
+    if differing:
+        raise ValueError(
+            f"{str(folder)!r} holds data made with other settings: "
+            + ", ".join(f"{k} {found.get(k)} there, {wanted[k]} asked for" for k in differing)
+            + "; pass the same settings to go on, or another --out"
+        )
+
+
+def finish_manifest(folder: str | pathlib.Path, content: Mapping[str, Any]) -> str:
+    """Marks a data folder complete and records the hash of all its shards; returns the hash."""
+    folder = pathlib.Path(folder)
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.array_record")):
+        digest.update(bytes.fromhex(file_sha256(path)))
+    data_hash = digest.hexdigest()
+    write_manifest(folder, {**content, "complete": True, "data_hash": data_hash})
+    return data_hash
+
+
+def write_manifest(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Replaces the manifest at once."""
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.rename(folder / MANIFEST)

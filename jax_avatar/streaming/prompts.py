@@ -10,6 +10,7 @@ gone when the function returns.
 
 import hashlib
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from jax_avatar.models.text import padded_length
 from jax_avatar.shapes import Int, PyTree, TextStates
 from jax_avatar.streaming.model import load_text_encoder
 
-__all__ = ["TOKENIZER", "encode_tokens", "prompt_states"]
+__all__ = ["TOKENIZER", "encode_tokens", "prompt_encoder", "prompt_states"]
 
 TOKENIZER = "text_tokenizer"
 """Folder of the tokenizer's files inside a model folder."""
@@ -60,7 +61,7 @@ def prompt_states(
     text_len = _text_len(folder)
     text = clean_prompt(prompt)
     if cache is None:
-        return _encode(folder, text, text_len, device)
+        return prompt_encoder(folder, device=device)(text)
     cache = _writable(Path(cache).expanduser())
     parts = [text, str(text_len), fingerprint(folder, "text"), tokenizer_file.read_bytes()]
     key = hashlib.sha256()
@@ -72,9 +73,43 @@ def prompt_states(
         return jnp.asarray(load_weights(cache, name, widen=False)[0]["states"])
     except (ValueError, KeyError):
         pass  # not there yet, or damaged: made anew
-    states = _encode(folder, text, text_len, device)
+    states = prompt_encoder(folder, device=device)(text)
     save_weights(cache, name, {"states": np.asarray(states)}, {"prompt": text})
     return states
+
+
+def prompt_encoder(
+    folder: str | Path, *, device: jax.Device | None = None
+) -> Callable[[str], TextStates]:
+    """Loads the prompt encoder of a model folder, for many prompts.
+
+    Args:
+        folder: as of `prompt_states`.
+        device: runs the encoder; the default device if not given.
+
+    Returns:
+        `prompt -> states`, as `prompt_states` gives them.
+
+    Raises:
+        ValueError: as `prompt_states`.
+    """
+    folder = Path(folder)
+    tokenizer, text_len = Tokenizer(folder / TOKENIZER), _text_len(folder)
+    encoder = load_text_encoder(folder)
+    params = jax.device_put(encoder.params, device)
+
+    def encode(prompt: str) -> TextStates:
+        ids, mask = tokenizer(clean_prompt(prompt), text_len)
+        tokens = ids[mask > 0]
+        # Out of range, a lookup on a device would quietly take some other row.
+        if tokens.max() >= encoder.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer in {folder / TOKENIZER} makes id {tokens.max()}, the encoder knows "
+                f"{encoder.config.vocab_size}; copy the tokenizer that belongs to the encoder."
+            )
+        return encode_tokens(encoder.graphdef, params, tokens)
+
+    return encode
 
 
 def encode_tokens(graphdef: Any, params: PyTree, tokens: Int[np.ndarray, " p"]) -> TextStates:
@@ -95,20 +130,6 @@ def encode_tokens(graphdef: Any, params: PyTree, tokens: Int[np.ndarray, " p"]) 
 @partial(jax.jit, static_argnums=0)
 def _run(graphdef: Any, params: PyTree, ids: Any, mask: Any) -> Any:
     return merge(graphdef, params)(ids, mask)
-
-
-def _encode(folder: Path, text: str, text_len: int, device: jax.Device | None) -> TextStates:
-    tokenizer = Tokenizer(folder / TOKENIZER)
-    ids, mask = tokenizer(text, text_len)
-    encoder = load_text_encoder(folder)
-    tokens = ids[mask > 0]
-    # Out of range, a lookup on a device would quietly take some other row.
-    if tokens.max() >= encoder.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {folder / TOKENIZER} makes id {tokens.max()}, the encoder knows "
-            f"{encoder.config.vocab_size}; copy the tokenizer that belongs to the encoder."
-        )
-    return encode_tokens(encoder.graphdef, jax.device_put(encoder.params, device), tokens)
 
 
 def _text_len(folder: Path) -> int:

@@ -25,8 +25,9 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import LAST_FRAME, DiT
 from jax_avatar.models.params import abstract, merge, split
 from jax_avatar.shapes import Array, Latent, PyTree
-from jax_avatar.training.latents import LatentClips
+from jax_avatar.training.latents import Clips
 from jax_avatar.training.mouth_reader import fit_mouth_reader
+from jax_avatar.training.windows import Windows, check_fit
 
 __all__ = ["ForcingConfig", "ForcingTask"]
 
@@ -125,7 +126,7 @@ class ForcingTask:
         self,
         model: DiTConfig,
         settings: ForcingConfig,
-        clips: LatentClips,
+        clips: Clips,
         *,
         network: type[DiT] = DiT,
         pose: str = "zeros",
@@ -147,31 +148,30 @@ class ForcingTask:
             start: makes the parameters to start from, instead of random ones.
             export: writes the model folder, called by the loop at the end.
         """
-        frames, _, _, channels = clips.latent.shape[1:]
-        if channels != model.latent_channels:
+        check_fit(clips, model, settings.latents)
+        if settings.mouth_probe_weight and not clips.has_lips:
             raise ValueError(
-                f"latents have {channels} channels, the transformer expects "
-                f"{model.latent_channels}; set model.latent_channels."
-            )
-        if settings.latents > frames or settings.latents % model.frames_per_block:
-            raise ValueError(
-                f"task.latents={settings.latents}: clips have {frames} and a block has "
-                f"{model.frames_per_block}; give whole blocks, no more than a clip has."
-            )
-        if clips.features.shape[2:] != (model.audio_layers, model.audio_width):
-            raise ValueError(
-                f"speech features have {clips.features.shape[2:]} states and channels, the "
-                f"transformer expects {(model.audio_layers, model.audio_width)}; set "
-                "model.audio_layers and model.audio_width."
+                f"task.mouth_probe_weight={settings.mouth_probe_weight} needs clips whose lips are "
+                "known, as rendered ones are; set it to 0."
             )
         self.model, self.settings, self.clips = model, settings, clips
         self.name, self.seed, self._pose = name, seed, pose
         self._network, self._start, self.batch_size = network, start, settings.batch_size
-        self.windows = _windows(clips, settings.latents, settings.still_share)
+        self.content_hash = clips.content_hash
+        self.windows = Windows(
+            clips,
+            settings.latents,
+            settings.batch_size,
+            text_len=model.text_len,
+            text_width=model.text_width,
+            seed=[seed, 1],
+            still_share=settings.still_share,
+        )
         self.graphdef, _ = abstract(lambda: network(model, rngs=nnx.Rngs(0)))
-        few = clips.take(slice(None, None, max(1, len(clips) // 800)))
-        self.reader = fit_mouth_reader(few) if settings.mouth_probe_weight else None
-        self._gap_scale = float(clips.lip_gap.std()) + 1e-6
+        self.reader = None
+        if settings.mouth_probe_weight:
+            few = clips.take(slice(None, None, max(1, len(clips) // 800)))
+            self.reader, self._gap_scale = fit_mouth_reader(few), float(few.lip_gap.std()) + 1e-6
         if export:
             self.export = export
 
@@ -186,33 +186,8 @@ class ForcingTask:
         return params
 
     def batches(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """The batch of a step, or some rows of it; every window of the clips once per epoch."""
-        settings, clips = self.settings, self.clips
-        size, count = settings.batch_size, len(self.windows)
-        positions = step * size + (np.arange(size) if rows is None else rows)
-        orders = {
-            epoch: np.random.default_rng([self.seed, 1, epoch]).permutation(count)
-            for epoch in set(positions // count)
-        }
-        chosen = np.array([orders[p // count][p % count] for p in positions])
-        index, starts = self.windows[chosen].T
-        frames = settings.latents
-
-        def cut(array, rate=1):
-            windows = zip(index, starts, strict=True)
-            cuts = [array[i, rate * s : rate * (s + frames)] for i, s in windows]
-            return np.stack(cuts).astype(np.float32)
-
-        text = np.zeros((len(index), 1, self.model.text_width), np.float32)
-        return {
-            "latent": cut(clips.latent),
-            "reference": clips.reference[index].astype(np.float32),
-            "features": cut(clips.features, 4)[:, None],
-            "text": text,
-            "null_text": text,
-            "mouth": cut(clips.mouth),
-            "lip_gap": cut(clips.lip_gap, 4),
-        }
+        """The batch of a step, or some of its rows; see `Windows.batch`."""
+        return self.windows.batch(step, rows)
 
     def loss(
         self, params: PyTree, batch: Mapping[str, Array], key: Array
@@ -317,29 +292,6 @@ def _errors(predicted: Latent, clean: Latent, square, sigma, mouth) -> dict[str,
         "clean_error_high": _weighted_mean(error, jnp.broadcast_to(high_noise, error.shape)),
         "mouth_error_high": _weighted_mean(error, mouth * high_noise),
     }
-
-
-def _windows(clips: LatentClips, latents: int, share: float) -> np.ndarray:
-    """Clip and first latent of the windows to train on, `[windows 2]`."""
-    starts = np.arange(clips.latent.shape[1] - latents + 1)
-    windows = np.stack(np.meshgrid(np.arange(len(clips)), starts, indexing="ij"), -1)
-    if share >= 1:
-        return windows.reshape(-1, 2)
-    moved = np.stack(
-        [
-            (np.square(np.float32(latent) - reference).mean(-1) * ~mouth).mean((1, 2))
-            for latent, reference, mouth in zip(
-                clips.latent, clips.reference, clips.mouth, strict=True
-            )
-        ]
-    )
-    moved = np.stack([moved[:, s : s + latents].mean(1) for s in starts], axis=1)
-    kept = []
-    for person in np.unique(clips.person):
-        own, distance = windows[clips.person == person], moved[clips.person == person]
-        order = np.argsort(distance, axis=None)[: max(1, round(share * distance.size))]
-        kept.append(own.reshape(-1, 2)[order])
-    return np.concatenate(kept)
 
 
 def _weighted_mean(value: Array, weight: Array) -> Array:

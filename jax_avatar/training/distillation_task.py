@@ -36,11 +36,12 @@ from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.sharding import param_shardings
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.distillation import DistillConfig, Distiller, DistillState, Told
-from jax_avatar.training.latents import LatentClips
+from jax_avatar.training.latents import Clips
 from jax_avatar.training.loop import LoopConfig, mesh_of, on_mesh
 from jax_avatar.training.mesh import place_state
 from jax_avatar.training.monitors import ClipFigures, measure_data
 from jax_avatar.training.rollout import Generator, RolloutConfig
+from jax_avatar.training.windows import Windows, check_fit
 
 __all__ = ["DistillTask", "DistillWeights"]
 
@@ -76,7 +77,7 @@ class DistillTask:
         rollout: RolloutConfig,
         settings: DistillConfig,
         weights: DistillWeights,
-        clips: LatentClips,
+        clips: Clips,
         *,
         seed: int = 0,
     ):
@@ -90,29 +91,21 @@ class DistillTask:
             clips: portraits and speech to train on.
             seed: of the choice of clips.
         """
-        frames, channels = clips.latent.shape[1], clips.latent.shape[-1]
-        if channels != model.latent_channels:
-            raise ValueError(
-                f"latents have {channels} channels, the transformer expects "
-                f"{model.latent_channels}; train on latents of its own VAE."
-            )
-        if settings.latents > frames or settings.latents % model.frames_per_block:
-            raise ValueError(
-                f"task.latents={settings.latents}: clips have {frames} and a block has "
-                f"{model.frames_per_block}; give whole blocks, no more than a clip has."
-            )
-        if clips.features.shape[2:] != (model.audio_layers, model.audio_width):
-            raise ValueError(
-                f"speech features have {clips.features.shape[2:]} states and channels, the "
-                f"transformer expects {(model.audio_layers, model.audio_width)}; train on "
-                "features of its own front end."
-            )
         content = load_json(Path(weights.model) / "config.json")
         if content.get("dit") not in _NETWORKS:
             raise ValueError(
                 f"{weights.model}/config.json: dit {content.get('dit')!r} must be one of "
                 f"{', '.join(_NETWORKS)}; give the folder of a whole model."
             )
+        stream = content["stream"]
+        size = stream.get("size")
+        check_fit(
+            clips,
+            model,
+            settings.latents,
+            fps=stream.get("fps"),
+            grid=(size[0] // 8, size[1] // 8) if size else None,
+        )
         if model.weights:
             raise ValueError(
                 f"model.weights {model.weights!r} has no gradient; distil with weights as stored "
@@ -120,7 +113,18 @@ class DistillTask:
             )
         self.model, self.settings, self.weights = model, settings, weights
         self.clips, self.seed, self._content = clips, seed, content
-        self.batch_size = settings.batch_size
+        self.batch_size, self.content_hash = settings.batch_size, clips.content_hash
+        self._windows = {
+            role: Windows(
+                clips,
+                settings.latents,
+                settings.batch_size,
+                text_len=model.text_len,
+                text_width=model.text_width,
+                seed=[seed, 2, number],
+            )
+            for role, number in _ROLES.items()
+        }
         network, adapted = _NETWORKS[content["dit"]], settings.adapted(model)
         self._build = functools.partial(network, model)
         self.graphdef, self._expected = abstract(lambda: self._build(rngs=nnx.Rngs(0)))
@@ -229,24 +233,18 @@ class DistillTask:
         return measure_data(latents.astype(np.float32), self.model.frames_per_block)
 
     def _told(self, step: int, role: str, rows: np.ndarray) -> Told:
-        clips, settings = self.clips, self.settings
-        rng = np.random.default_rng([self.seed, 2, _ROLES[role], step])
-        index = rng.integers(len(clips), size=settings.batch_size)[rows]
-        last = clips.latent.shape[1] - settings.latents
-        starts = rng.integers(last + 1, size=settings.batch_size)[rows]
-        features = np.stack(
-            [
-                clips.features[i, 4 * s : 4 * (s + settings.latents)]
-                for i, s in zip(index, starts, strict=True)
-            ]
-        )
-        reference = clips.reference[index].astype(np.float32)
-        text = np.zeros((len(index), 1, self.model.text_width), np.float32)
-        pose = reference
+        batch = self._windows[role].batch(step, rows)
+        pose = reference = batch["reference"]
         if self._content["stream"].get("pose", "zeros") == "zeros":
             pose = np.zeros((*reference.shape[:-1], self.model.pose_channels), np.float32)
-        features = features.astype(np.float32)[:, None]
-        return Told(text, text, reference, features, pose, rows.astype(np.int32))
+        return Told(
+            batch["text"],
+            batch["null_text"],
+            reference,
+            batch["features"],
+            pose,
+            rows.astype(np.int32),
+        )
 
     def _read_or_draw(self, mesh: Mesh | None = None) -> PyTree:
         teacher = self.weights.teacher

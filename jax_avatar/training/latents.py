@@ -1,29 +1,71 @@
-"""Clips as the transformer trains on them: encoded once, then kept in memory.
+"""Encoded clips to train on: arrays in memory, or the records of an encoded data set."""
 
-frames, portrait --VAE--> latents, reference      wave --speech encoder--> features
-"""
-
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
-from jax_avatar.data.records import ClipRecord
-from jax_avatar.shapes import Array
+from jax_avatar.data.encoded import EncodedClip, negative_rows, open_encoded
+from jax_avatar.data.shards import RecordSource
 
-__all__ = ["LatentClips", "encode_clips", "mouth_cells", "random_clips"]
+__all__ = [
+    "Clips",
+    "LatentClips",
+    "StoredClips",
+    "load_encoded",
+    "random_clips",
+]
+
+EncodeSpeech = Callable[[np.ndarray, int], np.ndarray]
+
+
+@runtime_checkable
+class Clips(Protocol):
+    """Encoded clips, wherever they are. Latent 0 of a clip is never part of a window.
+
+    Attributes:
+        lengths: latents of every clip, without latent 0.
+        person: number of the person in every clip.
+        grid: rows and columns of a latent.
+        channels: of a latent.
+        states: hidden states and channels of the speech features.
+        fps: video frames per second; 0 for clips of noise.
+        text_width: channels of the text rows; 0 without text.
+        null_text: rows of the negative prompt, `p f`, or None.
+        has_lips: whether the place and the opening of the mouth are known.
+        content_hash: of the data; "" for clips that are nowhere on disk.
+    """
+
+    lengths: np.ndarray
+    person: np.ndarray
+    grid: tuple[int, int]
+    channels: int
+    states: tuple[int, int]
+    fps: int
+    text_width: int
+    null_text: np.ndarray | None
+    has_lips: bool
+    content_hash: str
+
+    def __len__(self) -> int: ...
+
+    def moving(self, index: int) -> dict[str, Any]:
+        """Arrays of one clip after latent 0 and frame 0, candidate portraits, text rows."""
+
+    def take(self, index: np.ndarray | slice) -> "LatentClips":
+        """Some of the clips, in memory, each with one portrait and as long as the shortest."""
 
 
 @dataclass(frozen=True)
 class LatentClips:
-    """Encoded clips in memory, small enough to be kept whole.
+    """Encoded clips in memory, of equal length, with one portrait each.
 
     Attributes:
-        latent: of the clips' moving frames (without latent 0), `N t h w c` float16.
-        reference: of the portraits, `N 1 h w c` float16.
-        features: of the speech, four video frames per latent, `N T k a` float16.
+        latent: of the clips' moving frames (without latent 0), `N t h w c`.
+        reference: of the portraits, `N 1 h w c`.
+        features: of the speech, four video frames per latent, `N T k a`.
         mouth: where the mouth is, `N t h w`.
         lip_gap: opening of the lips over the height of the head, `N T`.
         person: number of the person in each clip, `N`.
@@ -35,6 +77,8 @@ class LatentClips:
     mouth: np.ndarray
     lip_gap: np.ndarray
     person: np.ndarray
+
+    fps, text_width, null_text, has_lips, content_hash = 0, 0, None, True, ""
 
     def __post_init__(self):
         count, frames = self.latent.shape[:2]
@@ -50,81 +94,153 @@ class LatentClips:
     def __len__(self) -> int:
         return len(self.latent)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Latents of every clip."""
+        return np.full(len(self), self.latent.shape[1])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of a latent."""
+        return self.latent.shape[2:4]
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self.latent.shape[-1]
+
+    @property
+    def states(self) -> tuple[int, int]:
+        """Hidden states and channels of the speech features."""
+        return self.features.shape[2:]
+
+    def moving(self, index: int) -> dict[str, Any]:
+        """As of `Clips`."""
+        names = ("latent", "reference", "features", "mouth", "lip_gap")
+        return {name: getattr(self, name)[index] for name in names} | {"reference_frames": (-1,)}
+
     def take(self, index: np.ndarray | slice) -> "LatentClips":
-        """Some of the clips."""
+        """As of `Clips`."""
         return LatentClips(**{name: getattr(self, name)[index] for name in self.__annotations__})
 
-    def save(self, path: str | Path) -> None:
-        """Writes one archive."""
-        np.savez(path, **{name: getattr(self, name) for name in self.__annotations__})
 
-    @classmethod
-    def load(cls, path: str | Path) -> "LatentClips":
-        """Reads what `save` wrote."""
-        with np.load(path, allow_pickle=False) as archive:
-            return cls(**{name: archive[name] for name in cls.__annotations__})
+class StoredClips:
+    """Clips of an encoded data set, read when they are asked for; see `Clips`."""
+
+    def __init__(
+        self,
+        records: Sequence[EncodedClip] | RecordSource,
+        index: dict[str, Any],
+        split: str,
+        *,
+        null_text: np.ndarray | None = None,
+        encode_speech: EncodeSpeech | None = None,
+        states: tuple[int, int] | None = None,
+    ):
+        """Binds records to what the index says of them.
+
+        Args:
+            records: of the split.
+            index: of the data set.
+            split: its name.
+            null_text: rows of the negative prompt.
+            encode_speech: `(wave [n] int16, frames) -> features [T k a]` of the video frames from
+                the start of the wave; needed where the data set has no features.
+            states: hidden states and channels that `encode_speech` makes.
+        """
+        shards = index["splits"][split]
+        self._records, self._encode_speech = records, encode_speech
+        self.lengths = np.concatenate([shard["latents"] for shard in shards]) - 1
+        self.person = np.concatenate([shard["people"] for shard in shards])
+        self.grid, self.channels = tuple(index["grid"]), index["channels"]
+        self.fps, self.content_hash = index["fps"], index["hash"]
+        self.text_width, self.null_text = index["text_width"], null_text
+        self.has_lips = {"mouth", "lip_gap"} <= set(index["fields"])
+        stored = index["states"]
+        if stored is None and encode_speech is None:
+            raise ValueError(
+                "the encoded clips have no speech features and no speech encoder was given; give "
+                "the model's folder, or encode them again with their features."
+            )
+        self.states = tuple(stored or states)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def moving(self, index: int) -> dict[str, Any]:
+        """As of `Clips`."""
+        clip = self._records[index]
+        t, h, w, _ = clip.latent.shape
+        frames = 4 * (t - 1)
+        features = clip.features
+        if features is None:
+            # The whole wave is heard from its start, as in a stream, and then cut.
+            heard = self._encode_speech(clip.wave, clip.first_frame + 1 + frames)
+            features = heard[clip.first_frame :]
+        moving = {
+            "latent": clip.latent[1:],
+            "reference": clip.reference,
+            "reference_frames": clip.reference_frames,
+            "features": features[1:],
+            "mouth": np.zeros((t - 1, h, w), bool),
+            "lip_gap": np.zeros(frames, np.float32),
+        }
+        if self.has_lips:
+            moving |= {"mouth": clip.mouth[1:], "lip_gap": clip.lip_gap[1:]}
+        return moving | ({} if clip.text is None else {"text": clip.text})
+
+    def take(self, index: np.ndarray | slice) -> LatentClips:
+        """As of `Clips`."""
+        chosen = np.arange(len(self))[index]
+        shortest = int(self.lengths[chosen].min())
+        clips = [self.moving(int(i)) for i in chosen]
+
+        def stack(name, length):
+            return np.stack([clip[name][:length] for clip in clips])
+
+        return LatentClips(
+            latent=stack("latent", shortest).astype(np.float16),
+            reference=stack("reference", 1).astype(np.float16),
+            features=stack("features", 4 * shortest).astype(np.float16),
+            mouth=stack("mouth", shortest),
+            lip_gap=stack("lip_gap", 4 * shortest),
+            person=self.person[chosen],
+        )
 
 
-def encode_clips(
-    clips: Iterable[ClipRecord],
-    encode_video: Callable[[Array], Array],
-    encode_speech: Callable[[Array, int], Array],
+def load_encoded(
+    folder: str | Path,
+    split: str,
     *,
-    stride: int = 8,
-    phases: int = 1,
-) -> LatentClips:
-    """Encodes clips one after the other.
-
-    A latent stands for four frames. Encoding a clip again from its second, third and fourth frame
-    gives other latents of the same motion, up to four times as many.
+    weights: dict[str, str] | None = None,
+    encode_speech: EncodeSpeech | None = None,
+    states: tuple[int, int] | None = None,
+) -> StoredClips:
+    """Opens a split of an encoded data set.
 
     Args:
-        clips: of equal length, `1 + 4n` frames.
-        encode_video: `[1 T H W 3] -> [1 t h w c]`, weights bound.
-        encode_speech: `(wave [1 1 N], frames) -> [1 1 frames k a]`, weights bound.
-        stride: pixels per latent cell.
-        phases: 1 to 4, how often every clip is encoded, each time from one frame later.
+        folder: written by `launch/prepare_data.py encode`.
+        split: its name.
+        weights: network -> hash of the weights in use, to be compared with those that encoded.
+        encode_speech: see `StoredClips`.
+        states: see `StoredClips`.
+
+    Raises:
+        ValueError: the folder is not a whole data set, or was encoded with other weights.
     """
-    encode_video = jax.jit(encode_video)
-    encode_speech = jax.jit(encode_speech, static_argnums=1)
-    rows = {name: [] for name in LatentClips.__annotations__}
-    for clip in clips:
-        frames = (len(clip.frames) - phases) // 4 * 4
-        size = (clip.frames.shape[1] // stride, clip.frames.shape[2] // stride)
-        portrait = clip.portrait[None, None].astype(np.float32) / 127.5 - 1
-        reference = np.asarray(encode_video(portrait))[0].astype(np.float16)
-        # The wave is heard from its start, as in a stream.
-        wave = clip.wave[None, None].astype(np.float32) / 32768
-        features = np.asarray(encode_speech(wave, len(clip.frames)))[0, 0].astype(np.float16)
-        for phase in range(phases):
-            video = clip.frames[None, phase : phase + 1 + frames].astype(np.float32) / 127.5 - 1
-            moving = slice(phase + 1, phase + 1 + frames)
-            rows["latent"].append(np.asarray(encode_video(video))[0, 1:].astype(np.float16))
-            rows["reference"].append(reference)
-            rows["features"].append(features[moving])
-            rows["mouth"].append(mouth_cells(clip.mouth_box[moving], size, stride))
-            rows["lip_gap"].append(clip.lip_gap[moving].astype(np.float32))
-            rows["person"].append(clip.person_id)
-    return LatentClips(**{name: np.stack(values) for name, values in rows.items()})
-
-
-def mouth_cells(
-    mouth_box: np.ndarray, size: tuple[int, int], stride: int, margin: float = 2.0
-) -> np.ndarray:
-    """Latent cells that the mouth's boxes touch in any of a latent's four frames.
-
-    Args:
-        mouth_box: `[4t 4]` left, top, right, bottom in pixels.
-        size: latent rows and columns.
-        stride: pixels per latent cell.
-        margin: pixels by which the boxes are widened.
-    """
-    boxes = mouth_box.reshape(-1, 4, 4)
-    low, high = boxes[..., :2].min(1) - margin, boxes[..., 2:].max(1) + margin
-    rows, cols = np.arange(size[0])[None], np.arange(size[1])[None]
-    row = (rows * stride < high[:, 1:]) & ((rows + 1) * stride > low[:, 1:])
-    col = (cols * stride < high[:, :1]) & ((cols + 1) * stride > low[:, :1])
-    return row[:, :, None] & col[:, None, :]
+    records, index = open_encoded(folder, split)
+    used = index["settings"]["weights"]
+    for name, value in (weights or {}).items():
+        # Where the data has no features, any speech encoder may make them.
+        if used.get(name, value) != value and not (name == "speech" and not index["states"]):
+            raise ValueError(
+                f"{folder} was encoded with {name} weights {used[name][:16]}, those of this run "
+                f"are {value[:16]}; encode the clips with this model, or use the other one."
+            )
+    null_text = negative_rows(folder)
+    return StoredClips(
+        records, index, split, null_text=null_text, encode_speech=encode_speech, states=states
+    )
 
 
 def random_clips(

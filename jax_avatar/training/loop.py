@@ -317,7 +317,10 @@ def train(
     """
     workdir = Path(workdir).resolve()
     mesh = mesh_of(task, config)
-    settings = json.loads(json.dumps(_semantic(settings or {}, config)))
+    settings = _semantic(settings or {}, config)
+    if getattr(task, "content_hash", ""):
+        settings["data_hash"] = task.content_hash  # other data, another run
+    settings = json.loads(json.dumps(settings))
     root, init_key = jax.random.split(jax.random.key(config.seed))
     with ocp.CheckpointManager(
         workdir / "checkpoints", item_names=_ITEMS, options=_manager_options(config)

@@ -11,17 +11,20 @@ from typing import Any
 
 from flax import nnx
 
+from jax_avatar.data.encoded import is_complete
 from jax_avatar.data.records import ClipRecord, read_clips
 from jax_avatar.data.toy import toy_clips
-from jax_avatar.io.checkpoint import load_header, load_weights
-from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
+from jax_avatar.io.checkpoint import load_header
+from jax_avatar.models.audio import SpeechConfig
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
-from jax_avatar.models.params import abstract, merge
+from jax_avatar.models.light_vae import LightVAEConfig
+from jax_avatar.models.params import abstract
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.distillation import DistillConfig
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
-from jax_avatar.training.latents import LatentClips, encode_clips
+from jax_avatar.training.encoders import Encoders
+from jax_avatar.training.encoding import EncodeConfig, encode_clips, encode_data
+from jax_avatar.training.latents import StoredClips, load_encoded
 from jax_avatar.training.loop import LoopConfig, OwnStepTask, Task
 from jax_avatar.training.model_folder import NETWORKS, StageWeights, export_model, read_dit
 from jax_avatar.training.rollout import RolloutConfig
@@ -29,8 +32,9 @@ from jax_avatar.training.speech import SpeechTask, SpeechTaskConfig
 from jax_avatar.training.state import build_section
 from jax_avatar.training.teacher import SamplerConfig
 from jax_avatar.training.vae import FaceWindows, VAELossConfig, VAETask
+from jax_avatar.training.windows import check_fit
 
-__all__ = ["build_stage", "load_clips", "load_encoders", "load_latents", "read_sections"]
+__all__ = ["build_stage", "load_clips", "load_latents", "read_sections"]
 
 _STRIDE = 8  # pixels per latent cell, of both kinds of VAE
 _STABLE_BATCH, _SMALL_NETWORK = 32, 50_000_000  # clips per update; weights
@@ -99,21 +103,6 @@ def read_sections(settings: Mapping[str, Any]) -> tuple[dict[str, Any], LoopConf
     return sections, loop
 
 
-def load_encoders(weights: Mapping[str, str]) -> tuple[LightVAE, SpeechEncoder]:
-    """The trained VAE and speech encoder.
-
-    Args:
-        weights: folders that hold `vae.safetensors` and `speech.safetensors`.
-    """
-    params, config, _ = load_weights(weights["vae"], "vae")
-    vae_config = LightVAEConfig(**config)
-    vae = merge(abstract(lambda: LightVAE(vae_config, rngs=nnx.Rngs(0)))[0], params)
-    params, config, _ = load_weights(weights["speech"], "speech")
-    speech_config = SpeechConfig(**config)
-    speech = merge(abstract(lambda: SpeechEncoder(speech_config, rngs=nnx.Rngs(0)))[0], params)
-    return vae, speech
-
-
 def load_clips(folder: str, split: str) -> Sequence[ClipRecord]:
     """Clips of a split.
 
@@ -124,30 +113,31 @@ def load_clips(folder: str, split: str) -> Sequence[ClipRecord]:
     return read_clips(folder, split) if folder else toy_clips(split)
 
 
-def load_latents(settings: Mapping[str, Any], split: str) -> LatentClips:
-    """Encoded clips of a split: read from `settings["latents"]`, or made there first.
+def load_latents(settings: Mapping[str, Any], split: str) -> StoredClips:
+    """Encoded clips of a split: from `settings["latents"]`, where raw clips are encoded first.
+
+    A folder that `launch/prepare_data.py encode` wrote is taken as it is.
 
     Args:
-        settings: has `data`, `latents` (toy faces are encoded anew if it is empty) and `weights`
-            with the folders of VAE and speech encoder.
+        settings: has `data`, `latents` (without either, toy faces are encoded) and `weights` with
+            the folders of VAE and speech encoder.
         split: one of `SPLITS`.
     """
-    folder = settings["latents"]
-    if settings["data"] and not folder:
+    data, folder = settings["data"], settings["latents"]
+    encoders = Encoders.load(settings["weights"])
+    if not folder and data:
         raise ValueError("config.latents is empty; give a folder for the encoded clips.")
-    path = Path(folder) / f"{split}.npz"
-    if folder and path.exists():
-        return LatentClips.load(path)
-    vae, speech = load_encoders(settings["weights"])
-    source = load_clips(settings["data"], split)
-    phases = 4 if split == "train" and settings["data"] else 1
-    clips = encode_clips(
-        (source[i] for i in range(len(source))), vae.encode, speech.encode, phases=phases
+    if not folder:
+        return encode_clips(toy_clips(split), encoders)
+    if data and not is_complete(folder):
+        encode_data(data, folder, encoders, EncodeConfig(phases=4))
+    return load_encoded(
+        folder,
+        split,
+        weights=encoders.weights,
+        encode_speech=encoders.features,
+        states=encoders.states,
     )
-    if folder:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clips.save(path)
-    return clips
 
 
 def _check_batch(model: DiTConfig, task: DistillConfig) -> None:
@@ -192,7 +182,8 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
     start = functools.partial(read_dit, weights.start, expected) if weights.start else None
 
     clips = load_latents(encoders, "train")
-    sides = {"size": [_STRIDE * side for side in clips.latent.shape[2:4]]}
+    check_fit(clips, model, task.latents, fps=content["stream"].get("fps"))
+    sides = {"size": [_STRIDE * side for side in clips.grid]}
     stream = sides if content["stream"].get("size") else {}
 
     def export(params, folder, metadata):

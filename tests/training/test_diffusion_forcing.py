@@ -10,7 +10,8 @@ from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import merge
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
-from jax_avatar.training.latents import LatentClips, mouth_cells
+from jax_avatar.training.encoding import mouth_cells
+from jax_avatar.training.latents import LatentClips
 from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step
 from jax_avatar.training.mouth_reader import fit_mouth_reader
 from jax_avatar.training.state import start_state
@@ -228,8 +229,8 @@ def test_only_the_stillest_windows_of_every_person_are_kept():
     moved[1::2] += 1  # one of two clips of each person has moved away
     clips = dataclasses.replace(clips, latent=moved, person=np.array([7, 7, 9, 9]))
     task = make_task(dataclasses.replace(SETTINGS, still_share=0.5), clips)
-    assert set(task.windows[:, 0]) == {0, 2}
-    assert len(task.windows) == 2 * 4
+    assert set(task.windows.windows[:, 0]) == {0, 2}
+    assert len(task.windows.windows) == 2 * 4
 
 
 def test_speech_and_picture_of_a_window_belong_together():

@@ -92,6 +92,18 @@ def test_other_settings_are_refused_by_name_unless_forced(tmp_path):
     assert int(state.step) == CONFIG.num_steps
 
 
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    def task(content_hash, **kwargs):
+        task = LineTask(**kwargs)
+        task.content_hash = content_hash
+        return task
+
+    train(task("aa", stop_after=3), CONFIG, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="data_hash: aa -> bb"):
+        train(task("bb"), CONFIG, tmp_path, progress=False)
+    assert int(train(task("aa"), CONFIG, tmp_path, progress=False).step) == CONFIG.num_steps
+
+
 def test_the_time_limit_saves(tmp_path):
     config = dataclasses.replace(CONFIG, max_minutes=1e-9)
     assert int(train(LineTask(), config, tmp_path, progress=False).step) == 1

@@ -8,10 +8,9 @@ seed, split, index -> person, voice -> speech -> mouth units -+
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -293,41 +292,17 @@ def write_shard(job: ShardJob) -> int:
 
 def start_manifest(config: PeopleConfig, folder: str | pathlib.Path) -> None:
     """Creates the folder, or checks that what lies there belongs to the same settings."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / records.MANIFEST
-    if path.exists():
-        found = json.loads(path.read_text())["config"]
-        wanted = dataclasses.asdict(config)
-        differing = [k for k in wanted if found.get(k) != wanted[k]]
-        if differing:
-            raise ValueError(
-                f"{str(folder)!r} holds data made with other settings: "
-                + ", ".join(f"{k} {found.get(k)} there, {wanted[k]} asked for" for k in differing)
-                + "; pass the same settings to go on, or another --out"
-            )
-        return
-    _write_manifest(config, folder, complete=False, data_hash=None)
+    records.start_manifest(folder, _manifest(config))
 
 
 def finish_manifest(config: PeopleConfig, folder: str | pathlib.Path) -> str:
     """Marks the set complete and records the hash of all shards; returns the hash."""
-    digest = hashlib.sha256()
-    for job in sorted(plan_shards(config, folder), key=lambda job: job.path.name):
-        with open(job.path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    data_hash = digest.hexdigest()
-    _write_manifest(config, pathlib.Path(folder), complete=True, data_hash=data_hash)
-    return data_hash
+    return records.finish_manifest(folder, _manifest(config))
 
 
-def _write_manifest(
-    config: PeopleConfig, folder: pathlib.Path, *, complete: bool, data_hash: str | None
-) -> None:
-    manifest = dict(
+def _manifest(config: PeopleConfig) -> dict[str, Any]:
+    return dict(
         config=dataclasses.asdict(config),
-        complete=complete,
-        data_hash=data_hash,
         splits={
             split: dict(
                 clips=config.num_clips(split),
@@ -341,6 +316,3 @@ def _write_manifest(
         sample_rate=speech.SAMPLE_RATE,
         lookahead_samples=LOOKAHEAD_SAMPLES,
     )
-    part = folder / f"{records.MANIFEST}.part"
-    part.write_text(json.dumps(manifest, indent=1) + "\n")
-    part.rename(folder / records.MANIFEST)

@@ -1,0 +1,68 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
+from jax_avatar.training.latents import load_encoded
+from tests import nano
+from tests.training.test_encoding import make_clip, write_data
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "prepare_data.py"
+
+
+@pytest.fixture(scope="module")
+def prepare():
+    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.mark.parametrize("command", ["people", "portraits", "encode"])
+def test_every_command_explains_itself(prepare, capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        prepare([command, "--help"])
+    assert stopped.value.code == 0 and "--out" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def encoded(prepare, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoded")
+    nano.save_text_encoder(nano.save_model(folder / "model"))
+    write_data(folder / "raw", [make_clip(i, length=14) for i in range(2)])
+    command = ["encode", "--data", str(folder / "raw"), "--model", str(folder / "model")]
+    command += ["--out", str(folder / "set"), "--phases", "2", "--negative_prompt", "café"]
+    assert prepare(command) == 0
+    return folder, command
+
+
+def test_encoded_clips_train_the_model_whose_encoders_made_them(encoded):
+    clips = load_encoded(encoded[0] / "set", "train")
+    model = nano.CONFIG.replace(framepack=False)
+    task = ForcingTask(model, ForcingConfig(batch_size=4, latents=3), clips)
+    batch = task.batches(0)
+    assert batch["latent"].shape == (4, 3, 4, 4, 4)
+    assert batch["text"].shape == (4, 3, 4) and np.abs(batch["text"]).max(2).all(1).any()
+    # The prompts of all clips say the same, the negative one something else.
+    assert (batch["text"] == batch["text"][:1]).all()
+    assert (batch["text"][0] != batch["null_text"][0]).any()
+    assert sorted(r.first_frame for r in map(clips._records.__getitem__, range(4))) == [0, 0, 1, 1]
+
+
+def test_repeating_the_command_changes_nothing(encoded, prepare):
+    folder, command = encoded
+    before = {path.name: path.read_bytes() for path in (folder / "set").iterdir()}
+    assert prepare(command) == 0
+    after = {path.name: path.read_bytes() for path in (folder / "set").iterdir()}
+    before.pop("negative_prompt.safetensors"), after.pop("negative_prompt.safetensors")
+    assert before == after
+
+
+def test_mistakes_are_one_line(encoded, prepare, capsys):
+    folder, command = encoded
+    assert prepare([*command, "--phases", "3"]) == 1
+    assert prepare(["encode", "--data", str(folder), "--model", "x", "--out", "y"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "phases 2 there, 3 now" in lines[0] and "config.json" in lines[-1]
