@@ -1,6 +1,7 @@
 """Makes training data: raw clips from people that are rendered or from videos, then encoded ones.
 
     python launch/prepare_data.py people --out data/people
+    python launch/prepare_data.py videos --src footage --out data/videos --size 384 704 --fps 25
     python launch/prepare_data.py encode --data data/people --model jax_avatar/assets/small \\
         --out data/latents --phases 4
 
@@ -13,6 +14,7 @@ two busy CPU cores and 0.7 GB. A command that was stopped goes on where it was w
 
 import argparse
 import dataclasses
+import importlib
 import multiprocessing
 import os
 import pathlib
@@ -57,6 +59,41 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     portraits.add_argument("--out", required=True, help="folder to write to")
     portraits.add_argument("--size", type=int, default=256, help="edge of the pictures in pixels")
+    videos = commands.add_parser(
+        "videos",
+        help="clips of one talking person, cut from a folder of videos with sound",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    videos.add_argument("--src", required=True, help="folder with videos, and folders in it")
+    videos.add_argument("--out", required=True, help="folder to write to")
+    videos.add_argument("--size", type=int, nargs=2, default=(96, 96), help="height and width")
+    videos.add_argument("--fps", type=int, default=16, help="frames per second, 16 or 25")
+    videos.add_argument("--min_s", type=float, default=2.0, help="shortest clip in seconds")
+    videos.add_argument("--max_s", type=float, default=20.0, help="longest clip in seconds")
+    videos.add_argument(
+        "--face_share", type=float, default=0.15, help="least height of a face, of the picture's"
+    )
+    videos.add_argument(
+        "--face_zoom", type=float, default=0.0, help="crop height in face heights; 0: all that fits"
+    )
+    videos.add_argument("--speech_share", type=float, default=0.7, help="least share of speech")
+    videos.add_argument("--looks_per_s", type=float, default=4.0, help="looks for faces per second")
+    videos.add_argument(
+        "--latents_step", type=int, default=4, help="clips have 1 + 4n frames, n a multiple of this"
+    )
+    videos.add_argument(
+        "--held_out_share", type=float, default=0.05, help="share of the videos kept for tests"
+    )
+    videos.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="MODULE:NAME",
+        help="a function of your own, clip -> reason or None; may be given again",
+    )
+    videos.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="videos cut at the same time"
+    )
     encode = commands.add_parser(
         "encode",
         help="raw clips -> latents, text rows and speech features, as the transformer trains on",
@@ -86,6 +123,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_programs(arguments: argparse.Namespace) -> None:
+    if arguments.command == "videos":
+        try:
+            import cv2  # noqa: F401
+            import webrtcvad  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"videos need a package that is not installed ({error}); install the extra "
+                '`videos`: pip install "jax_avatar[videos]"'
+            ) from error
     if arguments.command not in ("people", "portraits"):
         return
     if arguments.command == "people" and shutil.which("flite") is None:
@@ -133,6 +179,44 @@ def prepare_people(arguments: argparse.Namespace) -> None:
     )
 
 
+def load_filter(name: str):
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--filter {name}: {error}; expected MODULE:NAME of a function that can be imported."
+        ) from error
+
+
+def cut_videos(arguments: argparse.Namespace) -> None:
+    from jax_avatar.data import records
+    from jax_avatar.data.videos import clips
+
+    config = config_of(clips.VideoConfig, arguments)
+    filters = [load_filter(name) for name in arguments.filter]
+    jobs = clips.plan(config, arguments.src, arguments.out, filters)
+    clips.start(config, arguments.out, arguments.filter)
+    left = [job for job in jobs if not job.note.exists()]
+    context = multiprocessing.get_context("spawn")
+    with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="video") as progress:
+        if len(left) > 1 and arguments.workers > 1:
+            with context.Pool(min(arguments.workers, len(left))) as pool:
+                for _ in pool.imap_unordered(clips.cut_video, left):
+                    progress.update()
+        else:
+            for job in left:
+                clips.cut_video(job)
+                progress.update()
+    data_hash = clips.finish(config, arguments.out, arguments.filter)
+    made = records.read_manifest(arguments.out)
+    print(
+        f"{arguments.out}: {made['clips']} clips, {made['seconds']:.0f} s of {made['videos']} "
+        f"videos; {made['rejected']} parts rejected, reasons in {clips.REJECTED}; "
+        f"sha256 {data_hash[:16]}"
+    )
+
+
 def encode_clips(arguments: argparse.Namespace) -> None:
     # Late, so that --help answers at once.
     from jax_avatar.streaming.model import has_text_encoder
@@ -176,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         commands = {
             "people": prepare_people,
             "portraits": draw_portraits,
+            "videos": cut_videos,
             "encode": encode_clips,
         }
         commands[arguments.command](arguments)

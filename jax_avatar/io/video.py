@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from jax_avatar.io.media import media_url, open_media
 from jax_avatar.shapes import Float
 
-__all__ = ["VideoWriter", "read_video"]
+__all__ = ["VideoWriter", "read_video", "samples_by_time"]
 
 _SUFFIXES = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 # One fragment per key frame, so that what is written is playable. The header waits for the first
@@ -206,7 +206,7 @@ def read_video(
             if not container.streams.audio:
                 return np.stack(frames), fps, None, None
             rate = container.streams.audio[0].rate
-            return np.stack(frames), fps, _samples_by_time(container, rate), rate
+            return np.stack(frames), fps, samples_by_time(container, rate), rate
     except (OSError, av.FFmpegError) as error:
         raise ValueError(
             f"{path} cannot be read as a video ({error.strerror}); expected a whole mp4, mov or "
@@ -214,7 +214,8 @@ def read_video(
         ) from error
 
 
-def _samples_by_time(container: av.container.InputContainer, rate: int) -> np.ndarray:
+def samples_by_time(container: av.container.InputContainer, rate: int) -> np.ndarray:
+    """Mono samples of a file's sound, where their time stamps say, from time 0 on."""
     parts = []
     for frame in container.decode(audio=0):
         part = frame.to_ndarray().astype(np.float32).mean(0)

@@ -20,7 +20,7 @@ def prepare():
     return module.main
 
 
-@pytest.mark.parametrize("command", ["people", "portraits", "encode"])
+@pytest.mark.parametrize("command", ["people", "portraits", "videos", "encode"])
 def test_every_command_explains_itself(prepare, capsys, command):
     with pytest.raises(SystemExit) as stopped:
         prepare([command, "--help"])

@@ -1,0 +1,1 @@
+"""Videos of talking people -> clips of one person who speaks."""

@@ -1,0 +1,88 @@
+"""A video file as frames at a chosen rate and sound at 16 kHz, both on the file's own clock."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import soxr
+
+from jax_avatar.io.media import open_media
+from jax_avatar.io.video import samples_by_time
+
+__all__ = ["SAMPLE_RATE", "Footage"]
+
+SAMPLE_RATE = 16_000
+_LEAD_S = 1.0  # decoded before a part, since a file is entered at key frames only
+
+
+class Footage:
+    """One video file; frame `i` of it is what is seen at time `i / fps`."""
+
+    def __init__(self, path: str | Path, fps: int):
+        """Looks at the file's header.
+
+        Args:
+            path: of anything that FFmpeg reads.
+            fps: frames per second to show it at, whatever its own rate is.
+
+        Raises:
+            ValueError: it cannot be read, or has no picture.
+        """
+        self.path, self.fps = Path(path), fps
+        try:
+            with open_media(self.path) as container:
+                if not container.streams.video:
+                    raise ValueError(f"{path} has no picture")
+                self.has_sound = bool(container.streams.audio)
+        except (OSError, av.FFmpegError) as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+
+    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Yields RGB frames `[H W 3]` uint8 from `start` to before `stop`, or to the end.
+
+        Raises:
+            ValueError: the file is broken.
+        """
+        number, before = start, None
+        try:
+            for time, picture in self._decoded(start / self.fps - _LEAD_S):
+                # The nearer of the two pictures on either side of a frame's time is shown.
+                while before is not None and number / self.fps < time:
+                    is_nearer = number / self.fps - before[0] <= time - number / self.fps
+                    yield _pixels(before[1] if is_nearer else picture)
+                    number += 1
+                    if number == stop:
+                        return
+                before = time, picture
+            # The last picture stays as long as a frame.
+            if before is not None and number / self.fps <= before[0]:
+                yield _pixels(before[1])
+        except (OSError, av.FFmpegError) as error:
+            raise ValueError(f"{self.path} breaks off ({error.strerror})") from error
+
+    def sound(self) -> np.ndarray:
+        """Mono samples at 16 kHz, int16; sample 0 is at time 0, like frame 0."""
+        try:
+            with open_media(self.path) as container:
+                rate = container.streams.audio[0].rate
+                samples = samples_by_time(container, rate)
+        except (OSError, av.FFmpegError) as error:
+            raise ValueError(f"the sound of {self.path} breaks off ({error.strerror})") from error
+        samples = soxr.resample(samples, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else samples
+        return np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
+
+    def _decoded(self, start_s: float) -> Iterator[tuple[float, av.VideoFrame]]:
+        with open_media(self.path) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            if start_s > 0:
+                container.seek(int(start_s / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts is not None:
+                    yield float(frame.pts * stream.time_base), frame
+
+
+def _pixels(frame: av.VideoFrame) -> np.ndarray:
+    # Telephones film sideways and say so.
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)

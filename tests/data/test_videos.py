@@ -1,0 +1,270 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cv2")
+pytest.importorskip("webrtcvad")
+pytest.importorskip("numba")
+
+from jax_avatar.data import records
+from jax_avatar.data.talking_people.person import make_person
+from jax_avatar.data.talking_people.render import Pose, render, unit_weights
+from jax_avatar.data.videos import clips
+from jax_avatar.data.videos.clips import VideoConfig, cut_video, finish, plan, start
+from jax_avatar.data.videos.faces import FrontalFaces, Stretch, single_face_stretches
+from jax_avatar.data.videos.filters import speech_share
+from jax_avatar.data.videos.footage import Footage
+from jax_avatar.data.videos.shots import ShotCuts
+from jax_avatar.io.audio import load_audio
+from jax_avatar.io.video import VideoWriter
+
+DEMO = Path(__file__).parents[2] / "jax_avatar" / "assets" / "demo.flac"
+RATE, SOURCE_FPS = 16_000, 25
+CONFIG = VideoConfig(size=(64, 64), fps=16, min_s=1.5, max_s=4.0)
+# Seconds of every part of the test's video, one after the other.
+PARTS = {"first": 3.2, "second": 2.4, "nobody": 2.0, "silent": 2.4, "short": 0.8}
+
+
+def pictures(seed, width=192, height=144):
+    """A person whose mouth and head move, on a wide background."""
+    person = make_person(seed, texture_size=128)
+    made = []
+    for i in range(6):
+        opened = unit_weights({"jawOpen": 0.1 * i})
+        face = render(person, opened, Pose(yaw=0.02 * i), size=height).image
+        picture = np.full((height, width, 3), 40 * (seed % 5), np.uint8)
+        picture[:, 24 : 24 + height] = face
+        made.append(picture)
+    return made
+
+
+@pytest.fixture(scope="module")
+def people():
+    return {seed: pictures(seed) for seed in (7, 8)}
+
+
+def wall(width=192, height=144):
+    rows = np.linspace(0, 200, height)[:, None, None]
+    return np.broadcast_to(rows, (height, width, 3)).astype(np.uint8)
+
+
+def write_video(path, parts, sound=True, fps=SOURCE_FPS):
+    """Parts are seconds, pictures to loop over, and whether somebody speaks."""
+    speech = load_audio(DEMO)
+    height, width = parts[0][1][0].shape[:2]
+    with VideoWriter(path, width, height, fps, RATE if sound else None) as writer:
+        for seconds, shown, speaks in parts:
+            count = round(seconds * fps)
+            samples = count * RATE // fps
+            writer.write_audio(speech[RATE // 2 :][:samples] if speaks else np.zeros(samples))
+            writer.write_frames(np.stack([shown[i // 3 % len(shown)] for i in range(count)]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def footage(people, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("footage")
+    first, second = people.values()
+    shown = dict(first=first, second=second, nobody=[wall()], silent=first, short=second)
+    parts = [(s, shown[name], name != "silent") for name, s in PARTS.items()]
+    write_video(folder / "talk.mp4", parts)
+    (folder / "talk.txt").write_text("Two people talk.\n")
+    write_video(folder / "mute.mp4", [(2.0, first, False)], sound=False)
+    (folder / "broken.mp4").write_bytes(b"this is no video")
+    (folder / "notes.pdf").write_bytes(b"nor is this")
+    return folder
+
+
+def make(footage, out, config=CONFIG, **options):
+    start(config, out)
+    notes = [cut_video(job) for job in plan(config, footage, out, **options)]
+    return notes, finish(config, out)
+
+
+@pytest.fixture(scope="module")
+def made(footage, tmp_path_factory):
+    out = tmp_path_factory.mktemp("clips")
+    notes, data_hash = make(footage, out)
+    return out, notes, data_hash
+
+
+def read_all(out):
+    return [
+        source[i]
+        for split in records.SPLITS
+        if any(Path(out).glob(f"{split}-*.array_record"))
+        for source in [records.read_clips(out, split)]
+        for i in range(len(source))
+    ]
+
+
+def test_people_who_talk_are_kept_and_everything_else_has_a_reason(made):
+    out, _, _ = made
+    kept = [clip.source for clip in read_all(out)]
+    assert kept == ["talk.mp4@0.00s", "talk.mp4@3.19s"]
+    lines = [json.loads(line) for line in (out / clips.REJECTED).read_text().splitlines()]
+    reasons = [(line["video"], round(line.get("start_s", -1)), line["reason"]) for line in lines]
+    assert reasons[0][:2] == ("broken.mp4", -1) and "cannot be read" in reasons[0][2]
+    assert reasons[1] == ("mute.mp4", -1, "no sound")
+    assert reasons[2] == ("talk.mp4", 6, "not exactly one face")
+    assert reasons[3][:2] == ("talk.mp4", 8) and "silent" in reasons[3][2]
+    assert reasons[4] == ("talk.mp4", 10, "shorter than 1.5 s")
+    assert len(reasons) == 5
+
+
+def test_clips_show_the_face_with_its_sound(made):
+    first, second = read_all(made[0])
+    speech = load_audio(DEMO)[RATE // 2 :]
+    # The second clip begins at a frame of its own rate, a little before the cut.
+    early = round((PARTS["first"] - 51 / 16) * RATE)
+    for clip, seconds, lag in ((first, PARTS["first"], 0), (second, PARTS["second"], early)):
+        assert clip.frames.shape[1:] == (64, 64, 3) and (len(clip.frames) - 1) % 16 == 0
+        assert seconds - 1.1 < len(clip.frames) / 16 <= seconds + 0.1
+        assert len(FrontalFaces()(clip.frames[5])) == 1
+        heard = clip.wave[lag : len(clip.frames) * 1000].astype(np.float32) / 32768
+        assert np.corrcoef(heard, speech[: len(heard)])[0, 1] > 0.9
+        assert clip.caption == "Two people talk." and clip.portrait is None
+        assert clip.style == "video" and clip.person_id == first.person_id
+
+
+def test_a_stopped_run_goes_on_to_the_same_set(footage, made, tmp_path, monkeypatch):
+    real = records.write_shard
+
+    def cut_off(path, kept):
+        next(iter(kept))
+        path.with_suffix(".part").write_bytes(b"half a shard")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records, "write_shard", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        make(footage, tmp_path)
+    monkeypatch.setattr(records, "write_shard", real)
+    looked = []
+    jobs = plan(CONFIG, footage, tmp_path)
+    assert [job.note.exists() for job in jobs] == [True, True, False]
+    for job in jobs:
+        cut_video(job, lambda frame: looked.append(1) or FrontalFaces(smallest=0.09)(frame))
+    assert finish(CONFIG, tmp_path) == made[2]
+    assert (tmp_path / clips.REJECTED).read_bytes() == (made[0] / clips.REJECTED).read_bytes()
+
+
+def test_other_settings_do_not_go_into_the_same_folder(made):
+    with pytest.raises(ValueError, match="fps 16 there, 25 asked for"):
+        start(dataclasses.replace(CONFIG, fps=25), made[0])
+
+
+def test_a_filter_of_ones_own_decides(footage, tmp_path):
+    def too_calm(clip):
+        return "calm" if clip.source.startswith("talk.mp4@0") else None
+
+    notes, _ = make(footage, tmp_path, filters=[too_calm])
+    assert notes[2]["clips"] == 1
+    assert notes[2]["rejected"][0]["reason"] == "calm"
+
+
+def test_long_stretches_become_pieces_of_equal_length():
+    box = np.array([[0.3, 0.3, 0.5, 0.6]])
+    for length, expected in ((51, [49]), (64, [49]), (130, [33, 33, 33]), (24, [])):
+        pieces = list(clips._cut_stretch(CONFIG, Stretch(100, 100 + length, box)))
+        assert [p.stop - p.start for p in pieces if p.reason is None] == expected
+        assert all(100 <= p.start and p.stop <= 100 + length for p in pieces)
+
+
+def test_small_faces_are_rejected_and_the_crop_follows_the_face(footage, tmp_path):
+    job = plan(CONFIG, footage, tmp_path)[2]
+    whole, close = (dataclasses.replace(CONFIG, face_zoom=zoom) for zoom in (0.0, 1.2))
+    box = np.array([0.3, 0.3, 0.5, 0.6], np.float32)
+    # 144 rows at most; 0.3 of them are the face.
+    top, bottom, left, right = clips._crop((144, 192), box, whole)
+    assert (bottom - top, right - left) == (144, 144)
+    top, bottom, left, right = clips._crop((144, 192), box, close)
+    assert abs(bottom - top - 0.3 * 144 * 1.2) <= 1 and bottom - top == right - left
+    assert left <= 0.3 * 192 and 0.5 * 192 <= right and top <= 0.3 * 144
+    strict = dataclasses.replace(job, config=dataclasses.replace(CONFIG, face_share=0.99))
+    reasons = [piece.reason for piece in clips._pieces(strict, FrontalFaces())]
+    assert any("of the picture's height" in (reason or "") for reason in reasons)
+
+
+def test_a_folder_without_videos_is_refused(tmp_path):
+    (tmp_path / "notes.pdf").touch()
+    with pytest.raises(ValueError, match=r"has no videos; expected files that end in \.avi"):
+        plan(CONFIG, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": (60, 64)}, "multiples of 16"),
+        ({"fps": 30}, "stream 16 or 25"),
+        ({"min_s": 5.0, "max_s": 4.0}, "the smaller comes first"),
+        ({"min_s": 4.0, "max_s": 4.0}, "widen the range"),
+        ({"speech_share": 1.2}, r"within 0\.\.1"),
+    ],
+)
+def test_settings_that_make_no_clips_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize("fps", [16, 25])
+def test_frames_and_sound_are_where_their_times_say(tmp_path, fps):
+    # The grey level tells the time, ten per source frame; a click is heard every half second.
+    grey = [np.full((32, 32, 3), 5 * i, np.uint8) for i in range(50)]
+    clicks = np.zeros(2 * RATE, np.float32)
+    clicks[RATE // 2 :: RATE // 2] = 1.0
+    with VideoWriter(tmp_path / "time.mp4", 32, 32, SOURCE_FPS, RATE) as writer:
+        writer.write_audio(clicks)
+        writer.write_frames(np.stack(grey))
+    video = Footage(tmp_path / "time.mp4", fps)
+    seen = np.array([frame.mean() for frame in video.frames()]) / 5 / SOURCE_FPS
+    np.testing.assert_allclose(seen, np.arange(len(seen)) / fps, atol=0.5 / SOURCE_FPS + 0.01)
+    assert len(seen) == 2 * fps
+    # Entered in the middle, it shows the same.
+    part = np.array([frame.mean() for frame in video.frames(fps, fps + 5)]) / 5 / SOURCE_FPS
+    np.testing.assert_array_equal(part, seen[fps : fps + 5])
+    heard = np.abs(video.sound().astype(np.float32))
+    for second in (0.5, 1.0, 1.5):
+        around = heard[int((second - 0.2) * RATE) : int((second + 0.2) * RATE)]
+        assert abs(around.argmax() / RATE - 0.2) < 0.003
+
+
+def test_cuts_are_found_and_movement_is_none():
+    rng = np.random.default_rng(0)
+    scenes = rng.integers(0, 255, (2, 36, 64, 3)).astype(np.uint8)
+    detector = ShotCuts()
+    for i in range(40):
+        detector.watch(np.roll(scenes[i // 25], 3 * i, axis=1))
+    assert detector.shots() == [(0, 40)]  # it moves all the time
+    detector = ShotCuts()
+    for i in range(40):
+        detector.watch(scenes[i // 25])
+    assert detector.shots() == [(0, 25), (25, 40)]
+
+
+def test_stretches_end_where_the_face_is_lost_joined_or_elsewhere():
+    here, there = np.array([0.1, 0.1, 0.4, 0.5]), np.array([0.6, 0.1, 0.9, 0.5])
+    one, none, two = here[None], np.zeros((0, 4)), np.stack([here, there])
+    tiny = np.stack([here, np.array([0.8, 0.8, 0.85, 0.85])])
+
+    def stretches(*looks):
+        found = single_face_stretches(list(zip(range(0, 99, 4), looks, strict=False)), 0, 40)
+        return [(s.start, s.stop) for s in found]
+
+    assert stretches(*[one] * 10) == [(0, 40)]
+    assert stretches(one, one, none, one, none, none, one, one, one, one) == [(0, 40)]
+    assert stretches(one, one, two, one, one, one, one, one, one, one) == [(0, 5), (12, 40)]
+    assert stretches(*[one] * 5, *[there[None]] * 5) == [(0, 17), (20, 40)]
+    assert stretches(*[tiny] * 10) == [(0, 40)]
+    assert stretches(none, none, one, one, none, none, none, none, none, none) == [(8, 13)]
+    assert stretches(*[none] * 10) == []
+
+
+def test_speech_is_told_from_silence_and_hiss():
+    speech = (load_audio(DEMO)[: 3 * RATE] * 32767).astype(np.int16)
+    hiss = (300 * np.random.default_rng(0).standard_normal(3 * RATE)).astype(np.int16)
+    assert speech_share(speech) > 0.7
+    assert speech_share(np.zeros(RATE, np.int16)) == 0
+    assert speech_share(hiss, strictness=3) < 0.5
