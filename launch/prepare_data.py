@@ -150,8 +150,9 @@ def check_programs(arguments: argparse.Namespace) -> None:
 
 def config_of(kind, arguments: argparse.Namespace):
     """The settings among the arguments as their dataclass."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    return kind(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+    given = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(kind)}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    return kind(**{name: value for name, value in (given | lists).items() if value is not None})
 
 
 def prepare_people(arguments: argparse.Namespace) -> None:

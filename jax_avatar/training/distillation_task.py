@@ -229,8 +229,9 @@ class DistillTask:
 
     @functools.cached_property
     def _data(self) -> ClipFigures:
-        latents = self.clips.latent[:: -(-len(self.clips) // _COMPARED), : self.settings.latents]
-        return measure_data(latents.astype(np.float32), self.model.frames_per_block)
+        some = self.clips.take(slice(None, None, -(-len(self.clips) // _COMPARED)))
+        latents = some.latent[:, : self.settings.latents].astype(np.float32)
+        return measure_data(latents, self.model.frames_per_block)
 
     def _told(self, step: int, role: str, rows: np.ndarray) -> Told:
         batch = self._windows[role].batch(step, rows)

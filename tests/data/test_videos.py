@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from jax_avatar.data.videos.shots import ShotCuts
 from jax_avatar.io.audio import load_audio
 from jax_avatar.io.video import VideoWriter
 
-DEMO = Path(__file__).parents[2] / "jax_avatar" / "assets" / "demo.flac"
+ROOT = Path(__file__).parents[2]
+DEMO, SCRIPT = ROOT / "jax_avatar" / "assets" / "demo.flac", ROOT / "launch" / "prepare_data.py"
 RATE, SOURCE_FPS = 16_000, 25
 CONFIG = VideoConfig(size=(64, 64), fps=16, min_s=1.5, max_s=4.0)
 # Seconds of every part of the test's video, one after the other.
@@ -86,9 +88,14 @@ def make(footage, out, config=CONFIG, **options):
 
 @pytest.fixture(scope="module")
 def made(footage, tmp_path_factory):
+    """The command's result; it must be that of `CONFIG`."""
+    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
     out = tmp_path_factory.mktemp("clips")
-    notes, data_hash = make(footage, out)
-    return out, notes, data_hash
+    options = "--size 64 64 --fps 16 --min_s 1.5 --max_s 4 --workers 1"
+    assert script.main(["videos", "--src", str(footage), "--out", str(out), *options.split()]) == 0
+    return out
 
 
 def read_all(out):
@@ -102,10 +109,9 @@ def read_all(out):
 
 
 def test_people_who_talk_are_kept_and_everything_else_has_a_reason(made):
-    out, _, _ = made
-    kept = [clip.source for clip in read_all(out)]
+    kept = [clip.source for clip in read_all(made)]
     assert kept == ["talk.mp4@0.00s", "talk.mp4@3.19s"]
-    lines = [json.loads(line) for line in (out / clips.REJECTED).read_text().splitlines()]
+    lines = [json.loads(line) for line in (made / clips.REJECTED).read_text().splitlines()]
     reasons = [(line["video"], round(line.get("start_s", -1)), line["reason"]) for line in lines]
     assert reasons[0][:2] == ("broken.mp4", -1) and "cannot be read" in reasons[0][2]
     assert reasons[1] == ("mute.mp4", -1, "no sound")
@@ -116,7 +122,7 @@ def test_people_who_talk_are_kept_and_everything_else_has_a_reason(made):
 
 
 def test_clips_show_the_face_with_its_sound(made):
-    first, second = read_all(made[0])
+    first, second = read_all(made)
     speech = load_audio(DEMO)[RATE // 2 :]
     # The second clip begins at a frame of its own rate, a little before the cut.
     early = round((PARTS["first"] - 51 / 16) * RATE)
@@ -147,13 +153,13 @@ def test_a_stopped_run_goes_on_to_the_same_set(footage, made, tmp_path, monkeypa
     assert [job.note.exists() for job in jobs] == [True, True, False]
     for job in jobs:
         cut_video(job, lambda frame: looked.append(1) or FrontalFaces(smallest=0.09)(frame))
-    assert finish(CONFIG, tmp_path) == made[2]
-    assert (tmp_path / clips.REJECTED).read_bytes() == (made[0] / clips.REJECTED).read_bytes()
+    assert finish(CONFIG, tmp_path) == records.read_manifest(made)["data_hash"]
+    assert (tmp_path / clips.REJECTED).read_bytes() == (made / clips.REJECTED).read_bytes()
 
 
 def test_other_settings_do_not_go_into_the_same_folder(made):
     with pytest.raises(ValueError, match="fps 16 there, 25 asked for"):
-        start(dataclasses.replace(CONFIG, fps=25), made[0])
+        start(dataclasses.replace(CONFIG, fps=25), made)
 
 
 def test_a_filter_of_ones_own_decides(footage, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from jax_avatar.data.encoded import open_encoded
 from jax_avatar.data.records import ClipRecord, finish_manifest, start_manifest, write_shard
 from jax_avatar.training import encoding
+from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.encoders import Encoders
 from jax_avatar.training.encoding import (
     EncodeConfig,
@@ -16,6 +17,7 @@ from jax_avatar.training.encoding import (
     encode_data,
 )
 from jax_avatar.training.windows import Windows
+from tests import nano
 
 CONFIG = EncodeConfig(clips_per_shard=2)
 
@@ -91,6 +93,15 @@ def test_a_portrait_is_the_reference_and_without_one_frames_of_the_clip_are():
     clip = encode_clip(make_clip(length=81, portrait=None), ENCODERS, CONFIG)
     assert len(set(clip.reference_frames)) == 4
     np.testing.assert_allclose(levels(clip.reference[:, 0, 0, 0]), clip.reference_frames, atol=1)
+
+
+def test_without_known_lips_there_is_nothing_to_probe():
+    video_clip = make_clip(lip_gap=None, mouth_box=None, style="video")
+    clips = encode_clips([video_clip], dataclasses.replace(ENCODERS, text=None))
+    assert not clips.has_lips and not clips.moving(0)["mouth"].any()
+    model = nano.CONFIG.replace(framepack=False, latent_channels=3)
+    with pytest.raises(ValueError, match=r"mouth_probe_weight=0\.1 needs clips whose lips"):
+        ForcingTask(model, ForcingConfig(latents=3, mouth_probe_weight=0.1), clips)
 
 
 def test_a_repeated_portrait_keeps_its_last_latent():
