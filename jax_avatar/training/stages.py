@@ -6,7 +6,6 @@ speech, vae --> latents and features --> teacher --> diffusion_forcing --> dmd
 import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flax import nnx
