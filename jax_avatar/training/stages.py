@@ -123,9 +123,9 @@ def load_latents(settings: Mapping[str, Any], split: str) -> StoredClips:
         split: one of `SPLITS`.
     """
     data, folder = settings["data"], settings["latents"]
-    encoders = Encoders.load(settings["weights"])
     if not folder and data:
         raise ValueError("config.latents is empty; give a folder for the encoded clips.")
+    encoders = Encoders.load(settings["weights"])
     if not folder:
         return encode_clips(toy_clips(split), encoders)
     if data and not is_complete(folder):

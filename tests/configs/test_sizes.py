@@ -115,7 +115,7 @@ def test_missing_weights_and_data_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"models/wan_s2v_14b.*config\.json"):
         build()
     settings |= {"data": str(tmp_path / "people"), "latents": str(tmp_path / "latents")}
-    with pytest.raises(ValueError, match=r"no shard train-.*prepare_data\.py"):
+    with pytest.raises(ValueError, match=r"does not exist; expected a folder.*prepare_data\.py"):
         build_stage(settings)[0]()
     with pytest.raises(ValueError, match=r"config\.latents is empty"):
         load_latents({**settings, "latents": ""}, "train")
