@@ -22,13 +22,14 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from jax_avatar.io.audio import AudioReader, PcmReader
-from jax_avatar.io.image import fit_size, load_image, prepare_reference
+from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.run import for_duration, stream_to_file
 from jax_avatar.streaming.session import AvatarSession, num_slices
+from launch.common import frame_size, prepare_jax
 
 ASSETS = SMALL.parent
 flags.DEFINE_string("mesh", "5", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
@@ -56,25 +57,6 @@ FLAGS = flags.FLAGS
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def frame_size(settings, image_shape, asked: str | None) -> tuple[int, int]:
-    """Pixel height and width of the stream."""
-    area = settings.max_area
-    if asked:
-        try:
-            height, width = (int(side) for side in asked.split("*"))
-            area = height * width
-        except ValueError:
-            raise ValueError(
-                f"--size {asked}: expected HEIGHT*WIDTH, for example 704*384."
-            ) from None
-        if settings.size and (height, width) != settings.size:
-            raise ValueError(
-                f"--size {asked}: this model makes {settings.size[0]}*{settings.size[1]} only; "
-                "leave --size out."
-            )
-    return settings.size or fit_size(*image_shape[:2], area, settings.multiple)
 
 
 def open_audio(sample_rate: int, chunk: int):
@@ -112,11 +94,7 @@ def run() -> int:
     height, width = frame_size(settings, image.shape, FLAGS.size)
     portrait = prepare_reference(image, height, width, cover=settings.size is not None)
 
-    # Fake devices for a CPU; other platforms do not look at it.
-    jax.config.update("jax_num_cpu_devices", num_slices(layout))
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/jax_avatar")
-    jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    prepare_jax(num_slices(layout))
     text = read_prompt()  # first: its encoder is gone before the model comes
     model = load_model(FLAGS.checkpoint, weights=FLAGS.weights, **changes)
     speech = model.speech.config

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "data": {"io"},
     "streaming": {"models", "diffusion", "io"},
     "training": {"models", "diffusion", "data", "io"},
+    "serving": {"streaming", "io"},
     "planning": {"models", "diffusion", "io", "streaming", "training"},
     "evaluation": {"models", "diffusion", "data", "io", "streaming", "training"},
 }

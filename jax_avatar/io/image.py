@@ -1,5 +1,6 @@
 """Image files -> the RGB portrait that a stream starts from."""
 
+import io
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jax_avatar.shapes import Float
 
-__all__ = ["fit_size", "load_image", "prepare_reference", "resized_size"]
+__all__ = ["decode_image", "fit_size", "load_image", "prepare_reference", "resized_size"]
 
 _SMALLEST = 16  # pixels per side, below which there is no face to see
 _LARGEST = 2048  # sides are reduced to this while decoding; no stream is larger
@@ -32,30 +33,45 @@ def load_image(path: str | Path) -> np.ndarray:
     if not os.path.isfile(path):
         kind = "is a folder" if os.path.isdir(path) else "does not exist"
         raise ValueError(f"image {path} {kind}; expected a file such as portrait.png.")
-    if not path.stat().st_size:
-        raise ValueError(f"image {path} is empty; expected PNG, JPEG, WebP or the like.")
+    return _read(path, f"image {path}", path.stat().st_size, _MOST_PIXELS)
+
+
+def decode_image(data: bytes, *, most_pixels: int = 50_000_000) -> np.ndarray:
+    """Reads an image that came over a network; as `load_image`.
+
+    Args:
+        data: the file's bytes.
+        most_pixels: of what it decodes to, whatever its compressed size.
+
+    Raises:
+        ValueError: it is not an image, cut off, or too small or large to use.
+    """
+    return _read(io.BytesIO(data), "the image", len(data), most_pixels)
+
+
+def _read(source: Path | io.BytesIO, name: str, size: int, most_pixels: int) -> np.ndarray:
+    if not size:
+        raise ValueError(f"{name} is empty; expected PNG, JPEG, WebP or the like.")
     Image.init()
     formats = sorted(_FORMATS & Image.OPEN.keys())
     previous, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(path, formats=formats) as image:
+        with Image.open(source, formats=formats) as image:
             width, height = image.size
-            if min(width, height) >= _SMALLEST and width * height <= _MOST_PIXELS:
+            if min(width, height) >= _SMALLEST and width * height <= most_pixels:
                 image.draft("RGB", (_LARGEST, _LARGEST))  # JPEG: decode straight to a smaller size
                 image.load()
                 return np.asarray(_to_rgb(image))
     except UnidentifiedImageError:
         raise ValueError(
-            f"{path} is not an image that can be read; expected PNG, JPEG, WebP or the like."
+            f"{name} is not an image that can be read; expected PNG, JPEG, WebP or the like."
         ) from None
     except Exception as error:  # Pillow's readers raise nearly anything on a broken file
-        raise ValueError(f"image {path} is broken or cut off ({error}); save it again.") from error
+        raise ValueError(f"{name} is broken or cut off ({error}); save it again.") from error
     finally:
         Image.MAX_IMAGE_PIXELS = previous
-    expected = (
-        f"expected at least {_SMALLEST} per side, to show a face, and {_MOST_PIXELS:,} in all"
-    )
-    raise ValueError(f"image {path} has {width}x{height} pixels; {expected}; resize it.")
+    expected = f"expected at least {_SMALLEST} per side, to show a face, and {most_pixels:,} in all"
+    raise ValueError(f"{name} has {width}x{height} pixels; {expected}; resize it.")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -10,7 +10,7 @@ blocks than `in_flight` are under way.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -196,6 +196,21 @@ class AvatarSession:
         self._frames_out = 0
         self._pending: deque = deque()
         self._submitted: deque = deque()
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Pixel height and width."""
+        return self._size[2], self._size[3]
+
+    def shared_model(self) -> AvatarModel:
+        """The model with its weights where this session put them, for more of its kind."""
+        model = self.model
+        return replace(
+            model,
+            dit=replace(model.dit, params=self.stream.params),
+            vae=replace(model.vae, params=self._vae_params),
+            speech=replace(model.speech, params=self._speech_params),
+        )
 
     def warm_up(self) -> None:
         """Compiles everything by streaming silence, and starts anew."""

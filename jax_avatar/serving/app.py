@@ -1,0 +1,99 @@
+"""The server: a page, a WebSocket, and what operators ask for."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, Request, Response, WebSocket
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.staticfiles import StaticFiles
+
+from jax_avatar.serving.connection import Connection, ServerState
+
+__all__ = ["drain", "make_app"]
+
+_STATIC = Path(__file__).parent / "static"
+_POLICY = (
+    "default-src 'self'; media-src 'self' blob:; img-src 'self' blob: data:; "
+    "connect-src 'self' ws: wss:; frame-ancestors 'none'"
+)
+_log = logging.getLogger(__name__)
+
+
+def make_app(state: ServerState) -> FastAPI:
+    """The application; it compiles the model when it starts, and answers meanwhile."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        opening = asyncio.create_task(_open(state))
+        yield
+        opening.cancel()
+        state.seats.close()
+
+    app = FastAPI(title="Avatar", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.avatar = state
+
+    @app.middleware("http")
+    async def secure(request: Request, call_next):
+        response = await call_next(request)
+        response.headers["Content-Security-Policy"] = _POLICY
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+    @app.get("/healthz")
+    async def healthz() -> PlainTextResponse:
+        return PlainTextResponse("ok")
+
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        is_ready = state.seats.is_ready and not state.is_draining
+        content = {"ready": is_ready, "draining": state.is_draining, "free": state.seats.free}
+        return JSONResponse(content, 200 if is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        header = request.headers.get("authorization", "")
+        if not state.allows(header.removeprefix("Bearer ")):
+            return PlainTextResponse("the token is missing or wrong", 401)
+        state.metrics.sessions.set(len(state.connections))
+        state.metrics.seats.set(state.seats.count)
+        return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.websocket("/v1/avatar")
+    async def avatar(socket: WebSocket) -> None:
+        # A page of another site must not use this browser's way to us.
+        origin = socket.headers.get("origin")
+        if origin and urlsplit(origin).netloc != socket.headers.get("host"):
+            await socket.close(1008, "foreign origin")
+            return
+        await Connection(socket, state).run()
+
+    app.mount("/", StaticFiles(directory=_STATIC, html=True), name="page")
+    return app
+
+
+async def _open(state: ServerState) -> None:
+    try:
+        await asyncio.to_thread(state.seats.open)
+    except Exception:
+        _log.exception("the model could not be started; /readyz stays 503")
+        raise
+    budget = state.seats.budget
+    _log.warning(
+        "ready: %d sessions (speed allows %d, memory %d); %.2f s of video take %.2f s",
+        state.seats.count, budget.by_speed, budget.by_memory, budget.video_s, budget.block_s,
+    )  # fmt: skip
+
+
+async def drain(state: ServerState, seconds: float) -> None:
+    """Lets sessions end: none begins any more; returns when none is left or time is up."""
+    state.is_draining = True
+    await asyncio.gather(*(c.warn_of_drain(seconds) for c in state.connections))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while state.connections:
+                await asyncio.sleep(0.1)

@@ -1,0 +1,143 @@
+"""How many sessions fit, and which of them are free."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_avatar.streaming.model import AvatarModel
+from jax_avatar.streaming.session import AvatarSession
+
+__all__ = ["Budget", "Seats", "measure"]
+
+_SPEED_SHARE, _MEMORY_SHARE = 0.85, 0.8  # of what there is; the rest is for bursts
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one session costs, and how many fit.
+
+    Attributes:
+        block_s: seconds that a block of `video_s` seconds takes.
+        video_s: of a block.
+        seat_bytes: of device memory that each further session takes.
+        free_bytes: there were, after the first.
+        by_speed: sessions in real time.
+        by_memory: sessions in memory.
+    """
+
+    block_s: float
+    video_s: float
+    seat_bytes: int
+    free_bytes: int
+
+    @property
+    def by_speed(self) -> int:
+        """Sessions that keep up with speech."""
+        return int(_SPEED_SHARE * self.video_s / self.block_s)
+
+    @property
+    def by_memory(self) -> int:
+        """Sessions that have room."""
+        return 1 + int(_MEMORY_SHARE * self.free_bytes / max(1, self.seat_bytes))
+
+
+def measure(core: AvatarSession, weights_bytes: int, blocks: int = 6) -> Budget:
+    """Streams silence through a warm session: what a session costs."""
+    samples = np.zeros(core.block_frames * core.speech.samples_per_frame, np.float32)
+    for _ in range(core.layout.stages):  # until the pipeline is full
+        for _ in core.push(samples):
+            pass
+    began = time.perf_counter()
+    for _ in range(blocks):
+        for _ in core.push(samples):
+            pass
+    for _ in core.finish():
+        pass
+    block_s = (time.perf_counter() - began) / blocks
+    held = sum(x.nbytes for x in jax.live_arrays()) - weights_bytes
+    core.reset()
+    video_s = core.block_frames / core.model.settings.fps
+    return Budget(block_s, video_s, max(1, held), _free_bytes())
+
+
+class Seats:
+    """Sessions that are compiled and warm, each for one client at a time."""
+
+    def __init__(
+        self,
+        build: Callable[[AvatarModel | None], AvatarSession],
+        *,
+        most: int,
+    ):
+        """Remembers how to build a session; `open` does it.
+
+        Args:
+            build: makes a session, with the weights of an earlier one if there is one.
+            most: sessions at once, whatever would fit.
+        """
+        self._build, self._most = build, most
+        self.dispatch = ThreadPoolExecutor(1, thread_name_prefix="dispatch")
+        self._free: list[AvatarSession] = []
+        self.budget: Budget | None = None
+        self.count = 0
+        self.model: AvatarModel | None = None
+        self.size: tuple[int, int] | None = None  # height and width
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether sessions can begin."""
+        return self.budget is not None and self.count > 0
+
+    @property
+    def free(self) -> int:
+        """Seats that nobody has."""
+        return len(self._free)
+
+    def open(self) -> None:
+        """Compiles, measures, and fills the seats; takes as long as that takes."""
+        core = self._build(None)
+        core.warm_up()
+        self.model = core.shared_model()
+        networks = (self.model.dit, self.model.vae, self.model.speech)
+        weights = sum(x.nbytes for net in networks for x in jax.tree.leaves(net.params))
+        budget = measure(core, weights)
+        fitting = max(1, min(self._most, budget.by_speed, budget.by_memory))
+        cores = [core]
+        while len(cores) < fitting:
+            another = self._build(self.model)
+            another.warm_up()
+            cores.append(another)
+        self.size = core.frame_size
+        self._free, self.count, self.budget = cores, len(cores), budget
+
+    def take(self) -> AvatarSession | None:
+        """A free seat, or None."""
+        return self._free.pop() if self._free else None
+
+    def give_back(self, core: AvatarSession) -> None:
+        """Frees a seat; nobody may use it any more."""
+        self._free.append(core)
+
+    async def prepare(self, core: AvatarSession, portrait: np.ndarray, text: Any) -> None:
+        """Seats a portrait."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.dispatch, lambda: core.reset(portrait, text=text))
+
+    def close(self) -> None:
+        """Ends the worker."""
+        self.dispatch.shutdown(wait=False, cancel_futures=True)
+
+
+def _free_bytes() -> int:
+    """Free memory where streams live."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -1,0 +1,111 @@
+"""A live avatar in the browser: speak, and the portrait speaks along.
+
+python launch/serve.py --mesh 1
+python launch/serve.py --mesh 5 --checkpoint FOLDER --host 0.0.0.0 --port 8000 --token SECRET
+"""
+
+import logging
+import os
+import secrets
+import sys
+from pathlib import Path
+
+# More host threads than cores: collectives of many fake CPU devices must not starve each other.
+os.environ.setdefault("NPROC", "16")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from jax_avatar.io.image import load_image, prepare_reference
+from jax_avatar.serving.connection import ServerState
+from jax_avatar.serving.run import serve
+from jax_avatar.serving.seats import Seats
+from jax_avatar.streaming.live import LiveSettings
+from jax_avatar.streaming.mesh import parse_layout
+from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
+from jax_avatar.streaming.prompts import prompt_states
+from jax_avatar.streaming.session import AvatarSession, num_slices
+from launch.common import frame_size, prepare_jax
+
+flags.DEFINE_string("mesh", "1", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
+flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
+flags.DEFINE_enum("weights", "", ["", "int8", "fp8"], "round the transformer's large kernels")
+flags.DEFINE_string(
+    "image",
+    str(SMALL.parent / "portraits" / "amara.png"),
+    "portrait of clients that bring none; its shape is that of all, where the model leaves it free",
+)
+flags.DEFINE_string("size", None, "HEIGHT*WIDTH; only the area counts for models of any size")
+flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for everybody")
+flags.DEFINE_integer("port", 8000, "to listen on", lower_bound=1, upper_bound=65535)
+flags.DEFINE_string("token", None, "that clients must know; made up for a public --host")
+flags.DEFINE_integer("sessions", 16, "at most, however many would fit", lower_bound=1)
+flags.DEFINE_float("idle_s", 300.0, "seconds without a message until a session is ended")
+flags.DEFINE_float("drain_s", 30.0, "seconds that sessions may go on after SIGTERM")
+flags.DEFINE_string(
+    "prompt_cache",
+    str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jax_avatar" / "prompts"),
+    "folder that keeps encoded prompts; empty: none",
+)
+FLAGS = flags.FLAGS
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def make_seats(image) -> Seats:
+    """Sessions that are built when the server starts; what cannot be is refused here."""
+    settings = load_settings(FLAGS.checkpoint)
+    layout = parse_layout(FLAGS.mesh, settings.num_steps)
+    height, width = frame_size(settings, image.shape, FLAGS.size)
+    portrait = prepare_reference(image, height, width, cover=True)
+    prepare_jax(num_slices(layout))
+    model = load_model(FLAGS.checkpoint, weights=FLAGS.weights)
+
+    def build(shared) -> AvatarSession:
+        return AvatarSession(shared or model, portrait, layout)
+
+    return Seats(build, most=FLAGS.sessions)
+
+
+def run() -> None:
+    token = FLAGS.token
+    if token is None:
+        token = "" if FLAGS.host in _LOCAL else secrets.token_urlsafe(16)
+    image = load_image(FLAGS.image)
+    encode = None
+    if has_text_encoder(FLAGS.checkpoint):
+        cache = FLAGS.prompt_cache or None
+
+        def encode(text):
+            return prompt_states(FLAGS.checkpoint, text, cache=cache)
+
+    state = ServerState(
+        make_seats(image), image, token=token, live=LiveSettings(), encode_prompt=encode,
+        idle_s=FLAGS.idle_s,
+    )  # fmt: skip
+    say(
+        f"compiling; then: http://{FLAGS.host}:{FLAGS.port}/" + (f"#token={token}" if token else "")
+    )
+    serve(state, FLAGS.host, FLAGS.port, drain_s=FLAGS.drain_s)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
+        return 2
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of every restore
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        run()
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

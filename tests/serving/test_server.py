@@ -1,0 +1,288 @@
+import io
+import json
+import random
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from jax_avatar.serving.connection import ServerState
+from jax_avatar.serving.messages import Limits
+from jax_avatar.serving.run import make_config
+from jax_avatar.serving.seats import Seats
+from jax_avatar.streaming.mesh import parse_layout
+from jax_avatar.streaming.model import load_model
+from jax_avatar.streaming.session import AvatarSession
+from tests.nano import save_model
+from tests.serving.client import Client, base64_of
+from tests.streaming.live import voice
+
+TOKEN = "open sesame"
+LIMITS = Limits(portrait_bytes=100_000, portrait_pixels=1_000_000, audio_bytes=50_000)
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+class Served:
+    """A server in a thread of its own, with two seats."""
+
+    def __init__(self, folder):
+        model = load_model(folder)
+        portrait = np.random.default_rng(0).uniform(-1, 1, (1, 1, 64, 64, 3)).astype(np.float32)
+
+        def build(shared):
+            return AvatarSession(shared or model, portrait, parse_layout("1", 4))
+
+        image = np.random.default_rng(1).integers(0, 255, (80, 70, 3), np.uint8)
+        self.state = ServerState(Seats(build, most=2), image, token=TOKEN, limits=LIMITS)
+        self.port = free_port()
+        self.server = uvicorn.Server(make_config(self.state, "127.0.0.1", self.port))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+
+    def get(self, path, **headers):
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    @property
+    def url(self):
+        return f"ws://127.0.0.1:{self.port}/v1/avatar"
+
+    def client(self, **fields):
+        return Client(self.url, **({"token": TOKEN} | fields))
+
+    def wait_until_free(self, seats=2, limit_s=20):
+        ends = time.monotonic() + limit_s
+        while self.state.seats.free != seats:
+            assert time.monotonic() < ends, "a session was not given back"
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    served = Served(save_model(tmp_path_factory.mktemp("model")))
+    for _ in range(1000):
+        try:
+            status, _ = served.get("/readyz")
+        except OSError:
+            status = None
+        if status == 200:
+            break
+        time.sleep(0.1)
+    assert served.state.seats.count == 2, served.state.seats.budget
+    yield served
+    served.server.should_exit = True
+    served.thread.join(20)
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(served):
+    yield
+    served.wait_until_free()
+    assert not served.state.connections
+
+
+def is_moving(frames):
+    return np.abs(np.diff(frames.astype(int), axis=0)).mean((1, 2, 3))
+
+
+def test_a_voice_comes_back_as_picture_and_sound(served):
+    with served.client() as client:
+        created = client.until("session.created")
+        assert created["mime"].startswith('video/mp4; codecs="avc1.') and created["fps"] == 16
+        client.read(1.0)
+        client.speak(voice(1.5))
+        client.send("audio.commit")
+        started = client.until("playback_started")
+        finished = client.until("playback_finished")
+        client.read(0.5)
+    assert finished["position_s"] == 1.5 and finished["interrupted"] is False
+    frames, sound, times = client.decoded()
+    assert frames.shape[1:] == (64, 64, 3)
+    start = started["at_s"] + created["delay_s"]
+    loud = np.flatnonzero(np.abs(sound) > 0.02) / 16_000
+    # The first frame shows from 0 on; the others keep to the clock of the sound.
+    assert abs(loud[0] - start) < 0.15 and 1.2 < loud[-1] - loud[0] < 1.7
+    np.testing.assert_allclose(np.diff(times[1:]), 1 / 16, atol=1e-4)
+
+
+def test_an_interrupt_is_heard_within_half_a_second(served):
+    with served.client() as client:
+        client.until("session.created")
+        client.speak(voice(20.0))
+        client.until("playback_started")
+        client.read(0.5)
+        client.send("clear")
+        cleared = client.until("cleared")
+        assert 0 < cleared["position_s"] < 5
+        client.until("state")
+        client.read(1.5)
+        created = client.events[0]
+        _, sound, _ = client.decoded()
+        loud = np.flatnonzero(np.abs(sound) > 0.02) / 16_000 - created["delay_s"]
+        assert loud[-1] <= cleared["at_s"] + 0.15
+        assert len(sound) / 16_000 > cleared["at_s"] + 0.5
+        client.send("clear")
+        assert client.until("cleared")["position_s"] == 0
+
+
+def test_a_message_beyond_every_limit_ends_its_connection_only(served):
+    with served.client() as client:
+        client.until("session.created")
+        client.socket.send(b"x" * (LIMITS.message_bytes + 2))
+        with pytest.raises(ConnectionClosed) as closed:
+            client.until("never")
+        assert closed.value.rcvd.code == 1009
+
+
+def image_bytes(kind="PNG", size=(40, 50)):
+    out = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 30)).save(out, kind)
+    return out.getvalue()
+
+
+def test_a_portrait_is_uploaded_only_with_consent_and_only_if_it_is_one(served):
+    with served.client(portrait=base64_of(image_bytes()), consent=True) as client:
+        client.until("session.created")
+        client.read(1.0)
+    frames, _, _ = client.decoded()
+    with served.client() as client:
+        client.until("session.created")
+        client.read(1.0)
+    assert np.abs(client.decoded()[0][0].astype(int) - frames[0]).mean() > 1
+    for portrait, consent, code in [
+        (image_bytes(), None, "consent"),
+        (b"", True, "bad_portrait"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), True, "bad_portrait"),
+        (image_bytes()[:60], True, "bad_portrait"),
+        (image_bytes(size=(4, 4)), True, "bad_portrait"),
+        (image_bytes("GIF", (1100, 1100)), True, "bad_portrait"),
+        (b"/etc/passwd", True, "bad_portrait"),
+        (bytes(LIMITS.portrait_bytes + 1), True, "too_large"),
+    ]:
+        with served.client(portrait=base64_of(portrait), consent=consent) as client:
+            error = client.until("error")
+            assert error["code"] == code and error["fatal"], error
+
+
+def test_only_those_who_know_the_token_come_in(served):
+    for fields in ({"token": "wrong"}, {"token": None}):
+        with Client(served.url, **fields) as client:
+            assert client.until("error")["code"] == "unauthorised"
+    with served.client(version=2) as client:
+        assert client.until("error")["code"] == "version"
+    assert served.get("/metrics")[0] == 401
+    status, text = served.get("/metrics", Authorization=f"Bearer {TOKEN}")
+    assert status == 200 and 'avatar_sessions_refused_total{code="unauthorised"}' in text
+    assert "avatar_seats 2.0" in text and "avatar_block_seconds_bucket" in text
+    with pytest.raises(InvalidStatus), connect(served.url, origin="http://evil.example"):
+        pass
+
+
+def test_a_full_server_says_busy_and_those_inside_do_not_notice(served):
+    with served.client() as one, served.client() as two:
+        one.until("session.created"), two.until("session.created")
+        with served.client() as three:
+            error = three.until("error")
+            assert error["code"] == "busy" and error["fatal"]
+        one.speak(voice(1.0))
+        one.send("audio.commit")
+        one.until("playback_finished")
+        two.read(0.2)
+        assert not [e for e in two.events if e["type"].startswith("playback")]
+        assert np.abs(two.decoded()[1]).max() < 0.01
+
+
+def test_an_idle_session_is_ended(served):
+    served.state.idle_s = 1.0
+    try:
+        with served.client() as client:
+            assert client.until("session.closed", 10)["reason"] == "idle"
+    finally:
+        served.state.idle_s = 300.0
+
+
+def test_clients_that_vanish_leave_nothing_behind(served):
+    for _ in range(5):
+        client = served.client()
+        client.until("session.created")
+        client.speak(voice(1.0))
+        client.socket.socket.shutdown(socket.SHUT_RDWR)  # as if killed
+        served.wait_until_free()
+
+
+def rubbish(rng):
+    """A message that is none, or nearly one."""
+    good = [
+        '{"type": "audio.append", "audio": "AAAA"}', '{"type": "clear"}',
+        '{"type": "prompt.update", "text": "x"}', '{"type": "state.update", "state": "idle"}',
+        '{"type": "session.create", "version": 1}', '{"type": "audio.commit"}',
+    ]  # fmt: skip
+    text = rng.choice(good)
+    return rng.choice([
+        lambda: text[: rng.randrange(len(text))],
+        lambda: text.replace('"', rng.choice(["'", "", "\\", "\u0000", "💥"]), 3),
+        lambda: "[" * rng.randrange(1, 5000),
+        lambda: json.dumps(rng.choice([None, 1, [], "x", {}, {"type": 3}, {"type": None}])),
+        lambda: json.dumps({"type": "audio.append", "audio": rng.choice([1, "é", "A", [], {}])}),
+        lambda: json.dumps({"type": "state.update", "state": rng.choice(["speaking", "x" * 999])}),
+        lambda: json.dumps({"type": "clear", "path": "/etc/passwd"}),
+        lambda: "9" * 5000,
+        lambda: rng.randbytes(2 * rng.randrange(50) + 1),
+        lambda: rng.randbytes(50_002) if rng.random() < 0.1 else b"x",
+    ])()  # fmt: skip
+
+
+def test_a_thousand_bad_messages_harm_nobody(served):
+    rng, sent, codes = random.Random(3), 0, set()
+    with served.client() as neighbour:
+        neighbour.until("session.created")
+        while sent < 1000:
+            with served.client() as client:
+                if rng.random() < 0.9:
+                    client.until("session.created")
+                try:
+                    for _ in range(30):
+                        client.socket.send(rubbish(rng))
+                        sent += 1
+                    while True:
+                        client._take(client.socket.recv(timeout=5))
+                except ConnectionClosed:
+                    pass
+                codes |= {e["code"] for e in client.events if e["type"] == "error"}
+                reasons = [e["reason"] for e in client.events if e["type"] == "session.closed"]
+                assert reasons in (["too many errors"], []), reasons
+            served.wait_until_free(1)
+        neighbour.send("audio.commit")
+        neighbour.read(0.5)
+        assert not [e for e in neighbour.events if e["type"] == "error"]
+    assert {"bad_message", "refused", "too_large"} <= codes
+    assert served.get("/readyz")[0] == served.get("/healthz")[0] == 200
+
+
+def test_the_page_is_served_and_asks_for_nothing_from_elsewhere(served):
+    for path in ("/", "/avatar.js", "/style.css", "/microphone.js"):
+        status, text = served.get(path)
+        assert (
+            status == 200
+            and "http://" not in text
+            and "https://" not in text.replace('location.protocol === "https:"', "")
+        )
+    for path in ("/../messages.py", "/%2e%2e/app.py", "//etc/passwd"):
+        assert served.get(path)[0] == 404
