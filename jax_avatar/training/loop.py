@@ -535,7 +535,9 @@ def _roll_back(manager, start: Callable[[], PyTree], mesh, log: "_Log", trouble:
     rollbacks = trouble.rollbacks + 1
     log.turn_back(max(good, 0), rollbacks)
     _warn(f"{trouble}; back to step {max(good, 0)} with half the learning rates")
-    return dataclasses.replace(state, guard=rolled_back(state.guard, rollbacks)), pending
+    state = dataclasses.replace(state, guard=rolled_back(state.guard, rollbacks))
+    # On the mesh throughout, or the step would be compiled, and might round, differently.
+    return place_state(state, mesh), pending
 
 
 def _manager_options(config: LoopConfig) -> ocp.CheckpointManagerOptions:

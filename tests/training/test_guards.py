@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar.training import loop
 from jax_avatar.training.guards import (
     CAUSES,
     TooManySkips,
@@ -141,6 +142,31 @@ def test_a_run_that_stumbles_goes_back_and_resumes_alike(tmp_path):
         assert int(stopped.step) < 90 and int(stopped.guard.rollbacks) == rollbacks
         assert_same(train(StumblingTask(), CONFIG, cut, progress=False), whole)
         assert lines(cut) == lines(tmp_path / "whole")
+
+
+def test_fresh_resumed_and_rolled_back_runs_are_the_same_program(tmp_path, monkeypatch):
+    """Another placement of the state would compile to other roundings."""
+    programs, real = {}, loop.make_step
+
+    def make_step(*args):
+        step = real(*args)
+
+        def call(state, batch, key):
+            text = step.lower(state, batch, key).as_text()
+            programs.setdefault(text, []).append((int(state.step), int(state.guard.rollbacks)))
+            return step(state, batch, key)
+
+        return call
+
+    monkeypatch.setattr(loop, "make_step", make_step)
+    task = StumblingTask(bad=(6, 28), share=1.0, stop_after=4)
+    config = dataclasses.replace(CONFIG, num_steps=30, checkpoint_every=5)
+    train(task, config, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="third time"):
+        train(task, config, tmp_path, progress=False)
+    assert len(programs) == 1
+    (steps,) = programs.values()
+    assert (3, 0) in steps and steps.count((5, 0)) == steps.count((5, 1)) == 1
 
 
 def test_the_third_time_stops_the_run(tmp_path):
