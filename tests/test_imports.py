@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "training": {"models", "diffusion", "data", "io"},
     "serving": {"streaming", "io"},
     "planning": {"models", "diffusion", "io", "streaming", "training"},
+    "serving": {"streaming", "io"},
     "evaluation": {"models", "diffusion", "data", "io", "streaming", "training"},
 }
 FORBIDDEN = {"torch", "absl", "argparse", "conversion", "launch", "configs", "pickle"}

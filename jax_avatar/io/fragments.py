@@ -7,10 +7,12 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 
+from jax_avatar.io.audio import Resampler
 from jax_avatar.shapes import Float
 
 __all__ = ["FragmentWriter"]
 
+_SOUND_RATE = 48_000  # the higher, the shorter are AAC's frames, and the wait for the next
 _PRIMING = 1024  # samples that AAC puts first; picture and sound both wait for them
 
 
@@ -29,7 +31,7 @@ class FragmentWriter:
             width: pixels, even.
             height: pixels, even.
             fps: frames per second.
-            audio_rate: samples per second of the sound, which AAC must know.
+            audio_rate: samples per second of the sound that comes.
         """
         self._out = _Memory()
         options = {
@@ -39,20 +41,21 @@ class FragmentWriter:
             "flush_packets": "1",
         }
         self._container = av.open(self._out, "w", format="mp4", options=options)
-        self._rate, self._per_frame = audio_rate, Fraction(audio_rate, fps)
+        self._rate, self._per_frame = audio_rate, Fraction(_SOUND_RATE, fps)
+        self._resample = Resampler(_SOUND_RATE)
         self._video = self._container.add_stream("libx264", rate=fps)
         self._video.width, self._video.height = width, height
         self._video.pix_fmt = "yuv420p"
         # One clock for both, so that neither is rounded to the other.
-        self._video.time_base = self._video.codec_context.time_base = Fraction(1, audio_rate)
+        self._video.time_base = self._video.codec_context.time_base = Fraction(1, _SOUND_RATE)
         self._video.options = {"crf": "20", "preset": "veryfast", "tune": "zerolatency",
                                "profile": "main"}  # fmt: skip
         self._video.gop_size = fps
-        self._audio = self._container.add_stream("aac", rate=audio_rate, layout="mono")
+        self._audio = self._container.add_stream("aac", rate=_SOUND_RATE, layout="mono")
         self._audio.bit_rate = 64_000
         self._container.start_encoding()
         self.mime = f'video/mp4; codecs="{self._avc()}, mp4a.40.2"'
-        self.delay_s = _PRIMING / audio_rate
+        self.delay_s = _PRIMING / _SOUND_RATE
         self._frames = self._samples = 0
 
     def write(self, frames: UInt8[np.ndarray, "T H W 3"], sound: Float[np.ndarray, " N"]) -> bytes:
@@ -60,27 +63,31 @@ class FragmentWriter:
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame.pts = _PRIMING + round(self._frames * self._per_frame)
-            frame.time_base = Fraction(1, self._rate)
+            frame.time_base = Fraction(1, _SOUND_RATE)
             self._frames += 1
             following = _PRIMING + round(self._frames * self._per_frame)
             self._mux(self._video.encode(frame), following - frame.pts)
-        if len(sound):
-            made = av.AudioFrame.from_ndarray(np.clip(sound, -1, 1)[None].copy(), "fltp", "mono")
-            made.sample_rate = self._rate
-            made.pts, made.time_base = _PRIMING + self._samples, Fraction(1, self._rate)
-            self._samples += len(sound)
-            self._mux(self._audio.encode(made))
+        self._write_sound(self._resample(sound, self._rate))
         return self._out.take()
 
     def close(self) -> bytes:
         """Ends the stream; returns its last bytes."""
         if self._container is None:
             return b""
+        self._write_sound(self._resample.finish())
         container, self._container = self._container, None
         container.mux(self._video.encode(None))
         container.mux(self._audio.encode(None))
         container.close()
         return self._out.take()
+
+    def _write_sound(self, samples: np.ndarray) -> None:
+        if len(samples):
+            made = av.AudioFrame.from_ndarray(np.clip(samples, -1, 1)[None].copy(), "fltp", "mono")
+            made.sample_rate = _SOUND_RATE
+            made.pts, made.time_base = _PRIMING + self._samples, Fraction(1, _SOUND_RATE)
+            self._samples += len(samples)
+            self._mux(self._audio.encode(made))
 
     def _mux(self, packets: list[Any], duration: int | None = None) -> None:
         for packet in packets:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_avatar.io.image import fit_size, load_image, prepare_reference, resized_size
+from jax_avatar.io.image import decode_image, fit_size, load_image, prepare_reference, resized_size
 
 RED = (200, 40, 30)
 
@@ -170,3 +170,18 @@ def test_postscript_is_never_run(tmp_path):
     Image.new("RGB", (64, 64), RED).save(tmp_path / "a.eps")
     with pytest.raises(ValueError, match="not an image"):
         load_image(tmp_path / "a.eps")
+
+
+def test_an_image_of_a_network_is_read_as_a_file_is(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 30), (1, 2, 3)).save(path)
+    np.testing.assert_array_equal(decode_image(path.read_bytes()), load_image(path))
+    for data, message in [
+        (b"", "the image is empty"),
+        (b"/etc/passwd", "not an image"),
+        (path.read_bytes()[:-30], "cut off"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            decode_image(data)
+    with pytest.raises(ValueError, match=r"40x30 pixels.*1,000 in all"):
+        decode_image(path.read_bytes(), most_pixels=1000)
