@@ -272,6 +272,7 @@ class Connection:
             "session.created",
             version=VERSION, session=self._id, mime=writer.mime, width=width, height=height,
             fps=fps, delay_s=writer.delay_s, model=live.core.model.name,
+            takes_prompt=state.encode_prompt is not None,
         )  # fmt: skip
         before, told_at = copy.copy(live.stats), time.monotonic()
         async for chunk in live:

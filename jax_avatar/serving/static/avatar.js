@@ -107,6 +107,7 @@ function begin(message) {
   video.play().catch(() => say("Press Start again to allow sound."));
   at("start").hidden = true;
   at("bar").hidden = false;
+  at("promptForm").hidden = !message.takes_prompt;
   say("");
   at("talk").focus();
 }
