@@ -14,7 +14,6 @@ MAY_IMPORT = {
     "data": {"io"},
     "streaming": {"models", "diffusion", "io"},
     "training": {"models", "diffusion", "data", "io"},
-    "serving": {"streaming", "io"},
     "planning": {"models", "diffusion", "io", "streaming", "training"},
     "serving": {"streaming", "io"},
     "evaluation": {"models", "diffusion", "data", "io", "streaming", "training"},
