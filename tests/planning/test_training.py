@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import pytest
 
 from jax_avatar.models.config import wan_s2v_14b
 from jax_avatar.planning.distillation import kept_bytes, plan_distillation
@@ -39,6 +40,7 @@ SECTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_distillation_is_planned_with_its_own_updates():
     needs = plan_distillation(abstract_model(NANO), (4, 4), "2x2", HARDWARE["h100"], SECTIONS)
     generator, critic = needs.devices
