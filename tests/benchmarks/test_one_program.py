@@ -28,7 +28,7 @@ def check(record, printed):
     assert 0 < record["step"]["median_ms"] <= record["step"]["p95_ms"]
 
 
-@pytest.mark.parametrize("weights", ["", "fp8"])
+@pytest.mark.parametrize("weights", ["", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_a_step_is_one_line_and_names_its_kernels(capsys, weights):
     record = dit_step.main(["--tiny", "--repeats", "2", "--weights", weights])
     check(record, capsys.readouterr().out)

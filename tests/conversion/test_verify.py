@@ -24,7 +24,7 @@ def rows(text):
     return [line for line in text.splitlines() if " FAIL" in line or " ok " in line]
 
 
-@pytest.mark.parametrize("stem", ["vae_a", "vae_b"])
+@pytest.mark.parametrize("stem", [pytest.param("vae_a", marks=pytest.mark.slow), "vae_b"])
 def test_the_vae_reproduces_every_official_number(tmp_path, capsys, stem):
     files = sorted((GOLDEN / "vae").glob(f"{stem}_*.safetensors"))
     for path in files:

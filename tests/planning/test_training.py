@@ -15,6 +15,7 @@ from tests.nano import CONFIG, GRID
 from tests.planning.test_stream import NANO
 
 
+@pytest.mark.slow
 def test_the_state_is_counted():
     model = abstract_model(NANO | {"dit": NANO["dit"] | {"framepack": False}})
     count = sum(leaf.size for leaf in jax.tree.leaves(model.dit.params))
@@ -26,6 +27,7 @@ def test_the_state_is_counted():
     assert needs.fits and dataclasses.asdict(needs)["fps"] == 0
 
 
+@pytest.mark.slow
 def test_too_large_a_state_asks_for_more_devices():
     model = abstract_model(NANO | {"dit": NANO["dit"] | {"framepack": False}})
     small = dataclasses.replace(HARDWARE["h100"], memory_gb=1e-6)

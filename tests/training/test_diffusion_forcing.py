@@ -80,6 +80,7 @@ def with_head(params):
     }
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_one_batch():
     settings = dataclasses.replace(SETTINGS, mouth_probe_weight=0.1)
     task = make_task(settings, make_clips(2, 6))

@@ -126,6 +126,7 @@ def test_what_is_not_finite_is_counted_and_changes_nothing(role):
     assert int(after.generator_updates) == int(after.critic_updates) == 0
 
 
+@pytest.mark.slow
 def test_a_critic_that_lags_learns_several_times_in_a_step_on_other_clips():
     state = start()
     lagging = dataclasses.replace(state, watch=dataclasses.replace(state.watch, critic_steps=3))

@@ -1,5 +1,6 @@
 """No layout of devices, and no accumulation, changes what is learnt."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -14,7 +15,7 @@ from jax_avatar.training.accumulate import accumulated
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.distillation import DistillConfig, Distiller, Told
 from jax_avatar.training.latents import random_clips
-from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step, on_mesh
+from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step, on_mesh, train
 from jax_avatar.training.mesh import (
     local_rows,
     make_training_mesh,
@@ -122,7 +123,8 @@ def alone(role):
     return distil(role)
 
 
-@pytest.mark.parametrize(("layout", "accumulate"), EVERY)
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "accumulate"), LAYOUTS + MORE)
 @pytest.mark.parametrize("role", ["generator", "critic"])
 def test_distillation_is_the_same_on_every_layout(role, layout, accumulate):
     expected, wanted = alone(role)
@@ -186,6 +188,38 @@ def test_the_state_stays_where_it_was_put():
     assert tuple(kernel.sharding.spec) == (None, "data", "model")
     moment = first_moment(state.optimiser)["blocks"]["ffn_in"]["kernel"]
     assert moment.sharding.is_equivalent_to(kernel.sharding, kernel.ndim)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    clips = random_clips(3, 7, GRID, 4, (2, 6))
+    settings = ForcingConfig(batch_size=BATCH, latents=6, reference_frames=(13, 30))
+    runs = {}
+    for name, meshes in (("moved", ("4x2", "1")), ("stayed", ("1", "1"))):
+        for stop, mesh in zip((1, 2), meshes, strict=True):
+            task = ForcingTask(MODEL, settings, clips)
+            task.export = lambda *_: None
+            # A run of two steps that is interrupted after the first.
+            task.batches = interrupting(task.batches, stop)
+            loop = dataclasses.replace(LOOP, num_steps=2, mesh=mesh, checkpoint_every=1)
+            with contextlib.suppress(Interruption):
+                runs[name] = train(task, loop, tmp_path / name, progress=False)
+    moved, stayed = (runs[name].params for name in ("moved", "stayed"))
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(moved)} == {1}
+    assert difference(moved, stayed) < 1e-5
+
+
+class Interruption(Exception):
+    """Stands for a kill."""
+
+
+def interrupting(batches, stop):
+    def until(step, **share):
+        if step >= stop:
+            raise Interruption
+        return batches(step, **share)
+
+    return until
 
 
 # ---- parts and places --------------------------------------------------------------------
