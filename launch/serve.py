@@ -18,15 +18,19 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from jax_avatar.io.image import load_image, prepare_reference
-from jax_avatar.serving.connection import ServerState
-from jax_avatar.serving.run import serve
-from jax_avatar.serving.seats import Seats
 from jax_avatar.streaming.live import LiveSettings
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from launch.common import frame_size, prepare_jax
+
+try:
+    from jax_avatar.serving.connection import ServerState
+    from jax_avatar.serving.run import serve
+    from jax_avatar.serving.seats import Seats
+except ModuleNotFoundError as missing:
+    sys.exit(f'serve.py: {missing.name} is not installed; the server needs: pip install ".[serve]"')
 
 flags.DEFINE_string("mesh", "1", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
 flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
