@@ -95,7 +95,8 @@ class Connection:
         await self._socket.accept()
         reason, code = "client gone", 1000
         try:
-            create = await asyncio.wait_for(self._receive(), _FIRST_MESSAGE_S)
+            async with asyncio.timeout(_FIRST_MESSAGE_S):
+                create = await self._receive()
             if create.type != "session.create":
                 raise ProtocolError("bad_message", "the first message must be session.create.")
             await self._serve(create.fields)
@@ -115,8 +116,9 @@ class Connection:
                 _log.exception("session %s failed", self._id)
                 reason, code = "server failure", 1011
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._say("session.closed", reason=reason), 1)
-            await asyncio.wait_for(self._socket.close(code, reason), 1)
+            async with asyncio.timeout(2):
+                await self._say("session.closed", reason=reason)
+                await self._socket.close(code, reason)
 
     async def warn_of_drain(self, seconds: float) -> None:
         """Tells the client that the server will stop."""
@@ -318,7 +320,8 @@ class Connection:
         """Sends, unless the client does not take it."""
         async with self._sending:
             try:
-                await asyncio.wait_for(sending, _SLOW_CLIENT_S)
+                async with asyncio.timeout(_SLOW_CLIENT_S):
+                    await sending
             except TimeoutError:
                 raise _Closed("too slow") from None
 

@@ -36,8 +36,10 @@ class Clock:
 
     async def wait(self, signal: asyncio.Event, seconds: float) -> None:
         """Returns when the signal is set or the time has passed; clears the signal."""
+        # Not `wait_for`: before Python 3.12 it loses a cancellation that comes with the signal.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(signal.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await signal.wait()
         signal.clear()
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.streaming.live import LiveSession, LiveSettings
+from jax_avatar.streaming.live import Clock, LiveSession, LiveSettings
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import load_model
 from jax_avatar.streaming.session import AvatarSession
@@ -260,3 +260,16 @@ def test_a_failure_on_the_devices_reaches_whoever_watches(alone):
 
     with pytest.raises(RuntimeError, match="out of memory"):
         asyncio.run(run())
+
+
+def test_waiting_is_given_up_although_the_signal_comes_at_the_same_moment():
+    async def run():
+        signal = asyncio.Event()
+        waiting = asyncio.create_task(Clock().wait(signal, 60))
+        await asyncio.sleep(0.01)
+        signal.set()
+        waiting.cancel()
+        await asyncio.sleep(0.01)
+        assert waiting.cancelled()
+
+    asyncio.run(run())
