@@ -7,8 +7,13 @@ the renderer's truth, streams a minute to look for drift, and writes `scores.jso
 and videos. A teacher makes whole clips instead of streaming them, and no minute:
 
     python launch/evaluate.py --checkpoint runs/teacher --sampler teacher --steps 40 --guidance 4
+
+The minute without what keeps long streams steady:
+
+    python launch/evaluate.py --splits=held_out_both --noaas --norolling_rope
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -45,6 +50,8 @@ flags.DEFINE_integer("long_s", 60, "seconds of the long stream; 0 for none", low
 flags.DEFINE_enum("sampler", "stream", ["stream", "teacher"], "how clips are made")
 flags.DEFINE_integer("steps", 40, "denoising steps of the teacher", lower_bound=1)
 flags.DEFINE_float("guidance", 4.0, "guidance scale of the teacher; 1 is none")
+flags.DEFINE_bool("aas", True, "renew the sink with a generated latent, as the model says")
+flags.DEFINE_bool("rolling_rope", True, "let the sink move along with the stream")
 flags.DEFINE_integer("seed", 420, "of the noise", lower_bound=0)
 FLAGS = flags.FLAGS
 
@@ -55,6 +62,16 @@ def sampler(model):
     settings = SamplerConfig(FLAGS.steps, guidance=FLAGS.guidance, seed=FLAGS.seed)
     dit = model.dit
     return make_sampler(dit.graphdef, dit.config, settings, pose=model.settings.pose)
+
+
+def stream_plan(model):
+    plan = model.settings.plan(FLAGS.seed)
+    if not FLAGS.aas:
+        plan = dataclasses.replace(plan, aas_after_blocks=0)
+    if not FLAGS.rolling_rope:  # so far behind that the sink stays where it is in the beginning
+        size = model.dit.config.frames_per_block
+        plan = dataclasses.replace(plan, distance=lambda block, step: -size * block)
+    return plan
 
 
 def stream_split(stream, clips):
@@ -87,10 +104,10 @@ def main(argv):
     out.mkdir(parents=True, exist_ok=True)
     try:
         model = load_model(FLAGS.checkpoint)
-        stream = BatchStream(model, seed=FLAGS.seed, sample=sampler(model))
+        stream = BatchStream(model, stream_plan(model), sample=sampler(model))
         train = read_clips(FLAGS.data, "train")
         probe = fit_probe([train[i] for i in range(0, len(train), max(1, len(train) // 200))])
-        told = ("checkpoint", "clips", "seed", "sampler")
+        told = ("checkpoint", "clips", "seed", "sampler", "aas", "rolling_rope")
         told += ("steps", "guidance") if FLAGS.sampler == "teacher" else ()
         scores = {name: FLAGS[name].value for name in told}
         for split in FLAGS.splits:

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from jax_avatar.models.params import merge
 from jax_avatar.shapes import Array, AudioFeatures, Float, Latent, PyTree
 from jax_avatar.streaming.model import AvatarModel
-from jax_avatar.streaming.plan import Conditions
+from jax_avatar.streaming.plan import Conditions, StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.session import DROPPED_FRAMES
 
@@ -27,15 +27,15 @@ class BatchStream:
     def __init__(
         self,
         model: AvatarModel,
+        plan: StreamPlan | None = None,
         *,
-        seed: int = 420,
         sample: Callable[[PyTree, Array, Array], Array] | None = None,
     ):
         """Binds a model that has no motion packer.
 
         Args:
             model: to stream.
-            seed: of noise and sink distances.
+            plan: how; as the model's settings say if not given.
             sample: `(params, reference, features) -> latents`, to make whole clips at once instead
                 of streaming them.
         """
@@ -46,7 +46,7 @@ class BatchStream:
             )
         self.model, settings = model, model.settings
         self.params = model.dit.params
-        self._plan, self._sample, self._streams = settings.plan(seed), sample, {}
+        self._plan, self._sample, self._streams = plan or settings.plan(420), sample, {}
         vae, speech = model.vae.graphdef, model.speech.graphdef
         self._encode = jax.jit(lambda p, video: merge(vae, p).encode(video))
         self._first = jax.jit(lambda p, latent: merge(vae, p).decode_first(latent))
