@@ -26,7 +26,7 @@ from jax_avatar.streaming.session import AvatarSession, num_slices
 from launch.common import frame_size, prepare_jax
 
 try:
-    from jax_avatar.serving.connection import ServerState
+    from jax_avatar.serving.admission import ServerState
     from jax_avatar.serving.run import serve
     from jax_avatar.serving.seats import Seats
 except ModuleNotFoundError as missing:

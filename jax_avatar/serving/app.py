@@ -12,7 +12,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.staticfiles import StaticFiles
 
-from jax_avatar.serving.connection import Connection, ServerState
+from jax_avatar.serving.admission import ServerState
+from jax_avatar.serving.connection import serve_socket
 
 __all__ = ["drain", "make_app"]
 
@@ -59,8 +60,7 @@ def make_app(state: ServerState) -> FastAPI:
         header = request.headers.get("authorization", "")
         if not state.allows(header.removeprefix("Bearer ")):
             return PlainTextResponse("the token is missing or wrong", 401)
-        state.metrics.sessions.set(len(state.connections))
-        state.metrics.seats.set(state.seats.count)
+        state.metrics.set_levels((c.protocol for c in state.connections), state.seats.count)
         return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.websocket("/v1/avatar")
@@ -70,7 +70,7 @@ def make_app(state: ServerState) -> FastAPI:
         if origin and urlsplit(origin).netloc != socket.headers.get("host"):
             await socket.close(1008, "foreign origin")
             return
-        await Connection(socket, state).run()
+        await serve_socket(socket, state)
 
     app.mount("/", StaticFiles(directory=_STATIC, html=True), name="page")
     return app

@@ -23,6 +23,7 @@ _SCHEMA = {
         "prompt": (str, False),
         "sample_rate": (int, False),
         "consent": (bool, False),
+        "sdp": (str, False),
     },
     "audio.append": {"audio": (str, True)},
     "audio.commit": {},
@@ -43,6 +44,7 @@ class Limits:
         portrait_pixels: of an image, decoded.
         audio_bytes: of one message of audio.
         prompt_chars: of a prompt.
+        sdp_chars: of a WebRTC offer.
         messages_per_s: sustained; bursts of ten seconds' worth are fine.
         errors: bad messages before the connection is closed.
     """
@@ -51,13 +53,14 @@ class Limits:
     portrait_pixels: int = 50_000_000
     audio_bytes: int = 1_000_000
     prompt_chars: int = 2000
+    sdp_chars: int = 50_000
     messages_per_s: float = 200.0
     errors: int = 20
 
     @property
     def message_bytes(self) -> int:
         """Of any message: a portrait in base64 and what goes with it."""
-        return self.portrait_bytes * 4 // 3 + 4 * self.prompt_chars + 4096
+        return self.portrait_bytes * 4 // 3 + 4 * self.prompt_chars + 2 * self.sdp_chars + 4096
 
 
 class ProtocolError(ValueError):
@@ -128,6 +131,7 @@ def _checked_sizes(message: ClientMessage, limits: Limits) -> ClientMessage:
         "prompt": limits.prompt_chars,
         "text": limits.prompt_chars,
         "token": 1000,
+        "sdp": limits.sdp_chars,
     }
     for name, limit in most.items():
         value = message.fields.get(name)

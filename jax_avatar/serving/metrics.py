@@ -1,10 +1,15 @@
 """What a server counts, for Prometheus."""
 
+from collections import Counter as Counts
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from jax_avatar.streaming.live import LiveStats
 
-__all__ = ["Metrics"]
+__all__ = ["PROTOCOLS", "Metrics"]
+
+PROTOCOLS = ("websocket", "webrtc")  # by which sessions are counted
 
 _SECONDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 
@@ -15,9 +20,9 @@ class Metrics:
     def __init__(self):
         self.registry = CollectorRegistry()
         ours = {"namespace": "avatar", "registry": self.registry}
-        self.sessions = Gauge("sessions", "Sessions under way", **ours)
+        self.sessions = Gauge("sessions", "Sessions under way", ["protocol"], **ours)
         self.seats = Gauge("seats", "Sessions that fit", **ours)
-        self.started = Counter("sessions_started", "Sessions begun", **ours)
+        self.started = Counter("sessions_started", "Sessions begun", ["protocol"], **ours)
         self.ended = Counter("sessions_ended", "Sessions ended", ["reason"], **ours)
         self.refused = Counter("sessions_refused", "Sessions refused", ["code"], **ours)
         self.errors = Counter("client_errors", "Bad messages", ["code"], **ours)
@@ -41,6 +46,13 @@ class Metrics:
         )
         self.ready_frames = Gauge("ready_frames", "Frames that wait, all sessions", **ours)
         self.queued_s = Gauge("queued_seconds", "Speech that waits, all sessions", **ours)
+
+    def set_levels(self, protocols: Iterable[str], seats: int) -> None:
+        """Notes how many sessions are under way, by protocol, and how many fit."""
+        counts = Counts(protocols)
+        for protocol in PROTOCOLS:
+            self.sessions.labels(protocol).set(counts[protocol])
+        self.seats.set(seats)
 
     def add(self, before: LiveStats, now: LiveStats) -> None:
         """Counts what a session has done since `before`."""

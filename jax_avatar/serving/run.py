@@ -7,8 +7,8 @@ from types import FrameType
 
 import uvicorn
 
+from jax_avatar.serving.admission import ServerState
 from jax_avatar.serving.app import drain, make_app
-from jax_avatar.serving.connection import ServerState
 
 __all__ = ["make_config", "serve"]
 

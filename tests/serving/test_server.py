@@ -14,7 +14,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from jax_avatar.serving.connection import ServerState
+from jax_avatar.serving.admission import ServerState
 from jax_avatar.serving.messages import Limits
 from jax_avatar.serving.run import make_config
 from jax_avatar.serving.seats import Seats
@@ -191,6 +191,7 @@ def test_only_those_who_know_the_token_come_in(served):
     status, text = served.get("/metrics", Authorization=f"Bearer {TOKEN}")
     assert status == 200 and 'avatar_sessions_refused_total{code="unauthorised"}' in text
     assert "avatar_seats 2.0" in text and "avatar_block_seconds_bucket" in text
+    assert 'avatar_sessions{protocol="websocket"} 0.0' in text
     with pytest.raises(InvalidStatus), connect(served.url, origin="http://evil.example"):
         pass
 

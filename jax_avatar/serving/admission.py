@@ -1,0 +1,101 @@
+"""Who may come in: what all sessions share, and what is asked of a client before it has a seat."""
+
+import asyncio
+import hmac
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jax_avatar.io.image import decode_image, prepare_reference
+from jax_avatar.serving.messages import VERSION, Limits, ProtocolError
+from jax_avatar.serving.metrics import Metrics
+from jax_avatar.serving.seats import Seats
+from jax_avatar.streaming.live import LiveSettings
+
+if TYPE_CHECKING:
+    from jax_avatar.serving.conversation import Conversation
+
+__all__ = ["ServerState", "admit"]
+
+
+@dataclass
+class ServerState:
+    """What all sessions share.
+
+    Attributes:
+        seats: sessions that are warm.
+        portrait: for clients that bring none, `[H W 3]` uint8.
+        token: that every client must know; empty lets everybody in.
+        live: pace and delay.
+        limits: what clients may send.
+        metrics: what is counted.
+        encode_prompt: prompt -> states, where the model takes one.
+        idle_s: without a message for so long, a session is ended.
+        is_draining: no session may begin, since the server is about to stop.
+        connections: under way.
+    """
+
+    seats: Seats
+    portrait: np.ndarray
+    token: str = ""
+    live: LiveSettings = field(default_factory=LiveSettings)
+    limits: Limits = field(default_factory=Limits)
+    metrics: Metrics = field(default_factory=Metrics)
+    encode_prompt: Callable[[str], Any] | None = None
+    idle_s: float = 300.0
+    is_draining: bool = False
+    connections: set["Conversation"] = field(default_factory=set)
+
+    def allows(self, token: str | None) -> bool:
+        """Whether a token is the right one."""
+        return not self.token or hmac.compare_digest((token or "").encode(), self.token.encode())
+
+
+async def admit(state: ServerState, wanted: dict[str, Any]) -> tuple[np.ndarray, Any]:
+    """Portrait and prompt states of a client that may come in.
+
+    Args:
+        state: of the server.
+        wanted: fields of `session.create`.
+
+    Raises:
+        ProtocolError: it may not, or brings what cannot be used.
+    """
+    if not state.allows(wanted.get("token")):
+        raise ProtocolError("unauthorised", "the token is missing or wrong.")
+    if wanted["version"] != VERSION:
+        raise ProtocolError(
+            "version", f"version {wanted['version']}; this server speaks {VERSION}."
+        )
+    if state.is_draining:
+        raise ProtocolError("draining", "this server is about to stop; try another.")
+    if not state.seats.is_ready:
+        raise ProtocolError("starting", "the model is being compiled; try again soon.")
+    rate = wanted.get("sample_rate", 16_000)
+    if not 8000 <= rate <= 96_000:
+        raise ProtocolError("bad_message", f"sample_rate {rate}; expected 8000 to 96000.")
+    try:
+        image, text = await asyncio.to_thread(_image, state, wanted), None
+        if wanted.get("prompt"):
+            if state.encode_prompt is None:
+                raise ProtocolError("no_prompt", "this model takes no prompt.")
+            text = await asyncio.to_thread(state.encode_prompt, wanted["prompt"])
+    except ProtocolError:
+        raise
+    except ValueError as error:
+        raise ProtocolError("bad_portrait", str(error)) from None
+    return image, text
+
+
+def _image(state: ServerState, wanted: dict[str, Any]) -> np.ndarray:
+    """The client's portrait, or the server's, in the size of the video."""
+    image = state.portrait
+    if "portrait" in wanted:
+        if not wanted.get("consent"):
+            raise ProtocolError(
+                "consent", "a portrait needs consent: true, that the person agrees."
+            )
+        image = decode_image(wanted["portrait"], most_pixels=state.limits.portrait_pixels)
+    return prepare_reference(image, *state.seats.size, cover=True)

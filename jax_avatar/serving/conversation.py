@@ -1,0 +1,269 @@
+"""One client and its session, from the first message to the last, whatever carries them.
+
+client --messages--> Link --> Conversation --> LiveSession --> Conversation --chunks, events--> Link
+"""
+
+import abc
+import asyncio
+import contextlib
+import copy
+import json
+import logging
+import secrets
+import time
+from typing import Any
+
+from jax_avatar.serving.admission import ServerState, admit
+from jax_avatar.serving.messages import VERSION, ClientMessage, ProtocolError, read_message
+from jax_avatar.streaming.live import LiveChunk, LiveSession
+from jax_avatar.streaming.states import State
+
+__all__ = ["Closed", "Conversation", "Gone", "Link"]
+
+_FIRST_MESSAGE_S = 10.0
+_STATES = {state.value: state for state in (State.IDLE, State.LISTENING, State.THINKING)}
+_log = logging.getLogger(__name__)
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+class Closed(Exception):
+    """The session is over, for a reason that is no failure."""
+
+
+class Link(abc.ABC):
+    """What carries messages to and from one client, and video to it.
+
+    Attributes:
+        protocol: its name, one of `PROTOCOLS`.
+    """
+
+    protocol: str
+
+    @abc.abstractmethod
+    def check(self, wanted: dict[str, Any]) -> None:
+        """Raises ProtocolError if these fields of `session.create` are not for this link."""
+
+    @abc.abstractmethod
+    async def open(self, live: LiveSession) -> dict[str, Any]:
+        """Makes ready for video; returns what `session.created` has to say of it."""
+
+    @abc.abstractmethod
+    async def receive(self) -> str | bytes | ClientMessage:
+        """The next message; the link's own, which no limit counts, is a `ClientMessage`."""
+
+    @abc.abstractmethod
+    async def send(self, text: str) -> None:
+        """Returns when a message is on its way; raises Gone or Closed if nobody takes it."""
+
+    @abc.abstractmethod
+    async def show(self, chunk: LiveChunk) -> None:
+        """Sends picture and sound, as `send`."""
+
+    @abc.abstractmethod
+    async def close(self, code: int, reason: str) -> None:
+        """Ends the connection, with a code as a WebSocket has them."""
+
+
+class Conversation:
+    """Serves one client; nothing of it is seen by another."""
+
+    def __init__(self, link: Link, state: ServerState):
+        self._link, self._state = link, state
+        self._id = secrets.token_hex(8)
+        self._errors, self._burst = 0, 0.0
+        self._last_message = time.monotonic()
+        self._heard_at: float | None = None  # when speech came into silence
+        self._rate = 16_000
+
+    @property
+    def protocol(self) -> str:
+        """What carries it."""
+        return self._link.protocol
+
+    async def run(self) -> None:
+        """Returns when the client has gone or has been sent away."""
+        state = self._state
+        reason, code = "client gone", 1000
+        try:
+            async with asyncio.timeout(_FIRST_MESSAGE_S):
+                create = await self._receive()
+            if create.type != "session.create":
+                raise ProtocolError("bad_message", "the first message must be session.create.")
+            await self._serve(create.fields)
+        except ProtocolError as error:
+            state.metrics.refused.labels(error.code).inc()
+            reason, code = error.code, 1008
+            with contextlib.suppress(Exception):
+                await self._fail(error, is_fatal=True)
+        except TimeoutError:
+            reason, code = "no session.create", 1008
+        except Closed as closed:
+            reason = str(closed)
+        except Gone:
+            pass
+        except Exception:
+            _log.exception("session %s failed", self._id)
+            reason, code = "server failure", 1011
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(2):
+                await self._say("session.closed", reason=reason)
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(2):
+                await self._link.close(code, reason)
+
+    async def warn_of_drain(self, seconds: float) -> None:
+        """Tells the client that the server will stop."""
+        with contextlib.suppress(Exception):
+            await self._say("draining", seconds=seconds)
+
+    async def _serve(self, wanted: dict[str, Any]) -> None:
+        state = self._state
+        portrait, text = await admit(state, wanted)
+        self._link.check(wanted)
+        self._rate = wanted.get("sample_rate", self._rate)
+        core = state.seats.take()
+        if core is None:
+            raise ProtocolError(
+                "busy", f"all {state.seats.count} sessions are taken; try again later."
+            )
+        state.metrics.started.labels(self.protocol).inc()
+        state.connections.add(self)
+        reason = "failed"
+        began = time.monotonic()
+        try:
+            await state.seats.prepare(core, portrait, text)
+            live = LiveSession(
+                core,
+                state.live,
+                encode_prompt=state.encode_prompt,
+                dispatch=state.seats.dispatch,
+            )
+            try:
+                async with live:
+                    await self._converse(live, began)
+            except Closed as closed:
+                reason = str(closed)
+                raise
+            except Gone:
+                reason = "client gone"
+                raise
+        finally:
+            state.connections.discard(self)
+            state.seats.give_back(core)
+            state.metrics.ended.labels(reason).inc()
+
+    async def _converse(self, live: LiveSession, began: float) -> None:
+        """Listens and sends until one of them ends."""
+        described = await self._link.open(live)
+        height, width = live.core.frame_size
+        await self._say(
+            "session.created",
+            version=VERSION, session=self._id, width=width, height=height,
+            fps=live.core.model.settings.fps, model=live.core.model.name,
+            takes_prompt=self._state.encode_prompt is not None, **described,
+        )  # fmt: skip
+        tasks = {
+            asyncio.create_task(self._listen(live)),
+            asyncio.create_task(self._show(live, began)),
+            asyncio.create_task(self._watch_idle()),
+        }
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    # ---- in ----------------------------------------------------
+
+    async def _listen(self, live: LiveSession) -> None:
+        while True:
+            try:
+                message = await self._receive()
+                await self._obey(live, message)
+            except (ProtocolError, ValueError) as error:
+                await self._fail(error)
+
+    async def _receive(self) -> ClientMessage:
+        """The next message; what cannot be one counts as an error of the client's."""
+        received = await self._link.receive()
+        now, limits = time.monotonic(), self._state.limits
+        if isinstance(received, ClientMessage):
+            self._last_message = now
+            return received
+        forgiven = (now - self._last_message) * limits.messages_per_s
+        self._burst = max(0.0, self._burst - forgiven) + 1
+        if self._burst > 10 * limits.messages_per_s:
+            raise Closed("too many messages")
+        self._last_message = now
+        return read_message(received, limits)
+
+    async def _obey(self, live: LiveSession, message: ClientMessage) -> None:
+        fields = message.fields
+        if message.type == "audio.append":
+            if live.queued_s == 0 and live.state is not State.SPEAKING:
+                self._heard_at = time.monotonic()
+            live.push_audio(fields["audio"], fields.get("sample_rate", self._rate))
+        elif message.type == "audio.commit":
+            live.end_segment()
+        elif message.type == "clear":
+            await self._say("cleared", position_s=live.clear(), at_s=live.time_s)
+        elif message.type == "prompt.update":
+            await live.set_prompt(fields["text"])
+        elif message.type == "state.update":
+            if fields["state"] not in _STATES:
+                raise ValueError(f"state {fields['state'][:40]!r}; expected {list(_STATES)}.")
+            {"idle": live.idle, "listening": live.listen, "thinking": live.think}[fields["state"]]()
+        elif message.type == "close":
+            raise Closed("closed by the client")
+        else:
+            raise ProtocolError("bad_message", "there is a session already.")
+
+    async def _watch_idle(self) -> None:
+        while (left := self._last_message + self._state.idle_s - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        raise Closed("idle")
+
+    # ---- out ---------------------------------------------------
+
+    async def _show(self, live: LiveSession, began: float) -> None:
+        metrics = self._state.metrics
+        before, told_at = copy.copy(live.stats), time.monotonic()
+        async for chunk in live:
+            await self._tell_events(chunk)
+            await self._link.show(chunk)
+            now = time.monotonic()
+            if not before.frames:
+                metrics.first_frame_s.observe(now - began)
+            metrics.add(before, live.stats)
+            before = copy.copy(live.stats)
+            if now - told_at >= 1:
+                told_at = now
+                await self._say(
+                    "stats",
+                    at_s=live.time_s, queued_s=live.queued_s, block_s=live.stats.step_s,
+                    late_s=live.stats.late_s, dropped=live.stats.dropped,
+                )  # fmt: skip
+
+    async def _tell_events(self, chunk: LiveChunk) -> None:
+        for event in chunk.events:
+            if event.name == "playback_started" and self._heard_at is not None:
+                self._state.metrics.reaction_s.observe(time.monotonic() - self._heard_at)
+                self._heard_at = None
+            await self._say(event.name, at_s=event.at_s, **event.data)
+
+    async def _fail(self, error: ValueError, *, is_fatal: bool = False) -> None:
+        code = getattr(error, "code", "refused")
+        self._state.metrics.errors.labels(code).inc()
+        self._errors += 1
+        await self._say("error", code=code, message=str(error), fatal=is_fatal)
+        if self._errors >= self._state.limits.errors:
+            raise Closed("too many errors")
+
+    async def _say(self, kind: str, **fields: Any) -> None:
+        await self._link.send(json.dumps({"type": kind, **fields}))
