@@ -56,7 +56,7 @@ class FragmentWriter:
         self._container.start_encoding()
         self.mime = f'video/mp4; codecs="{self._avc()}, mp4a.40.2"'
         self.delay_s = _PRIMING / _SOUND_RATE
-        self._frames = self._samples = 0
+        self._frames = self._samples = self._encoded = 0
 
     def write(self, frames: UInt8[np.ndarray, "T H W 3"], sound: Float[np.ndarray, " N"]) -> bytes:
         """Encodes picture and sound of the same time; returns what has become ready to send."""
@@ -69,6 +69,12 @@ class FragmentWriter:
             self._mux(self._video.encode(frame), following - frame.pts)
         self._write_sound(self._resample(sound, self._rate))
         return self._out.take()
+
+    @property
+    def offset_s(self) -> float:
+        """By how much the picture that was handed out is ahead of the sound."""
+        picture = _PRIMING + self._frames * self._per_frame
+        return float(picture - self._encoded) / _SOUND_RATE
 
     def close(self) -> bytes:
         """Ends the stream; returns its last bytes."""
@@ -87,7 +93,9 @@ class FragmentWriter:
             made.sample_rate = _SOUND_RATE
             made.pts, made.time_base = _PRIMING + self._samples, Fraction(1, _SOUND_RATE)
             self._samples += len(samples)
-            self._mux(self._audio.encode(made))
+            packets = self._audio.encode(made)
+            self._encoded += sum(packet.duration for packet in packets)
+            self._mux(packets)
 
     def _mux(self, packets: list[Any], duration: int | None = None) -> None:
         for packet in packets:

@@ -60,7 +60,8 @@ def make_app(state: ServerState) -> FastAPI:
         header = request.headers.get("authorization", "")
         if not state.allows(header.removeprefix("Bearer ")):
             return PlainTextResponse("the token is missing or wrong", 401)
-        state.metrics.set_levels((c.protocol for c in state.connections), state.seats.count)
+        live = ((c.protocol, c.live) for c in state.connections)
+        state.metrics.set_levels(live, state.seats.count)
         return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.websocket("/v1/avatar")
@@ -83,6 +84,7 @@ async def _open(state: ServerState) -> None:
         _log.exception("the model could not be started; /readyz stays 503")
         raise
     budget = state.seats.budget
+    state.metrics.set_parts(budget.parts)
     _log.warning(
         "ready: %d sessions (speed allows %d, memory %d); %.2f s of video take %.2f s",
         state.seats.count, budget.by_speed, budget.by_memory, budget.video_s, budget.block_s,

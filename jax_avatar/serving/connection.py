@@ -56,6 +56,7 @@ class _SocketLink(Link):
         began = time.monotonic()
         data = await asyncio.to_thread(self._writer.write, chunk.frames, chunk.sound)
         self._metrics.encode_s.observe(time.monotonic() - began)
+        self._metrics.av_offset_s.observe(abs(self._writer.offset_s))
         if data:
             await self._sent(self._socket.send_bytes(data))
             self._metrics.sent_bytes.inc(len(data))

@@ -68,10 +68,15 @@ class Link(abc.ABC):
 
 
 class Conversation:
-    """Serves one client; nothing of it is seen by another."""
+    """Serves one client; nothing of it is seen by another.
+
+    Attributes:
+        live: its session, once it is admitted.
+    """
 
     def __init__(self, link: Link, state: ServerState):
         self._link, self._state = link, state
+        self.live: LiveSession | None = None
         self._id = secrets.token_hex(8)
         self._errors, self._burst = 0, 0.0
         self._last_message = time.monotonic()
@@ -130,17 +135,17 @@ class Conversation:
                 "busy", f"all {state.seats.count} sessions are taken; try again later."
             )
         state.metrics.started.labels(self.protocol).inc()
-        state.connections.add(self)
         reason = "failed"
         began = time.monotonic()
         try:
-            await state.seats.prepare(core, portrait, text)
-            live = LiveSession(
+            self.live = live = LiveSession(
                 core,
                 state.live,
                 encode_prompt=state.encode_prompt,
                 dispatch=state.seats.dispatch,
             )
+            state.connections.add(self)
+            await state.seats.prepare(core, portrait, text)
             try:
                 async with live:
                     await self._converse(live, began)

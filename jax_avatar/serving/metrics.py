@@ -1,11 +1,11 @@
 """What a server counts, for Prometheus."""
 
 from collections import Counter as Counts
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from jax_avatar.streaming.live import LiveStats
+from jax_avatar.streaming.live import LiveSession, LiveStats
 
 __all__ = ["PROTOCOLS", "Metrics"]
 
@@ -44,15 +44,32 @@ class Metrics:
         self.reaction_s = Histogram(
             "reaction_seconds", "From audio in silence to its frames", buckets=_SECONDS, **ours
         )
+        self.part_s = Gauge(
+            "part_seconds", "A block in each part, measured before the start", ["part"], **ours
+        )
+        self.av_offset_s = Histogram(
+            "av_offset_seconds",
+            "By how much sent picture and sound differ in length",
+            buckets=(0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 1.0),
+            **ours,
+        )
         self.ready_frames = Gauge("ready_frames", "Frames that wait, all sessions", **ours)
         self.queued_s = Gauge("queued_seconds", "Speech that waits, all sessions", **ours)
 
-    def set_levels(self, protocols: Iterable[str], seats: int) -> None:
-        """Notes how many sessions are under way, by protocol, and how many fit."""
-        counts = Counts(protocols)
+    def set_levels(self, sessions: Iterable[tuple[str, LiveSession]], seats: int) -> None:
+        """Notes what is now: sessions with their protocols, what waits in them, how many fit."""
+        sessions = list(sessions)
+        counts = Counts(protocol for protocol, _ in sessions)
         for protocol in PROTOCOLS:
             self.sessions.labels(protocol).set(counts[protocol])
+        self.ready_frames.set(sum(live.ready_frames for _, live in sessions))
+        self.queued_s.set(sum(live.queued_s for _, live in sessions))
         self.seats.set(seats)
+
+    def set_parts(self, parts: Mapping[str, float]) -> None:
+        """Notes how long a block takes in each part."""
+        for name, seconds in parts.items():
+            self.part_s.labels(name).set(seconds)
 
     def add(self, before: LiveStats, now: LiveStats) -> None:
         """Counts what a session has done since `before`."""

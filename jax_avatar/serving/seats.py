@@ -28,6 +28,7 @@ class Budget:
         video_s: of a block.
         seat_bytes: of device memory that each further session takes.
         free_bytes: there were, after the first.
+        parts: seconds that a block takes in each part, see `AvatarSession.part_seconds`.
         by_speed: sessions in real time.
         by_memory: sessions in memory.
     """
@@ -36,6 +37,7 @@ class Budget:
     video_s: float
     seat_bytes: int
     free_bytes: int
+    parts: dict[str, float]
 
     @property
     def by_speed(self) -> int:
@@ -62,9 +64,9 @@ def measure(core: AvatarSession, weights_bytes: int, blocks: int = 6) -> Budget:
         pass
     block_s = (time.perf_counter() - began) / blocks
     held = sum(x.nbytes for x in jax.live_arrays()) - weights_bytes
-    core.reset()
+    parts = core.part_seconds()
     video_s = core.block_frames / core.model.settings.fps
-    return Budget(block_s, video_s, max(1, held), _free_bytes())
+    return Budget(block_s, video_s, max(1, held), _free_bytes(), parts)
 
 
 class Seats:

@@ -224,6 +224,40 @@ class AvatarSession:
             pass
         self.reset()
 
+    def part_seconds(self, blocks: int = 4) -> dict[str, float]:
+        """How long a block takes in each part of a warm session, one part after the other.
+
+        Streams silence and waits for every part, which a stream never does; then starts anew.
+
+        Args:
+            blocks: to take the median of.
+
+        Returns:
+            Seconds of "speech", the encoder; of "step", a denoising step or, of a pipeline, what
+            each slice does in a tick over its steps; of "vae", pixels included.
+        """
+        self.reset()
+        names = ("speech", "step", "vae")
+        moments = []
+        for _ in range(self.layout.stages + blocks):
+            self._hear(np.zeros(self.samples_wanted, np.float32))
+            moment = [time.perf_counter()]
+            features = np.asarray(self._next_features())
+            moment.append(time.perf_counter())
+            latents = jax.block_until_ready(self.stream.push(features))
+            moment.append(time.perf_counter())
+            self._decode_all(latents)
+            jax.block_until_ready(self._vae_state)
+            moment.append(time.perf_counter())
+            moments.append(moment)
+        self.reset()
+        # The first blocks fill the pipeline: nothing comes out that could be waited for.
+        speech, denoising, vae = np.median(np.diff(moments[-blocks:], axis=1), axis=0)
+        steps = self.layout.steps_per_stage
+        if self.layout.is_sequential:
+            steps = self.model.settings.num_steps
+        return dict(zip(names, (float(speech), float(denoising / steps), float(vae)), strict=True))
+
     def push(self, samples: Float[np.ndarray, " N"]) -> Iterator[np.ndarray]:
         """Feeds audio as it comes; yields the frames that are ready.
 

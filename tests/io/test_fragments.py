@@ -30,6 +30,7 @@ def test_fragments_come_soon_and_picture_and_sound_keep_step(fps, rate):
         sound = np.zeros(stop - start, np.float32)
         sound[: rate // fps] = 0.8 * is_flash * np.sin(np.arange(rate // fps) * 0.4)
         parts.append(writer.write(picture, sound))
+        assert 0 <= writer.offset_s < 0.1  # frames of AAC, and the resampler's delay
     parts.append(writer.close())
     assert boxes(parts[0] + parts[1] + parts[2] + parts[3])[:2] == ["ftyp", "moov"]
     assert all(set(boxes(part)) <= {"ftyp", "moov", "moof", "mdat"} for part in parts[:-1])

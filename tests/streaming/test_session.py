@@ -95,6 +95,15 @@ def test_a_session_starts_again_from_the_portrait(sequential):
     np.testing.assert_array_equal(frames_of(sequential, samples), frames_of(sequential, samples))
 
 
+@pytest.mark.parametrize("name", ["sequential", "pipelined"])
+def test_its_parts_are_timed_and_the_stream_is_not_changed(name, request):
+    session, samples = request.getfixturevalue(name), voice(1.0)
+    before = frames_of(session, samples)
+    parts = session.part_seconds(blocks=1)
+    assert list(parts) == ["speech", "step", "vae"] and min(parts.values()) > 0
+    np.testing.assert_array_equal(frames_of(session, samples), before)
+
+
 def test_frames_come_while_audio_still_comes(pipelined):
     """Six blocks in: the first must be out, and memory must not pile up."""
     pipelined.reset()
