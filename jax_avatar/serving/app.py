@@ -79,7 +79,8 @@ def make_app(state: ServerState) -> FastAPI:
 
 async def _open(state: ServerState) -> None:
     try:
-        await asyncio.to_thread(state.seats.open)
+        if not state.seats.is_ready:
+            await asyncio.to_thread(state.seats.open)
     except Exception:
         _log.exception("the model could not be started; /readyz stays 503")
         raise
