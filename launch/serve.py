@@ -47,6 +47,11 @@ flags.DEFINE_string("token", None, "that clients must know; made up for a public
 flags.DEFINE_integer("sessions", 16, "at most, however many would fit", lower_bound=1)
 flags.DEFINE_float("idle_s", 300.0, "seconds without a message until a session is ended")
 flags.DEFINE_float("drain_s", 30.0, "seconds that sessions may go on after SIGTERM")
+flags.DEFINE_list(
+    "ice",
+    [],
+    "stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT, where WebRTC clients cannot reach --host",
+)
 flags.DEFINE_string(
     "prompt_cache",
     str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jax_avatar" / "prompts"),
@@ -75,11 +80,23 @@ def make_seats(image) -> Seats:
     return Seats(build, most=FLAGS.sessions)
 
 
+def ice_servers() -> tuple[str, ...]:
+    """Those of --ice, each of which can be used."""
+    if FLAGS.ice:
+        try:
+            from jax_avatar.serving.rtc import ice_server
+        except ModuleNotFoundError:
+            raise ValueError('--ice is for WebRTC; it needs: pip install ".[webrtc]"') from None
+        for url in FLAGS.ice:
+            ice_server(url)
+    return tuple(FLAGS.ice)
+
+
 def run() -> None:
     token = FLAGS.token
     if token is None:
         token = "" if FLAGS.host in _LOCAL else secrets.token_urlsafe(16)
-    image = load_image(FLAGS.image)
+    image, servers = load_image(FLAGS.image), ice_servers()
     encode = None
     if has_text_encoder(FLAGS.checkpoint):
         cache = FLAGS.prompt_cache or None
@@ -89,7 +106,7 @@ def run() -> None:
 
     state = ServerState(
         make_seats(image), image, token=token, live=LiveSettings(), encode_prompt=encode,
-        idle_s=FLAGS.idle_s,
+        idle_s=FLAGS.idle_s, ice_servers=servers,
     )  # fmt: skip
     say(
         f"compiling; then: http://{FLAGS.host}:{FLAGS.port}/" + (f"#token={token}" if token else "")

@@ -12,7 +12,7 @@ import soxr
 from jax_avatar.io.media import open_media
 from jax_avatar.shapes import Float
 
-__all__ = ["AudioReader", "PcmReader", "Resampler", "is_silent", "load_audio"]
+__all__ = ["AudioReader", "PcmReader", "Resampler", "is_silent", "load_audio", "mono_samples"]
 
 _PCM_TYPES = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 _RATES = (1000, 768_000)
@@ -124,7 +124,7 @@ class AudioReader:
                     continue  # a damaged packet amid good ones is left out
                 for frame in frames:
                     lost_s, error = 0.0, None
-                    if len(samples := resample(_mono(frame), frame.sample_rate)):
+                    if len(samples := resample(mono_samples(frame), frame.sample_rate)):
                         count += len(samples)
                         yield samples
             if len(samples := resample.finish()):
@@ -171,7 +171,7 @@ class Resampler:
         return stream.resample_chunk(_NOTHING, last=True)
 
 
-def _mono(frame: av.AudioFrame) -> np.ndarray:
+def mono_samples(frame: av.AudioFrame) -> np.ndarray:
     """Mean of the channels, in [-1, 1]; FFmpeg's own down-mix would weigh them by layout."""
     data = frame.to_ndarray()
     if not frame.format.is_planar:

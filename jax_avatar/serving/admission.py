@@ -33,8 +33,10 @@ class ServerState:
         metrics: what is counted.
         encode_prompt: prompt -> states, where the model takes one.
         idle_s: without a message for so long, a session is ended.
+        ice_servers: that help WebRTC to find a way, as `rtc.ice_server` reads them.
         is_draining: no session may begin, since the server is about to stop.
         connections: under way.
+        tasks: that serve those which no request waits for.
     """
 
     seats: Seats
@@ -45,8 +47,10 @@ class ServerState:
     metrics: Metrics = field(default_factory=Metrics)
     encode_prompt: Callable[[str], Any] | None = None
     idle_s: float = 300.0
+    ice_servers: tuple[str, ...] = ()
     is_draining: bool = False
     connections: set["Conversation"] = field(default_factory=set)
+    tasks: set[asyncio.Task] = field(default_factory=set)
 
     def allows(self, token: str | None) -> bool:
         """Whether a token is the right one."""

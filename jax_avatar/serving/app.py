@@ -1,4 +1,4 @@
-"""The server: a page, a WebSocket, and what operators ask for."""
+"""The server: a page, a WebSocket, WebRTC, and what operators ask for."""
 
 import asyncio
 import contextlib
@@ -10,10 +10,16 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.datastructures import Headers
 from starlette.staticfiles import StaticFiles
 
 from jax_avatar.serving.admission import ServerState
 from jax_avatar.serving.connection import serve_socket
+
+try:
+    from jax_avatar.serving.rtc import serve_offer
+except ModuleNotFoundError:  # the extra "webrtc" is not installed
+    serve_offer = None
 
 __all__ = ["drain", "make_app"]
 
@@ -22,6 +28,7 @@ _POLICY = (
     "default-src 'self'; media-src 'self' blob:; img-src 'self' blob: data:; "
     "connect-src 'self' ws: wss:; frame-ancestors 'none'"
 )
+_BODY_S = 30.0  # for the body of a request
 _log = logging.getLogger(__name__)
 
 
@@ -33,6 +40,9 @@ def make_app(state: ServerState) -> FastAPI:
         opening = asyncio.create_task(_open(state))
         yield
         opening.cancel()
+        for task in state.tasks:
+            task.cancel()
+        await asyncio.gather(*state.tasks, return_exceptions=True)
         state.seats.close()
 
     app = FastAPI(title="Avatar", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -66,15 +76,42 @@ def make_app(state: ServerState) -> FastAPI:
 
     @app.websocket("/v1/avatar")
     async def avatar(socket: WebSocket) -> None:
-        # A page of another site must not use this browser's way to us.
-        origin = socket.headers.get("origin")
-        if origin and urlsplit(origin).netloc != socket.headers.get("host"):
+        if _is_foreign(socket.headers):
             await socket.close(1008, "foreign origin")
             return
         await serve_socket(socket, state)
 
+    @app.post("/v1/rtc")
+    async def rtc(request: Request) -> JSONResponse:
+        if _is_foreign(request.headers):
+            return _refusal(403, "foreign", "a page of another site must not use this server.")
+        if serve_offer is None:
+            return _refusal(501, "no_webrtc", 'WebRTC needs: pip install ".[webrtc]"')
+        body, most = bytearray(), state.limits.message_bytes
+        try:
+            async with asyncio.timeout(_BODY_S):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > most:
+                        return _refusal(413, "too_large", f"at most {most} bytes.")
+        except TimeoutError:
+            return _refusal(408, "too_slow", f"the offer took over {_BODY_S:.0f} s.")
+        status, content = await serve_offer(body.decode(errors="replace"), state)
+        return JSONResponse(content, status)
+
     app.mount("/", StaticFiles(directory=_STATIC, html=True), name="page")
     return app
+
+
+def _is_foreign(headers: Headers) -> bool:
+    """Whether it is a page of another site that uses this browser's way to us."""
+    origin = headers.get("origin")
+    return bool(origin) and urlsplit(origin).netloc != headers.get("host")
+
+
+def _refusal(status: int, code: str, message: str) -> JSONResponse:
+    content = {"type": "error", "code": code, "message": message, "fatal": True}
+    return JSONResponse(content, status)
 
 
 async def _open(state: ServerState) -> None:

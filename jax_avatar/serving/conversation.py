@@ -109,15 +109,19 @@ class Conversation:
             reason = str(closed)
         except Gone:
             pass
+        except asyncio.CancelledError:
+            reason, code = "server stopped", 1001
+            raise
         except Exception:
             _log.exception("session %s failed", self._id)
             reason, code = "server failure", 1011
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(2):
-                await self._say("session.closed", reason=reason)
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(2):
-                await self._link.close(code, reason)
+        finally:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(2):
+                    await self._say("session.closed", reason=reason)
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(5):
+                    await self._link.close(code, reason)
 
     async def warn_of_drain(self, seconds: float) -> None:
         """Tells the client that the server will stop."""
@@ -154,6 +158,9 @@ class Conversation:
                 raise
             except Gone:
                 reason = "client gone"
+                raise
+            except ProtocolError as error:
+                reason = error.code
                 raise
         finally:
             state.connections.discard(self)
