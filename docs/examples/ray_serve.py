@@ -13,12 +13,13 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from ray import serve
 
 from jax_avatar.streaming.model import SMALL
+
+ROOT = Path(__file__).parents[2]
 
 
 def parse_arguments() -> argparse.Namespace:
