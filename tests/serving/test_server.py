@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import random
@@ -6,7 +7,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import uvicorn
@@ -226,6 +229,41 @@ def test_clients_that_vanish_leave_nothing_behind(served):
         client.speak(voice(1.0))
         client.socket.socket.shutdown(socket.SHUT_RDWR)  # as if killed
         served.wait_until_free()
+
+
+def held():
+    """What sessions could leave behind: arrays on devices, threads, open files."""
+    gc.collect()
+    files = Path("/proc/self/fd")
+    return {
+        "arrays": len(jax.live_arrays()),
+        "threads": threading.active_count(),
+        "files": len(list(files.iterdir())) if files.exists() else 0,
+    }
+
+
+def test_twenty_who_come_and_go_leave_nothing_behind(served):
+    def come_and_go(times):
+        for _ in range(times):
+            with served.client() as client:
+                client.until("session.created")
+                client.speak(voice(0.3))
+                client.read(0.1)
+            served.wait_until_free()
+
+    come_and_go(3)
+    before = held()
+    come_and_go(20)
+    after = held()
+    assert all(after[name] <= before[name] + 1 for name in before), (before, after)
+
+
+def test_a_client_that_takes_nothing_is_let_go(served):
+    """Its pongs are stuck behind what it does not read, so it seems dead."""
+    with connect(served.url, max_queue=1, max_size=None) as client:
+        client.send(json.dumps({"type": "session.create", "version": 1, "token": TOKEN}))
+        served.wait_until_free(1)
+        served.wait_until_free(2, limit_s=60)
 
 
 def rubbish(rng):
