@@ -1,81 +1,69 @@
-"""The page in a real browser, with a microphone that plays a file."""
+"""The page in a real browser, with a microphone that plays a file, against a real server."""
 
-import shutil
-import wave
+import time
 
-import numpy as np
 import pytest
 
-from tests.serving.test_server import TOKEN, served  # noqa: F401
-from tests.streaming.live import voice
+from jax_avatar.io.audio import load_audio
+from jax_avatar.io.video import read_video
+from jax_avatar.streaming.model import SMALL
+from tests.launch.test_serve import start, wait_until_ready
+from tests.serving.page import CHROMIUM, DRIVER, PACKAGES, Page, write_wav
+from tests.serving.test_server import free_port
 
-webdriver = pytest.importorskip("selenium.webdriver")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="apt-get install chromium-driver"),
-]
-
-
-@pytest.fixture
-def browser(tmp_path):
-    samples = (voice(30.0, rate=48_000) * 32767).astype("<i2")
-    with wave.open(str(tmp_path / "voice.wav"), "wb") as file:
-        file.setnchannels(1), file.setsampwidth(2), file.setframerate(48_000)
-        file.writeframes(samples.tobytes())
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        "--window-size=420,800", "--use-fake-device-for-media-stream",
-        "--use-fake-ui-for-media-stream", f"--use-file-for-fake-audio-capture={tmp_path}/voice.wav",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=DRIVER)
-    browser = webdriver.Chrome(options=options, service=service)
-    yield browser
-    browser.quit()
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=PACKAGES)
 
 
-def test_somebody_talks_and_interrupts(served, browser, tmp_path):  # noqa: F811
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
+@pytest.fixture(scope="module")
+def port():
+    port = free_port()
+    process = start(SMALL, port, "--sessions=1", "--mesh=1")
+    try:
+        wait_until_ready(process, port, limit_s=600)
+        yield port
+    finally:
+        process.kill()
+        process.communicate()
 
-    def wait(script, limit_s=30):
-        WebDriverWait(browser, limit_s, 0.1).until(lambda b: b.execute_script(f"return {script}"))
 
-    def pixels():
-        """What the video shows, averaged over 8 x 8 pixels."""
-        return np.array(browser.execute_script("""
-            const canvas = document.createElement("canvas");
-            const video = document.querySelector("video");
-            canvas.width = canvas.height = 8;
-            const context = canvas.getContext("2d");
-            context.drawImage(video, 0, 0, 8, 8);
-            return Array.from(context.getImageData(0, 0, 8, 8).data);
-        """))  # fmt: skip
+def test_somebody_talks_plays_a_file_interrupts_and_keeps_the_recording(port, tmp_path):
+    voice = load_audio(SMALL.parent / "demo.flac", 48_000)
+    with Page(f"http://127.0.0.1:{port}/", tmp_path, voice) as page:
+        page["go"].click()
+        idle = page.motion(0.5, 2.0)
 
-    browser.get(f"http://127.0.0.1:{served.port}/#token={TOKEN}")
-    browser.find_element(By.ID, "go").click()
-    wait("document.querySelector('video').currentTime > 1")
-    assert pixels().std() > 0
-    talk = browser.find_element(By.ID, "talk")
-    ActionChains(browser).click_and_hold(talk).perform()
-    wait("document.body.dataset.state == 'speaking'")
-    wait("Number(document.body.dataset.reaction) > 0")
-    before = pixels()
-    wait("document.querySelector('video').currentTime > 4")
-    assert np.abs(before - pixels()).max() > 0
-    browser.find_element(By.ID, "interrupt").send_keys("\ue00c")  # Escape
-    ActionChains(browser).release().perform()
-    wait("document.body.dataset.state == 'idle'")
-    wait("document.querySelector('video').muted == false")
-    assert "FPS" in browser.find_element(By.ID, "figures").text
-    bar = browser.find_element(By.ID, "bar").rect
-    assert bar["x"] >= 0 and bar["x"] + bar["width"] <= browser.execute_script("return innerWidth")
-    browser.find_element(By.ID, "leave").click()
-    wait("document.getElementById('start').hidden == false")
-    severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert not severe, severe
+        page.hold("talk")
+        started = page.clock(page.event("playback_started"))
+        spoken = page.motion(started + 0.2, started + 1.7)
+        page.until("Number(document.body.dataset.reaction) > 0")
+        assert "FPS" in page["figures"].text
+        page.release()
+        assert page.event("playback_finished")["interrupted"] is False
+
+        page["file"].send_keys(str(write_wav(tmp_path / "file.wav", voice, 48_000)))
+        again = page.clock(page.event("playback_started", 2))
+        page.until(f"document.querySelector('video').currentTime > {again + 0.5}")
+        page["interrupt"].send_keys("\ue00c")  # Escape
+        cleared = page.event("cleared")
+        assert page.event("playback_finished", 2)["interrupted"] is True
+        # Frames that were made already are shown until the first of silence are ready.
+        is_later = f"e.state === 'idle' && e.at_s >= {cleared['at_s']}"
+        silent = page.clock(page.event("state", such=is_later))
+        quiet = page.motion(silent + 0.3, silent + 1.8)
+        page.until("document.body.dataset.state == 'idle'")
+        page.until("document.querySelector('video').muted == false")
+        assert spoken > 3 * max(idle, quiet), (idle, spoken, quiet)
+
+        page["save"].click()
+        page["leave"].click()
+        page.until("document.getElementById('start').hidden == false")
+        assert not page.complaints()
+        recording = tmp_path / "avatar.mp4"
+        ends = time.monotonic() + 60
+        while not recording.exists():
+            assert time.monotonic() < ends, "nothing was saved"
+            time.sleep(0.1)
+    frames, fps, sound, rate = read_video(recording)
+    assert fps == 16 and frames.shape[1:] == (96, 96, 3)
+    assert abs(sound[: int(started * rate)]).max() < 0.01 < abs(sound).max()
+    assert abs(sound[int(silent * rate) :]).max() < 0.01

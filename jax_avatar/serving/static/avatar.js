@@ -249,7 +249,8 @@ function playFile(samples, rate) {
   const began = performance.now();
   spokeAt = began;
   const push = () => {
-    const until = Math.min(samples.length, ((performance.now() - began) / 1000 * 1.1 + 2) * rate);
+    const ahead = Math.floor(((performance.now() - began) / 1000 * 1.1 + 2) * rate);
+    const until = Math.min(samples.length, ahead);
     while (sent < until && socket?.readyState === WebSocket.OPEN) {
       const piece = samples.subarray(sent, Math.min(until, sent + rate / 5));
       socket.send(Int16Array.from(piece, (x) => Math.max(-1, Math.min(1, x)) * 32767).buffer);
