@@ -4,6 +4,7 @@ python launch/serve.py --mesh 1
 python launch/serve.py --mesh 5 --checkpoint FOLDER --host 0.0.0.0 --port 8000 --token SECRET
 """
 
+import functools
 import logging
 import os
 import secrets
@@ -21,7 +22,7 @@ from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.streaming.live import LiveSettings
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
-from jax_avatar.streaming.prompts import prompt_states
+from jax_avatar.streaming.prompts import prompt_encoder, prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from launch.common import frame_size, prepare_jax
 
@@ -57,6 +58,7 @@ flags.DEFINE_string(
     str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jax_avatar" / "prompts"),
     "folder that keeps encoded prompts; empty: none",
 )
+flags.DEFINE_bool("keep_text_encoder", False, "keep it loaded (11 GB at full size) for new prompts")
 FLAGS = flags.FLAGS
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -100,9 +102,10 @@ def run() -> None:
     encode = None
     if has_text_encoder(FLAGS.checkpoint):
         cache = FLAGS.prompt_cache or None
+        load = functools.cache(prompt_encoder) if FLAGS.keep_text_encoder else None
 
         def encode(text):
-            return prompt_states(FLAGS.checkpoint, text, cache=cache)
+            return prompt_states(FLAGS.checkpoint, text, cache=cache, load=load)
 
     state = ServerState(
         make_seats(image), image, token=token, live=LiveSettings(), encode_prompt=encode,

@@ -5,7 +5,7 @@
                         +--- key: text, encoder, tokenizer -------------+--> states `1 p f`
 
 The encoder (11 GB at full size) is loaded only where the cache does not know the prompt, and is
-gone when the function returns.
+gone when the function returns, unless it is given.
 """
 
 import hashlib
@@ -38,6 +38,7 @@ def prompt_states(
     *,
     cache: str | Path | None = None,
     device: jax.Device | None = None,
+    load: Callable[..., Callable[[str], TextStates]] | None = None,
 ) -> TextStates:
     """States of a prompt for the model in a folder.
 
@@ -47,6 +48,7 @@ def prompt_states(
             cut off at the end.
         cache: folder that keeps the states of every prompt; nothing is kept if not given.
         device: runs the encoder; the default device if not given.
+        load: `prompt_encoder`, or one that remembers what it has loaded.
 
     Returns:
         One row per token, the end token included, in the encoder's compute type. Without padding:
@@ -56,12 +58,12 @@ def prompt_states(
         ValueError: encoder or tokenizer are missing or fit neither each other nor the transformer,
             the extra `text` is not installed, or the cache cannot be written.
     """
-    folder = Path(folder)
+    folder, load = Path(folder), load or prompt_encoder
     tokenizer_file = find_tokenizer(folder / TOKENIZER)
     text_len = _text_len(folder)
     text = clean_prompt(prompt)
     if cache is None:
-        return prompt_encoder(folder, device=device)(text)
+        return load(folder, device=device)(text)
     cache = _writable(Path(cache).expanduser())
     parts = [text, str(text_len), fingerprint(folder, "text"), tokenizer_file.read_bytes()]
     key = hashlib.sha256()
@@ -73,7 +75,7 @@ def prompt_states(
         return jnp.asarray(load_weights(cache, name, widen=False)[0]["states"])
     except (ValueError, KeyError):
         pass  # not there yet, or damaged: made anew
-    states = prompt_encoder(folder, device=device)(text)
+    states = load(folder, device=device)(text)
     save_weights(cache, name, {"states": np.asarray(states)}, {"prompt": text})
     return states
 

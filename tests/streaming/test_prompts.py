@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 
@@ -158,3 +159,10 @@ def test_a_prompt_changes_the_video(folder):
     videos = [video(prompt) for prompt in (None, PROMPTS[0], PROMPTS[2])]
     for one, other in itertools.combinations(videos, 2):
         assert one.shape == other.shape and (one != other).any()
+
+
+def test_an_encoder_that_is_kept_is_loaded_once(folder, tmp_path, loads):
+    load = functools.cache(prompts.prompt_encoder)
+    states = [prompt_states(folder, prompt, cache=tmp_path, load=load) for prompt in PROMPTS]
+    assert len(loads) == 1
+    np.testing.assert_array_equal(states[0], prompt_states(folder, PROMPTS[0]))
