@@ -7,12 +7,8 @@ interrupted one bit by bit.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
-import logging
-import os
-import shutil
 import signal
 import threading
 import time
@@ -24,16 +20,20 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
-from orbax.checkpoint import checkpoint_managers as managers
 from tqdm import tqdm
 
 from jax_avatar.models.sharding import constrain_params
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.accumulate import accumulated, clip_keys
+from jax_avatar.training.checkpoints import (
+    check_settings,
+    open_manager,
+    restore_or_start,
+    roll_back,
+    save,
+)
 from jax_avatar.training.guards import (
     TooManySkips,
     check_skips,
@@ -41,21 +41,18 @@ from jax_avatar.training.guards import (
     judge,
     rate_factor,
     report,
-    rolled_back,
 )
+from jax_avatar.training.journal import Journal, NoJournal, mean_of
 from jax_avatar.training.mesh import (
-    abstract_on,
     fetched,
     gathered_values,
     local_rows,
     make_training_mesh,
     parse_training_mesh,
     place_batch,
-    place_state,
     shared,
 )
-from jax_avatar.training.monitors import PREFIX, find_alarms
-from jax_avatar.training.state import TrainState, config_differences, start_state, update_state
+from jax_avatar.training.state import start_state, update_state
 
 __all__ = [
     "LoopConfig",
@@ -66,13 +63,8 @@ __all__ = [
     "make_step",
     "mesh_of",
     "on_mesh",
-    "restore",
     "train",
 ]
-
-_ITEMS = ("state", "settings", "pending")
-_AS_THEY_STAND = ("recent_skips", "rollbacks", "generator_updates", "learning_rate")
-_logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 Step = Callable[[Any, Batch, Array], tuple[Any, dict[str, Array]]]
@@ -322,22 +314,20 @@ def train(
         settings["data_hash"] = task.content_hash  # other data, another run
     settings = json.loads(json.dumps(settings))
     root, init_key = jax.random.split(jax.random.key(config.seed))
-    with ocp.CheckpointManager(
-        workdir / "checkpoints", item_names=_ITEMS, options=_manager_options(config)
-    ) as manager:
-        _check_settings(manager, settings, force)
+    with open_manager(workdir, keep=config.keep, keep_every=config.keep_every) as manager:
+        check_settings(manager, settings, force=force)
         start, step_fn = lambda: _start(task, config, init_key), make_step(task, config, mesh)
-        state, pending = _restore_or_start(manager, start, manager.latest_step(), mesh)
+        state, pending = restore_or_start(manager, start, manager.latest_step(), mesh)
         try:
-            make_log = _Log if jax.process_index() == 0 else _NoLog
-            with make_log(workdir, int(state.step)) as log, _until_interrupted() as interrupted:
-                run = (task, config, mesh, step_fn, root, manager, settings, log, progress)
+            make_journal = Journal if jax.process_index() == 0 else NoJournal
+            with make_journal(workdir, int(state.step)) as journal, _until_interrupted() as is_over:
+                run = _Run(task, config, mesh, step_fn, root, manager, settings, journal, is_over)
                 while True:
                     try:
-                        state = _run(state, pending, *run, interrupted)
+                        state = run.on(state, pending, progress)
                         break
                     except TooManySkips as trouble:
-                        state, pending = _roll_back(manager, start, mesh, log, trouble)
+                        state, pending = roll_back(manager, start, mesh, journal, trouble)
         finally:
             manager.wait_until_finished()
     if int(state.step) >= config.num_steps and hasattr(task, "export"):
@@ -361,90 +351,69 @@ def mesh_of(task: Task | OwnStepTask, config: LoopConfig) -> Mesh:
     )
 
 
-def restore(workdir: str | Path, like: PyTree = None) -> tuple[PyTree, dict]:
-    """The latest checkpoint of a run and its settings.
-
-    Args:
-        workdir: folder given to `train`.
-        like: a state of the same structure; without it the fields of a `TrainState` come back as
-            the plain dictionaries they were stored as, and another state as one dictionary.
-    """
-    with ocp.CheckpointManager(
-        Path(workdir).resolve() / "checkpoints", item_names=_ITEMS
-    ) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"{workdir} holds no checkpoint; train there first.")
-        found = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), settings=ocp.args.JsonRestore()
-            ),
-        )
-    state = found["state"]
-    if isinstance(state, Mapping) and set(state) == set(TrainState.__dataclass_fields__):
-        state = TrainState(**state)
-    return state, found["settings"]
-
-
 def _start(task: Task | OwnStepTask, config: LoopConfig, key: Array) -> PyTree:
     if isinstance(task, OwnStepTask):
         return task.start(config, key)
     return start_state(task.init(key), make_optimiser(config))
 
 
-def _run(
-    state, pending, task, config, mesh, step_fn, root, manager, settings, log, progress, interrupted
-):  # fmt: skip
-    started, first = time.monotonic(), int(state.step)
-    # After going back, other chance.
-    root = jax.random.fold_in(root, state.guard.rollbacks)
-    hidden = not progress or jax.process_index() > 0
-    bar = tqdm(total=config.num_steps, initial=first, disable=hidden, desc=task.name, unit="step")
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from step to step."""
 
-    def save(step, state, is_good=False):
-        if manager.latest_step() != step:
-            rows = [{k: float(v) for k, v in row.items()} for row in jax.device_get(pending)]
-            manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    settings=ocp.args.JsonSave(settings),
-                    pending=ocp.args.JsonSave({"rows": rows}),
-                ),
-                metrics={"good": step if is_good else -1},
-            )
+    task: Any
+    config: LoopConfig
+    mesh: Mesh
+    step_fn: Step
+    root: Array
+    manager: Any
+    settings: Mapping[str, Any]
+    journal: Journal | NoJournal
+    is_over: Callable[[], bool]
 
-    try:
-        for step, batch in _prefetch(task, mesh, first, config.num_steps):
-            state, metrics = step_fn(state, batch, root)
-            step += 1
-            pending.append(metrics)
-            bar.update()
-            is_last, scores = step == config.num_steps, None
-            is_saved = step % config.checkpoint_every == 0 or is_last
-            if is_logged := step % config.log_every == 0 or is_last:
-                values = _mean(pending)
-                values["steps_per_s"] = (step - first) / (time.monotonic() - started)
-                log.write(step, values)
-                bar.set_postfix(loss=f"{values['loss']:.4f}", **log.alarming, refresh=False)
-            if is_logged or is_saved:
-                check_skips(jax.device_get(pending), step)
-            if is_logged:
-                pending = []
-            if config.evaluate_every and step % config.evaluate_every == 0:
-                scores = _evaluated(task, state.ema, step)
-                log.write(step, {f"eval/{k}": v for k, v in scores.items()})
-            if is_saved or is_passed(scores):
-                is_good = not config.evaluate_every or is_passed(scores)
-                save(step, state, is_good and not metrics["recent_skips"])
-            is_late = config.max_minutes and time.monotonic() - started > 60 * config.max_minutes
-            if _anywhere(bool(is_late) or interrupted()):
-                break
-    finally:
-        bar.close()
-    save(int(state.step), state)
-    return state
+    def on(self, state: PyTree, pending: list, progress: bool) -> PyTree:
+        """From a state to the last step, or until it has to stop early."""
+        task, config, journal = self.task, self.config, self.journal
+        started, first = time.monotonic(), int(state.step)
+        # After going back, other chance.
+        root = jax.random.fold_in(self.root, state.guard.rollbacks)
+        hidden = not progress or jax.process_index() > 0
+        bar = tqdm(
+            total=config.num_steps, initial=first, disable=hidden, desc=task.name, unit="step"
+        )
+
+        try:
+            for step, batch in _prefetch(task, self.mesh, first, config.num_steps):
+                state, metrics = self.step_fn(state, batch, root)
+                step += 1
+                pending.append(metrics)
+                bar.update()
+                is_last, scores = step == config.num_steps, None
+                is_saved = step % config.checkpoint_every == 0 or is_last
+                if is_logged := step % config.log_every == 0 or is_last:
+                    values = mean_of(pending)
+                    values["steps_per_s"] = (step - first) / (time.monotonic() - started)
+                    journal.write(step, values)
+                    bar.set_postfix(loss=f"{values['loss']:.4f}", **journal.alarming, refresh=False)
+                if is_logged or is_saved:
+                    check_skips(jax.device_get(pending), step)
+                if is_logged:
+                    pending = []
+                if config.evaluate_every and step % config.evaluate_every == 0:
+                    scores = _evaluated(task, state.ema, step)
+                    journal.write(step, {f"eval/{k}": v for k, v in scores.items()})
+                if is_saved or is_passed(scores):
+                    is_good = not config.evaluate_every or is_passed(scores)
+                    is_good = is_good and not metrics["recent_skips"]
+                    save(self.manager, step, state, self.settings, pending, is_good=is_good)
+                minutes = (time.monotonic() - started) / 60
+                is_late = 0 < config.max_minutes < minutes
+                if _anywhere(is_late or self.is_over()):
+                    break
+        finally:
+            bar.close()
+        save(self.manager, int(state.step), state, self.settings, pending, is_good=False)
+        return state
 
 
 @contextlib.contextmanager
@@ -508,67 +477,6 @@ def _prefetch(
                 return
 
 
-def _restore_or_start(manager, start: Callable[[], PyTree], step: int | None, mesh: Mesh):
-    """The state at a checkpoint, or before the first step, and the metrics not yet logged."""
-    if step is None:
-        return place_state(start(), mesh), []
-    # Onto the mesh of this run, whichever it was saved from.
-    like = abstract_on(mesh, jax.eval_shape(start))
-    found = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), pending=ocp.args.JsonRestore()
-        ),
-    )
-    # Copied, because restored buffers may be shared and the state is donated.
-    return jax.tree.map(jnp.array, found["state"]), found["pending"]["rows"]
-
-
-def _roll_back(manager, start: Callable[[], PyTree], mesh, log: "_Log", trouble: TooManySkips):
-    """The last good checkpoint, or the start, with half the learning rates and other chance."""
-    manager.wait_until_finished()
-    good = max((manager.metrics(step)["good"] for step in manager.all_steps()), default=-1)
-    for step in manager.all_steps():
-        if step > good:
-            manager.delete(step)
-    state, pending = _restore_or_start(manager, start, None if good < 0 else good, mesh)
-    rollbacks = trouble.rollbacks + 1
-    log.turn_back(max(good, 0), rollbacks)
-    _warn(f"{trouble}; back to step {max(good, 0)} with half the learning rates")
-    state = dataclasses.replace(state, guard=rolled_back(state.guard, rollbacks))
-    # On the mesh throughout, or the step would be compiled, and might round, differently.
-    return place_state(state, mesh), pending
-
-
-def _manager_options(config: LoopConfig) -> ocp.CheckpointManagerOptions:
-    """Keeps the latest, those of round steps, and the last good one."""
-
-    def goodness(metrics):
-        return metrics["good"]
-
-    policies = [managers.LatestN(config.keep), managers.BestN(get_metric_fn=goodness, n=1)]
-    if config.keep_every:
-        policies.append(managers.EveryNSteps(config.keep_every))
-    return ocp.CheckpointManagerOptions(
-        preservation_policy=managers.AnyPreservationPolicy(policies),
-        best_fn=goodness,
-        enable_async_checkpointing=True,
-    )
-
-
-def _check_settings(manager, settings, force: bool) -> None:
-    step = manager.latest_step()
-    if step is None or force:
-        return
-    found = manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))
-    differences = config_differences(found["settings"], settings)
-    if differences:
-        raise ValueError(
-            f"{manager.directory} was trained to step {step} with other settings "
-            f"({'; '.join(differences)}). Use another workdir, restore the settings, or pass force."
-        )
-
-
 def _semantic(settings: Mapping[str, Any], config: LoopConfig) -> dict[str, Any]:
     """Settings that change the result; bookkeeping is left out."""
     loop = {
@@ -577,107 +485,3 @@ def _semantic(settings: Mapping[str, Any], config: LoopConfig) -> dict[str, Any]
         if name not in config.BOOKKEEPING
     }
     return {**{key: value for key, value in settings.items() if key != "loop"}, "loop": loop}
-
-
-def _warn(message: str) -> None:
-    """One line that does not break the progress bar."""
-    with tqdm.external_write_mode():
-        _logger.warning(message)
-
-
-def _mean(pending: list[Mapping[str, Any]]) -> dict[str, float]:
-    fetched = jax.device_get(pending)
-    values = {}
-    # Some steps may measure more than others.
-    for name in dict.fromkeys(name for metrics in fetched for name in metrics):
-        column = np.array([metrics[name] for metrics in fetched if name in metrics], np.float64)
-        finite = column[np.isfinite(column)]
-        if name.startswith(PREFIX) and not finite.size:
-            continue  # nothing was reviewed
-        # Counters and rates are reported as they stand, measurements as means.
-        is_last = name in _AS_THEY_STAND or name.startswith("skipped")
-        values[name] = float(column[-1] if is_last or not finite.size else finite.mean())
-    return values
-
-
-class _Log:
-    """Appends to `metrics.jsonl` and, where tensorboardX is installed, to event files."""
-
-    def __init__(self, workdir: Path, first_step: int):
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._path = workdir / "metrics.jsonl"
-        self._alarms: dict[str, str] = {}
-        self._drop_after(first_step)
-        try:
-            from tensorboardX import SummaryWriter
-
-            # What was written after that step, before a kill, is not shown.
-            self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1)
-        except ImportError:
-            self._events = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self._events:
-            self._events.close()
-
-    @property
-    def alarming(self) -> dict[str, str]:
-        """The alarms that are on, for the progress bar."""
-        names = ",".join(name for name, text in self._alarms.items() if text)
-        return {"alarm": names} if names else {}
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        found = find_alarms(values)
-        for name, text in found.items():
-            if text and not self._alarms.get(name):
-                _warn(f"step {step}: {text}")
-        self._alarms |= found
-        values = {**values, **{f"alarm/{name}": float(bool(text)) for name, text in found.items()}}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._events:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
-
-    def turn_back(self, step: int, rollbacks: int) -> None:
-        """Puts the lines aside as `metrics_abandoned_1.jsonl` and forgets those after `step`."""
-        if self._path.exists():
-            aside = self._path.with_name(f"{self._path.stem}_abandoned_{rollbacks}.jsonl")
-            shutil.copy(self._path, aside)
-        self._drop_after(step)
-
-    def _drop_after(self, step: int) -> None:
-        """Forgets lines written after the checkpoint that the run continues from."""
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text().splitlines(keepends=True):
-            # A kill may have cut the last line short.
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-        # In one piece, since this run may be killed, too.
-        whole = self._path.with_suffix(".tmp")
-        whole.write_text("".join(kept))
-        os.replace(whole, self._path)
-
-
-class _NoLog(contextlib.AbstractContextManager):
-    """The log of hosts other than the first."""
-
-    alarming: Mapping[str, str] = {}
-
-    def __init__(self, workdir: Path, first_step: int):
-        del workdir, first_step
-
-    def __exit__(self, *_):
-        pass
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def turn_back(self, step: int, rollbacks: int) -> None:
-        pass

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step, restore, train
+from jax_avatar.training.checkpoints import restore
+from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step, train
 from jax_avatar.training.state import TrainState, build_section, start_state
 
 
