@@ -46,6 +46,7 @@ flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for ever
 flags.DEFINE_integer("port", 8000, "to listen on", lower_bound=1, upper_bound=65535)
 flags.DEFINE_string("token", None, "that clients must know; made up for a public --host")
 flags.DEFINE_integer("sessions", 16, "at most, however many would fit", lower_bound=1)
+flags.DEFINE_bool("watermark", True, "mark every frame as generated, invisibly")
 flags.DEFINE_float("idle_s", 300.0, "seconds without a message until a session is ended")
 flags.DEFINE_float("drain_s", 30.0, "seconds that sessions may go on after SIGTERM")
 flags.DEFINE_list(
@@ -109,7 +110,7 @@ def run() -> None:
 
     state = ServerState(
         make_seats(image), image, token=token, live=LiveSettings(), encode_prompt=encode,
-        idle_s=FLAGS.idle_s, ice_servers=servers,
+        idle_s=FLAGS.idle_s, is_marked=FLAGS.watermark, ice_servers=servers,
     )  # fmt: skip
     say(
         f"compiling; then: http://{FLAGS.host}:{FLAGS.port}/" + (f"#token={token}" if token else "")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from jax_avatar.io.audio import AudioReader, PcmReader
 from jax_avatar.io.image import load_image, prepare_reference
+from jax_avatar.io.provenance import can_sign, make_signer, sign_video
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
@@ -51,6 +52,10 @@ flags.DEFINE_integer("pcm_rate", 16000, "samples per second of raw PCM", lower_b
 flags.DEFINE_enum("pcm_format", "s16le", ["s16le", "f32le"], "of raw PCM")
 flags.DEFINE_integer("pcm_channels", 1, "of raw PCM", lower_bound=1)
 flags.DEFINE_bool("json", False, "print the report as one JSON line on standard output")
+flags.DEFINE_bool("watermark", True, "mark every frame as generated, invisibly")
+flags.DEFINE_bool("c2pa", True, "sign an mp4 or mov file, where c2pa-python is installed")
+flags.DEFINE_string("c2pa_cert", None, "PEM file: certificates of the signer; made if not given")
+flags.DEFINE_string("c2pa_key", None, "PEM file: private key of the first certificate")
 config_flags.DEFINE_config_file("config", str(Path(__file__).parents[1] / "configs" / "stream.py"))
 FLAGS = flags.FLAGS
 
@@ -84,12 +89,25 @@ def read_prompt():
     return prompt_states(FLAGS.checkpoint, FLAGS.prompt, cache=FLAGS.prompt_cache or None)
 
 
+def open_signer():
+    """Who signs the video; None if nobody does."""
+    if FLAGS.c2pa and can_sign(FLAGS.out):
+        return make_signer(FLAGS.c2pa_cert, FLAGS.c2pa_key)
+    if FLAGS.c2pa_cert or FLAGS.c2pa_key:
+        raise ValueError(
+            f"--out {FLAGS.out} cannot be signed with --c2pa_cert: that takes --c2pa, an mp4 or "
+            'mov file, and pip install ".[provenance]".'
+        )
+    return None
+
+
 def run() -> int:
     changes = {k: v for k, v in FLAGS.config.stream.to_dict().items() if v is not None}
     settings = load_settings(FLAGS.checkpoint, **changes)
     layout = parse_layout(FLAGS.mesh, settings.num_steps)
     if FLAGS.duration is not None and FLAGS.duration <= 0:
         raise ValueError(f"--duration {FLAGS.duration}: expected a number of seconds above 0.")
+    signer = open_signer()
     image = load_image(FLAGS.image)
     height, width = frame_size(settings, image.shape, FLAGS.size)
     portrait = prepare_reference(image, height, width, cover=settings.size is not None)
@@ -101,7 +119,9 @@ def run() -> int:
     chunk = 4 * model.dit.config.frames_per_block * speech.samples_per_frame
     audio = open_audio(speech.sample_rate, chunk)
 
-    with VideoWriter(FLAGS.out, width, height, settings.fps, speech.sample_rate) as writer:
+    with VideoWriter(
+        FLAGS.out, width, height, settings.fps, speech.sample_rate, is_marked=FLAGS.watermark
+    ) as writer:
         began = time.perf_counter()
         session = AvatarSession(
             model, portrait, layout, seed=FLAGS.seed, text=text, in_flight=FLAGS.config.in_flight
@@ -126,6 +146,8 @@ def run() -> int:
 
             report = stream_to_file(session, for_duration(audio, wanted, chunk), writer, on_frames)
 
+    if signer is not None and writer.num_frames:
+        sign_video(FLAGS.out, signer)
     first = report.time_to_first_frame_s
     say(
         f"{FLAGS.out}: {report.frames} frames, {report.video_s:.2f} s; {report.fps:.1f} FPS, "

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jax_avatar.io.audio import Resampler
+from jax_avatar.io.provenance import COMMENT
 from jax_avatar.shapes import Float
 
 __all__ = ["FragmentWriter"]
@@ -41,6 +42,7 @@ class FragmentWriter:
             "flush_packets": "1",
         }
         self._container = av.open(self._out, "w", format="mp4", options=options)
+        self._container.metadata["comment"] = COMMENT
         self._rate, self._per_frame = audio_rate, Fraction(_SOUND_RATE, fps)
         self._resample = Resampler(_SOUND_RATE)
         self._video = self._container.add_stream("libx264", rate=fps)

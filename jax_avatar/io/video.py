@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jax_avatar.io.media import media_url, open_media
+from jax_avatar.io.provenance import COMMENT
+from jax_avatar.io.watermark import mark
 from jax_avatar.shapes import Float
 
 __all__ = ["VideoWriter", "read_video", "samples_by_time"]
@@ -36,7 +38,14 @@ class VideoWriter:
     """
 
     def __init__(
-        self, path: str | Path, width: int, height: int, fps: int, audio_rate: int | None = None
+        self,
+        path: str | Path,
+        width: int,
+        height: int,
+        fps: int,
+        audio_rate: int | None = None,
+        *,
+        is_marked: bool = True,
     ):
         """Checks that the file can be written; the first frame creates it.
 
@@ -46,6 +55,7 @@ class VideoWriter:
             height: pixels, even.
             fps: frames per second.
             audio_rate: samples per second of the sound; None for a silent film.
+            is_marked: puts the watermark into the frames.
 
         Raises:
             ValueError: an unknown kind of file, an odd size, a rate that cannot be, or a place
@@ -75,6 +85,7 @@ class VideoWriter:
         except OSError as error:
             raise ValueError(f"output {path} cannot be written ({error.strerror}).") from error
         self.width, self.height, self.fps, self._audio_rate = width, height, fps, audio_rate
+        self._is_marked = is_marked
         self.num_frames = 0
         self._container = self._video = self._audio = None
         self._samples_written = 0
@@ -102,7 +113,7 @@ class VideoWriter:
             raise ValueError(f"output {self.path} is closed already; make another writer.")
         if self._container is None:
             self._create()
-        for pixels in frames:
+        for pixels in mark(frames) if self._is_marked else frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame.pts, frame.time_base = self.num_frames, Fraction(1, self.fps)
             self._encode(self._video, frame)
@@ -141,6 +152,7 @@ class VideoWriter:
         options = _MATROSKA if kind == "matroska" else _MOV
         with self._explained():
             self._container = av.open(media_url(self.path), "w", format=kind, options=options)
+        self._container.metadata["comment"] = COMMENT
         self._video = self._container.add_stream("libx264", rate=self.fps)
         self._video.width, self._video.height = self.width, self.height
         self._video.pix_fmt, self._video.time_base = "yuv420p", Fraction(1, self.fps)

@@ -34,6 +34,7 @@ class ServerState:
         encode_prompt: prompt -> states, where the model takes one.
         idle_s: without a message for so long, a session is ended.
         ice_servers: that help WebRTC to find a way, as `rtc.ice_server` reads them.
+        is_marked: every frame carries the watermark.
         is_draining: no session may begin, since the server is about to stop.
         connections: under way.
         tasks: that serve those which no request waits for.
@@ -48,6 +49,7 @@ class ServerState:
     encode_prompt: Callable[[str], Any] | None = None
     idle_s: float = 300.0
     ice_servers: tuple[str, ...] = ()
+    is_marked: bool = True
     is_draining: bool = False
     connections: set["Conversation"] = field(default_factory=set)
     tasks: set[asyncio.Task] = field(default_factory=set)

@@ -7,12 +7,14 @@ import abc
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import secrets
 import time
 from typing import Any
 
+from jax_avatar.io.watermark import mark
 from jax_avatar.serving.admission import ServerState, admit
 from jax_avatar.serving.messages import VERSION, ClientMessage, ProtocolError, read_message
 from jax_avatar.streaming.live import LiveChunk, LiveSession
@@ -248,6 +250,9 @@ class Conversation:
         before, told_at = copy.copy(live.stats), time.monotonic()
         async for chunk in live:
             await self._tell_events(chunk)
+            if self._state.is_marked:
+                frames = await asyncio.to_thread(mark, chunk.frames)
+                chunk = dataclasses.replace(chunk, frames=frames)
             await self._link.show(chunk)
             now = time.monotonic()
             if not before.frames:

@@ -70,6 +70,11 @@ def test_five_slices_make_a_video_with_sound_and_a_report(inputs):
     assert report["frames"] == len(frames) and report["mesh"] == "5" and report["is_complete"]
     assert report["real_time_factor"] > 0 and report["time_to_first_frame_s"] > 0
     assert b"real time" in done.stderr
+    check = [sys.executable, str(ROOT / "launch" / "check_video.py"), "--json"]
+    done = subprocess.run([*check, str(inputs / "out.mp4")], capture_output=True, timeout=100)
+    marks = json.loads(done.stdout)
+    assert marks["watermark"]["is_marked"] and marks["says_generated"], done.stderr.decode()
+    assert marks["manifest"]["validation_state"] == "Valid"
 
 
 def test_raw_pcm_on_standard_input_and_a_duration(inputs):
@@ -139,6 +144,7 @@ def test_an_interrupt_leaves_a_playable_file(inputs):
         (["--size=640*480"], "this model makes 64*64 only"),
         (["--audio=gone.wav"], "gone.wav does not exist"),
         (["--out=film.avi"], "ending in .mp4"),
+        (["--c2pa_cert=cert.pem"], "both or neither"),
     ],
 )
 def test_wrong_flags_get_one_clear_line(inputs, flags, message):

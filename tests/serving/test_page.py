@@ -5,6 +5,7 @@ import time
 import pytest
 
 from jax_avatar.io.audio import load_audio
+from jax_avatar.io.provenance import read_marks
 from jax_avatar.io.video import read_video
 from jax_avatar.streaming.model import SMALL
 from tests.launch.test_serve import start, wait_until_ready
@@ -63,6 +64,8 @@ def test_somebody_talks_plays_a_file_interrupts_and_keeps_the_recording(port, tm
         while not recording.exists():
             assert time.monotonic() < ends, "nothing was saved"
             time.sleep(0.1)
+    marks = read_marks(recording)
+    assert marks.watermark.is_marked and marks.says_generated, marks
     frames, fps, sound, rate = read_video(recording)
     assert fps == 16 and frames.shape[1:] == (96, 96, 3)
     assert abs(sound[: int(started * rate)]).max() < 0.01 < abs(sound).max()
