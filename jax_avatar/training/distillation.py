@@ -77,6 +77,7 @@ class DistillConfig:
         sigma_bounds: they are clamped to these.
         normalizer: "clip" or "block", see `generator_gradient`.
         gradient_limit: largest element of the gradient.
+        clean_limit: updates on clips with larger values are skipped; well above the data's.
         ema_start: step at which averaging starts; before, the average is the weights.
         adapter_rank: of the adapters beside one frozen base; 0 trains whole copies of the weights.
         adapter_alpha: adapters are scaled by this over their rank.
@@ -94,6 +95,7 @@ class DistillConfig:
     sigma_bounds: Sequence[float] = (0.02, 0.98)
     normalizer: str = "clip"
     gradient_limit: float = 10.0
+    clean_limit: float = 20.0
     ema_start: int = 200
     adapter_rank: int = 0
     adapter_alpha: float = 64.0
@@ -322,7 +324,7 @@ class Distiller:
         grads, metrics, each = accumulated(measure, told, self.loop.accumulate)
         made, scores = each.pop("made"), each.pop("scores")
         optimiser, _ = self._optimisers()
-        cause, norm = judge(metrics["dmd_loss"], grads, made)
+        cause, norm = judge(metrics["dmd_loss"], grads, made, self.settings.clean_limit)
         moments, is_good = state.generator_optimiser, cause == 0
         new, moved = _stepped(optimiser, grads, moments, state.generator, cause, state.guard)
         starts = is_good & (state.step + 1 >= self.settings.ema_start)
@@ -394,7 +396,7 @@ class Distiller:
         grads, means, (made, sigma) = accumulated(measure, told, self.loop.accumulate)
         value = means["loss"]
         _, optimiser = self._optimisers()
-        cause, norm = judge(value, grads, made)
+        cause, norm = judge(value, grads, made, self.settings.clean_limit)
         moments, is_good = state.critic_optimiser, cause == 0
         new, moved = _stepped(optimiser, grads, moments, state.critic, cause, state.guard)
         is_final = exit_step == generator.settings.num_steps - 1

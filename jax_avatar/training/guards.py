@@ -37,7 +37,7 @@ CAUSES = ("clean", "loss", "gradient")
 """Why an update is skipped: a generated value, the loss, or the gradient's norm was not finite or
 too large. One explains those after it, so the first is counted."""
 
-_LARGEST_CLEAN, _LARGEST_NORM = 20.0, 1e4
+_LARGEST_NORM = 1e4
 _MAX_SKIPS, _WINDOW, _MAX_ROLLBACKS = 20, 100, 2
 _NEVER = -(2**30)
 
@@ -82,20 +82,23 @@ def new_guard() -> Guard:
     return Guard(skipped, jnp.full(_MAX_SKIPS + 1, _NEVER, jnp.int32), jnp.int32(0))
 
 
-def judge(loss: Scalar, grads: PyTree, made: Latent | None = None) -> tuple[Array, Array]:
+def judge(
+    loss: Scalar, grads: PyTree, made: Latent | None = None, clean_limit: float = 20.0
+) -> tuple[Array, Array]:
     """Whether an update may be made, and the norm of its gradient.
 
     Args:
         loss: of the step.
         grads: before clipping.
         made: clips that the generator made, where it did.
+        clean_limit: what every value of them must stay below.
 
     Returns:
         The cause to skip it, 1 for the first of `CAUSES`, 0 for none; and the norm.
     """
     norm = optax.global_norm(grads)
     # Comparisons with what is not a number are false.
-    is_small = True if made is None else jnp.max(jnp.abs(made)) < _LARGEST_CLEAN
+    is_small = True if made is None else jnp.max(jnp.abs(made)) < clean_limit
     is_fine = jnp.stack([jnp.asarray(is_small), jnp.isfinite(loss), norm < _LARGEST_NORM])
     return jnp.where(is_fine.all(), 0, 1 + jnp.argmin(is_fine)).astype(jnp.int32), norm
 
