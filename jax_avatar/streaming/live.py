@@ -96,12 +96,14 @@ class LiveChunk:
     Attributes:
         frames: `[T H W 3]` uint8.
         sound: mono samples in [-1, 1] at the speech encoder's rate, as long as the frames.
+        marks: of each sample, 1 where it is speech, 0 where silence was put.
         start_s: when the first frame is shown, from the start of the video.
         events: that happened since the chunk before.
     """
 
     frames: np.ndarray
     sound: np.ndarray
+    marks: np.ndarray
     start_s: float
     events: tuple[Event, ...]
 
@@ -358,7 +360,7 @@ class LiveSession:
             self._move(State.IDLE)
         events, self._events = tuple(self._events), []
         self._feed_signal.set()
-        return LiveChunk(piece.frames, piece.sound, start_s, events)
+        return LiveChunk(piece.frames, piece.sound, piece.marks, start_s, events)
 
     # ---- in ----------------------------------------------------
 

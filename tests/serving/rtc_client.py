@@ -42,7 +42,7 @@ class Peer:
 
     def __init__(self, port):
         self.port, self.events, self.answer = port, [], None
-        self.frames, self.times, self.sound, self.sound_rate = [], [], [], RATE
+        self.frames, self.times, self.sound = [], [], []
         self.microphone = Microphone()
         self._news = asyncio.Event()
         self._tasks = []
@@ -112,12 +112,15 @@ class Peer:
                 self.frames.append(frame.to_ndarray(format="rgb24"))
                 self.times.append(float(frame.time))
             else:
-                self.sound.append(frame.to_ndarray().reshape(-1, 2).mean(1) / 32768)
+                samples = frame.to_ndarray().reshape(-1, 2).mean(1) / 32768
+                self.sound.append((float(frame.time), samples))
 
     @property
     def loud_s(self):
         """Seconds of the sound track at which something is heard."""
-        return np.flatnonzero(np.abs(np.concatenate(self.sound)) > 0.02) / RATE
+        return np.concatenate(
+            [at + np.flatnonzero(np.abs(samples) > 0.02) / RATE for at, samples in self.sound]
+        )
 
 
 def post(port, kind, **fields):

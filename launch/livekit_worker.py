@@ -1,0 +1,128 @@
+"""A face for a LiveKit agent: joins its room and shows the avatar speaking what the agent says.
+
+python launch/livekit_worker.py --url wss://HOST --room ROOM --agent AGENT
+python launch/livekit_worker.py --mesh 5 --checkpoint FOLDER --url ws://localhost:7880 --token TOKEN
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+# More host threads than cores: collectives of many fake CPU devices must not starve each other.
+os.environ.setdefault("NPROC", "16")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from jax_avatar.io.image import load_image, prepare_reference
+from jax_avatar.streaming.live import LiveSession, LiveSettings
+from jax_avatar.streaming.mesh import parse_layout
+from jax_avatar.streaming.model import SMALL, load_model, load_settings
+from jax_avatar.streaming.session import AvatarSession, num_slices
+from launch.common import frame_size, prepare_jax
+
+try:
+    from livekit import rtc
+
+    from jax_avatar.serving.livekit import avatar_token, serve_room
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"livekit_worker.py: {missing.name} is not installed; the worker needs: "
+        'pip install ".[livekit]"'
+    )
+
+flags.DEFINE_string("mesh", "1", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
+flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
+flags.DEFINE_enum("weights", "", ["", "int8", "fp8"], "round the transformer's large kernels")
+flags.DEFINE_string("image", str(SMALL.parent / "portraits" / "amara.png"), "portrait")
+flags.DEFINE_string("size", None, "HEIGHT*WIDTH; only the area counts for models of any size")
+flags.DEFINE_string("url", None, "of the LiveKit server, ws:// or wss://; else LIVEKIT_URL")
+flags.DEFINE_string(
+    "token",
+    None,
+    "to join with, else LIVEKIT_TOKEN; else one is made with LIVEKIT_API_KEY and "
+    "LIVEKIT_API_SECRET for --room",
+)
+flags.DEFINE_string("room", None, "to join, where the token is made here")
+flags.DEFINE_string("identity", "avatar", "of the avatar, where the token is made here")
+flags.DEFINE_string("agent", None, "identity of the agent that speaks; the first one if not given")
+FLAGS = flags.FLAGS
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_access() -> tuple[str, str]:
+    """Address and token."""
+    url = FLAGS.url or os.environ.get("LIVEKIT_URL", "")
+    if not url.startswith(("ws://", "wss://", "http://", "https://")):
+        raise ValueError(
+            f"LiveKit server {url!r}; expected ws://HOST:PORT or wss://HOST; pass --url or set "
+            "LIVEKIT_URL."
+        )
+    if token := FLAGS.token or os.environ.get("LIVEKIT_TOKEN"):
+        return url, token
+    key, secret = (os.environ.get(f"LIVEKIT_API_{name}") for name in ("KEY", "SECRET"))
+    if not (key and secret and FLAGS.room):
+        raise ValueError(
+            "no way into a room; pass --token, or --room with LIVEKIT_API_KEY and "
+            "LIVEKIT_API_SECRET set."
+        )
+    return url, avatar_token(key, secret, FLAGS.room, FLAGS.identity, agent=FLAGS.agent)
+
+
+def load_core() -> AvatarSession:
+    """The model with its portrait, compiled."""
+    settings, image = load_settings(FLAGS.checkpoint), load_image(FLAGS.image)
+    layout = parse_layout(FLAGS.mesh, settings.num_steps)
+    height, width = frame_size(settings, image.shape, FLAGS.size)
+    portrait = prepare_reference(image, height, width, cover=True)
+    prepare_jax(num_slices(layout))
+    core = AvatarSession(load_model(FLAGS.checkpoint, weights=FLAGS.weights), portrait, layout)
+    core.warm_up()
+    return core
+
+
+async def work(core: AvatarSession, url: str, token: str) -> None:
+    """Joins, serves, leaves."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
+    room = rtc.Room()
+    try:
+        await room.connect(url, token, rtc.RoomOptions(auto_subscribe=False))
+    except rtc.ConnectError as error:
+        raise ValueError(f"cannot join a room at {url}: {error}") from None
+    say(f"joined {room.name} as {room.local_participant.identity}")
+    try:
+        # Frame by frame, so that sound begins with the frame in which speech does.
+        async with LiveSession(core, LiveSettings(chunk_frames=1)) as live:
+            await serve_room(live, room, agent=FLAGS.agent)
+    finally:
+        await room.disconnect()
+    say("the agent has left")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
+        return 2
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of every restore
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        url, token = read_access()
+        say("compiling")
+        asyncio.run(work(load_core(), url, token))
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        say("stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)
