@@ -16,6 +16,8 @@ WORKER = Path(__file__).parents[2] / "launch" / "livekit_worker.py"
 def run(*arguments, **environment):
     command = [sys.executable, str(WORKER), *arguments]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("LIVEKIT_", "XLA_FLAGS"))}
+    cache = os.environ.get("JAX_CACHE_DIR", str(WORKER.parents[1] / ".jax_cache"))
+    environment |= {"JAX_COMPILATION_CACHE_DIR": cache}
     done = subprocess.run(
         command, env=clean | environment, stderr=subprocess.PIPE, text=True, timeout=300
     )

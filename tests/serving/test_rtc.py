@@ -1,6 +1,7 @@
 """WebRTC against a real server, by a real peer."""
 
 import asyncio
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from jax_avatar.serving import app, rtc
 from jax_avatar.streaming.live import LiveChunk
 from tests.serving.rtc_client import Peer, post
-from tests.serving.test_server import nothing_leaks, served  # noqa: F401
+from tests.serving.test_server import TOKEN, nothing_leaks, served  # noqa: F401
 from tests.streaming.live import voice
 
 
@@ -183,3 +184,54 @@ def test_without_the_extra_the_answer_says_what_to_install(served, monkeypatch):
     monkeypatch.setattr(app, "serve_offer", None)
     status, error = post(served.port, "session.create", version=1)
     assert status == 501 and "webrtc" in error["message"]
+
+
+@pytest.mark.slow
+def test_the_documented_page_code_works_in_chromium(served, tmp_path):  # noqa: F811
+    page = pytest.importorskip("tests.serving.page")
+    if not (page.CHROMIUM and page.DRIVER):
+        pytest.skip(page.PACKAGES)
+    docs = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    code = docs.split("```js")[1].split("```")[0].replace("version: 1", "version: 1, token")
+    page.write_wav(tmp_path / "voice.wav", voice(30.0, rate=48_000), 48_000)
+    options = page.webdriver.ChromeOptions()
+    options.binary_location = page.CHROMIUM
+    for flag in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--allow-loopback-in-peer-connection", "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream", "--autoplay-policy=no-user-gesture-required",
+        f"--use-file-for-fake-audio-capture={tmp_path}/voice.wav",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    service = page.webdriver.ChromeService(executable_path=page.DRIVER)
+    browser = page.webdriver.Chrome(options=options, service=service)
+    try:
+        browser.set_script_timeout(120)
+        browser.get(f"http://127.0.0.1:{served.port}/")
+        seen = browser.execute_async_script(
+            """
+            const [token, code, done] = arguments;
+            const run = Object.getPrototypeOf(async () => {}).constructor;
+            const events = [], log = (event) => events.push(event);
+            const body = code.replace("console.log", "log") + "; return peer;";
+            new run("token", "log", body)(token, log).then(async (peer) => {
+                const video = document.querySelector("video");
+                video.hidden = false; video.muted = true;
+                await video.play();
+                while (!events.some((event) => event.type === "playback_started"))
+                  await new Promise((resolve) => setTimeout(resolve, 100));
+                await new Promise((resolve) => setTimeout(resolve, 3000));
+                const received = {};
+                for (const part of (await peer.getStats()).values())
+                  if (part.type === "inbound-rtp") received[part.kind] = part;
+                done([events.map((event) => event.type), video.videoWidth, received]);
+              }).catch((error) => done(String(error)));
+            """,
+            TOKEN,
+            code,
+        )
+    finally:
+        browser.quit()
+    events, width, received = seen
+    assert events[0] == "session.created" and "error" not in events and width == 64
+    assert received["video"]["framesDecoded"] > 16 and received["audio"]["packetsReceived"] > 50
