@@ -98,6 +98,12 @@ class Peer:
                 self._news.clear()
                 await self._news.wait()
 
+    async def hears(self, at_s, limit_s=60.0):
+        """Waits for the sound of a moment of the video."""
+        async with asyncio.timeout(limit_s):
+            while not self.sound or self.sound[-1][0] < at_s:
+                await asyncio.sleep(0.05)
+
     def _hear(self, message):
         self.events.append(json.loads(message))
         self._news.set()
