@@ -50,6 +50,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("room", None, "to join, where the token is made here")
 flags.DEFINE_string("identity", "avatar", "of the avatar, where the token is made here")
 flags.DEFINE_string("agent", None, "identity of the agent that speaks; the first one if not given")
+flags.DEFINE_bool("watermark", True, "mark every frame as generated, invisibly")
 FLAGS = flags.FLAGS
 
 
@@ -100,7 +101,7 @@ async def work(core: AvatarSession, url: str, token: str) -> None:
     try:
         # Frame by frame, so that sound begins with the frame in which speech does.
         async with LiveSession(core, LiveSettings(chunk_frames=1)) as live:
-            await serve_room(live, room, agent=FLAGS.agent)
+            await serve_room(live, room, agent=FLAGS.agent, is_marked=FLAGS.watermark)
     finally:
         await room.disconnect()
     say("the agent has left")

@@ -20,6 +20,7 @@ from livekit.agents.voice.avatar import (
     VideoGenerator,
 )
 
+from jax_avatar.io.watermark import mark
 from jax_avatar.streaming.live import LiveChunk, LiveSession
 
 __all__ = ["AvatarVideoGenerator", "avatar_options", "avatar_token", "serve_room"]
@@ -36,13 +37,14 @@ class AvatarVideoGenerator(VideoGenerator):
     segment's sound begins with the frame in which its speech does, so that both stay together.
     """
 
-    def __init__(self, live: LiveSession):
+    def __init__(self, live: LiveSession, *, is_marked: bool = True):
         """Speaks through a session that somebody else opens and closes.
 
         Args:
             live: nobody else may push audio to it or iterate over it.
+            is_marked: puts the watermark into every frame.
         """
-        self._live = live
+        self._live, self._is_marked = live, is_marked
         self._rate = live.core.speech.sample_rate
         self._per_frame = live.core.speech.samples_per_frame
         self._is_speaking = False
@@ -81,8 +83,10 @@ class AvatarVideoGenerator(VideoGenerator):
 
     async def _stream(self) -> AsyncIterator[rtc.VideoFrame | rtc.AudioFrame | AudioSegmentEnd]:
         async for chunk in self._live:
-            clears = self._clears
-            for number, pixels in enumerate(chunk.frames):
+            clears, frames = self._clears, chunk.frames
+            if self._is_marked:
+                frames = await asyncio.to_thread(mark, frames)
+            for number, pixels in enumerate(frames):
                 yield _picture(pixels)
                 # Whoever takes a frame may be slow, and somebody may interrupt meanwhile.
                 if clears == self._clears and (sound := self._sound(chunk, number)):
@@ -151,13 +155,16 @@ def avatar_token(
     return token.to_jwt()
 
 
-async def serve_room(live: LiveSession, room: rtc.Room, *, agent: str | None = None) -> None:
+async def serve_room(
+    live: LiveSession, room: rtc.Room, *, agent: str | None = None, is_marked: bool = True
+) -> None:
     """Lends an agent its face until either leaves the room.
 
     Args:
         live: open; at its start.
         room: joined already.
         agent: identity of the participant that speaks; the first agent that comes if not given.
+        is_marked: puts the watermark into every frame.
 
     Raises:
         RuntimeError: the room went away before the agent came.
@@ -170,7 +177,7 @@ async def serve_room(live: LiveSession, room: rtc.Room, *, agent: str | None = N
     runner = AvatarRunner(
         room,
         audio_recv=DataStreamAudioReceiver(room, sender_identity=speaker),
-        video_gen=AvatarVideoGenerator(live),
+        video_gen=AvatarVideoGenerator(live, is_marked=is_marked),
         options=avatar_options(live),
     )
     await runner.start()
