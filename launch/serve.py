@@ -30,6 +30,7 @@ try:
     from jax_avatar.serving.admission import ServerState
     from jax_avatar.serving.run import serve
     from jax_avatar.serving.seats import Seats
+    from jax_avatar.serving.text_to_speech import find_speech
 except ModuleNotFoundError as missing:
     sys.exit(f'serve.py: {missing.name} is not installed; the server needs: pip install ".[serve]"')
 
@@ -46,6 +47,11 @@ flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for ever
 flags.DEFINE_integer("port", 8000, "to listen on", lower_bound=1, upper_bound=65535)
 flags.DEFINE_string("token", None, "that clients must know; made up for a public --host")
 flags.DEFINE_integer("sessions", 16, "at most, however many would fit", lower_bound=1)
+flags.DEFINE_string(
+    "tts",
+    "flite",
+    "speaks typed text: flite, or MODULE:NAME of text -> (samples, rate); empty: none",
+)
 flags.DEFINE_bool("watermark", True, "mark every frame as generated, invisibly")
 flags.DEFINE_float("idle_s", 300.0, "seconds without a message until a session is ended")
 flags.DEFINE_float("drain_s", 30.0, "seconds that sessions may go on after SIGTERM")
@@ -99,7 +105,9 @@ def run() -> None:
     token = FLAGS.token
     if token is None:
         token = "" if FLAGS.host in _LOCAL else secrets.token_urlsafe(16)
-    image, servers = load_image(FLAGS.image), ice_servers()
+    image, servers, speak = load_image(FLAGS.image), ice_servers(), find_speech(FLAGS.tts)
+    if FLAGS.tts and speak is None:
+        say("typed text is not spoken; that takes: apt-get install flite, or --tts MODULE:NAME")
     encode = None
     if has_text_encoder(FLAGS.checkpoint):
         cache = FLAGS.prompt_cache or None
@@ -110,7 +118,8 @@ def run() -> None:
 
     state = ServerState(
         make_seats(image), image, token=token, live=LiveSettings(), encode_prompt=encode,
-        idle_s=FLAGS.idle_s, is_marked=FLAGS.watermark, ice_servers=servers,
+        idle_s=FLAGS.idle_s, is_marked=FLAGS.watermark,
+        speak=speak, ice_servers=servers,
     )  # fmt: skip
     say(
         f"compiling; then: http://{FLAGS.host}:{FLAGS.port}/" + (f"#token={token}" if token else "")

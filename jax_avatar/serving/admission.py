@@ -12,6 +12,7 @@ from jax_avatar.io.image import decode_image, prepare_reference
 from jax_avatar.serving.messages import VERSION, Limits, ProtocolError
 from jax_avatar.serving.metrics import Metrics
 from jax_avatar.serving.seats import Seats
+from jax_avatar.serving.text_to_speech import Speak
 from jax_avatar.streaming.live import LiveSettings
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class ServerState:
         limits: what clients may send.
         metrics: what is counted.
         encode_prompt: prompt -> states, where the model takes one.
+        speak: text -> speech, for clients that type; None where there is none.
         idle_s: without a message for so long, a session is ended.
         ice_servers: that help WebRTC to find a way, as `rtc.ice_server` reads them.
         is_marked: every frame carries the watermark.
@@ -47,6 +49,7 @@ class ServerState:
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
     encode_prompt: Callable[[str], Any] | None = None
+    speak: Speak | None = None
     idle_s: float = 300.0
     ice_servers: tuple[str, ...] = ()
     is_marked: bool = True

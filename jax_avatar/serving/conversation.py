@@ -23,6 +23,7 @@ from jax_avatar.streaming.states import State
 __all__ = ["Closed", "Conversation", "Gone", "Link"]
 
 _FIRST_MESSAGE_S = 10.0
+_TEXTS = 4  # that may wait to be synthesised
 _STATES = {state.value: state for state in (State.IDLE, State.LISTENING, State.THINKING)}
 _log = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class Conversation:
         self._last_message = time.monotonic()
         self._heard_at: float | None = None  # when speech came into silence
         self._rate = 16_000
+        self._texts: asyncio.Queue[str] = asyncio.Queue(_TEXTS)  # to be spoken
+        self._num_cleared = 0
 
     @property
     def protocol(self) -> str:
@@ -177,11 +180,13 @@ class Conversation:
             "session.created",
             version=VERSION, session=self._id, width=width, height=height,
             fps=live.core.model.settings.fps, model=live.core.model.name,
-            takes_prompt=self._state.encode_prompt is not None, **described,
+            takes_prompt=self._state.encode_prompt is not None,
+            takes_text=self._state.speak is not None, **described,
         )  # fmt: skip
         tasks = {
             asyncio.create_task(self._listen(live)),
             asyncio.create_task(self._show(live, began)),
+            asyncio.create_task(self._speak(live)),
             asyncio.create_task(self._watch_idle()),
         }
         try:
@@ -220,12 +225,15 @@ class Conversation:
     async def _obey(self, live: LiveSession, message: ClientMessage) -> None:
         fields = message.fields
         if message.type == "audio.append":
-            if live.queued_s == 0 and live.state is not State.SPEAKING:
-                self._heard_at = time.monotonic()
-            live.push_audio(fields["audio"], fields.get("sample_rate", self._rate))
+            self._hear(live, fields["audio"], fields.get("sample_rate", self._rate))
         elif message.type == "audio.commit":
             live.end_segment()
+        elif message.type == "speech.create":
+            self._take_text(fields["text"])
         elif message.type == "clear":
+            self._num_cleared += 1
+            while not self._texts.empty():
+                self._texts.get_nowait()
             await self._say("cleared", position_s=live.clear(), at_s=live.time_s)
         elif message.type == "prompt.update":
             await live.set_prompt(fields["text"])
@@ -237,6 +245,38 @@ class Conversation:
             raise Closed("closed by the client")
         else:
             raise ProtocolError("bad_message", "there is a session already.")
+
+    def _hear(self, live: LiveSession, pcm: Any, rate: int) -> None:
+        if live.queued_s == 0 and live.state is not State.SPEAKING:
+            self._heard_at = time.monotonic()
+        live.push_audio(pcm, rate)
+
+    def _take_text(self, text: str) -> None:
+        if self._state.speak is None:
+            raise ProtocolError(
+                "no_speech", "this server cannot speak text; on its machine: apt-get install flite."
+            )
+        try:
+            self._texts.put_nowait(text)
+        except asyncio.QueueFull:
+            raise ValueError(f"{_TEXTS} texts wait already; send this one later.") from None
+
+    async def _speak(self, live: LiveSession) -> None:
+        """Has texts spoken, one after the other, while everything else goes on."""
+        while True:
+            text, before = await self._texts.get(), self._num_cleared
+            try:
+                samples, rate = await asyncio.to_thread(self._state.speak, text)
+                if before == self._num_cleared:  # nobody interrupted
+                    self._hear(live, samples, rate)
+                    live.end_segment()
+            except ValueError as error:
+                await self._fail(error)
+            except (Gone, Closed):
+                raise
+            except Exception:
+                _log.exception("session %s: a text could not be spoken", self._id)
+                await self._fail(ProtocolError("refused", "this text could not be spoken."))
 
     async def _watch_idle(self) -> None:
         while (left := self._last_message + self._state.idle_s - time.monotonic()) > 0:

@@ -27,6 +27,7 @@ _SCHEMA = {
     },
     "audio.append": {"audio": (str, True)},
     "audio.commit": {},
+    "speech.create": {"text": (str, True)},
     "clear": {},
     "prompt.update": {"text": (str, True)},
     "state.update": {"state": (str, True)},
@@ -44,6 +45,7 @@ class Limits:
         portrait_pixels: of an image, decoded.
         audio_bytes: of one message of audio.
         prompt_chars: of a prompt.
+        speech_chars: of a text to be spoken.
         sdp_chars: of a WebRTC offer.
         messages_per_s: sustained; bursts of ten seconds' worth are fine.
         errors: bad messages before the connection is closed.
@@ -53,6 +55,7 @@ class Limits:
     portrait_pixels: int = 50_000_000
     audio_bytes: int = 1_000_000
     prompt_chars: int = 2000
+    speech_chars: int = 500
     sdp_chars: int = 50_000
     messages_per_s: float = 200.0
     errors: int = 20
@@ -129,7 +132,7 @@ def _checked_sizes(message: ClientMessage, limits: Limits) -> ClientMessage:
         "portrait": limits.portrait_bytes,
         "audio": limits.audio_bytes,
         "prompt": limits.prompt_chars,
-        "text": limits.prompt_chars,
+        "text": limits.speech_chars if message.type == "speech.create" else limits.prompt_chars,
         "token": 1000,
         "sdp": limits.sdp_chars,
     }

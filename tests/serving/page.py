@@ -7,9 +7,9 @@ import wave
 import numpy as np
 import pytest
 
-PACKAGES = "needs the Debian packages chromium and chromium-driver, and pip's selenium"
+PACKAGES = "needs the Debian packages chromium, chromium-driver and flite, and pip's selenium"
 webdriver = pytest.importorskip("selenium.webdriver", reason=PACKAGES)
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM, DRIVER, FLITE = (shutil.which(x) for x in ("chromium", "chromedriver", "flite"))
 # Remembers each event, and of each frame the time and the middle of the lower face.
 WATCH = """
   window.events = []; window.seen = [];

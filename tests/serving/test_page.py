@@ -9,10 +9,10 @@ from jax_avatar.io.provenance import read_marks
 from jax_avatar.io.video import read_video
 from jax_avatar.streaming.model import SMALL
 from tests.launch.test_serve import start, wait_until_ready
-from tests.serving.page import CHROMIUM, DRIVER, PACKAGES, Page, write_wav
+from tests.serving.page import CHROMIUM, DRIVER, FLITE, PACKAGES, Page, write_wav
 from tests.serving.test_server import free_port
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=PACKAGES)
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER and FLITE), reason=PACKAGES)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +41,15 @@ def test_somebody_talks_plays_a_file_interrupts_and_keeps_the_recording(port, tm
         page.release()
         assert page.event("playback_finished")["interrupted"] is False
 
+        page["text"].send_keys("Good morning.\n")
+        assert page.event("playback_finished", 2)["position_s"] > 0.5
+
         page["file"].send_keys(str(write_wav(tmp_path / "file.wav", voice, 48_000)))
-        again = page.clock(page.event("playback_started", 2))
+        again = page.clock(page.event("playback_started", 3))
         page.until(f"document.querySelector('video').currentTime > {again + 0.5}")
         page["interrupt"].send_keys("\ue00c")  # Escape
         cleared = page.event("cleared")
-        assert page.event("playback_finished", 2)["interrupted"] is True
+        assert page.event("playback_finished", 3)["interrupted"] is True
         # Frames that were made already are shown until the first of silence are ready.
         is_later = f"e.state === 'idle' && e.at_s >= {cleared['at_s']}"
         silent = page.clock(page.event("state", such=is_later))

@@ -271,7 +271,8 @@ def rubbish(rng):
     good = [
         '{"type": "audio.append", "audio": "AAAA"}', '{"type": "clear"}',
         '{"type": "prompt.update", "text": "x"}', '{"type": "state.update", "state": "idle"}',
-        '{"type": "session.create", "version": 1}', '{"type": "audio.commit"}',
+        '{"type": "session.create", "version": 1}', '{"type": "speech.create", "text": "x"}',
+        '{"type": "audio.commit"}',
     ]  # fmt: skip
     text = rng.choice(good)
     return rng.choice([
@@ -286,6 +287,60 @@ def rubbish(rng):
         lambda: rng.randbytes(2 * rng.randrange(50) + 1),
         lambda: rng.randbytes(50_002) if rng.random() < 0.1 else b"x",
     ])()  # fmt: skip
+
+
+@pytest.fixture
+def speaking(served):
+    """The server with a function that speaks; "slow" takes until `go` is set, "bad" fails."""
+    begun, go = threading.Event(), threading.Event()
+
+    def speak(text):
+        if text == "slow":
+            begun.set()
+            go.wait(30)
+        if text == "none":
+            raise ValueError("nothing to say.")
+        return (voice(0.8), 16_000) if text != "bad" else 1 / 0
+
+    served.state.speak = speak
+    yield begun, go
+    go.set()
+    served.state.speak = None
+
+
+def test_typed_text_is_spoken_and_what_cannot_be_is_told(served, speaking):
+    with served.client() as client:
+        assert client.until("session.created")["takes_text"] is True
+        for text, code in (("none", "refused"), ("bad", "refused"), ("x" * 501, "too_large")):
+            client.send("speech.create", text=text)
+            error = client.until("error")
+            assert error["code"] == code and not error["fatal"] and "1 / 0" not in error["message"]
+        client.send("speech.create", text="hello")
+        assert client.until("playback_finished")["position_s"] == 0.8
+
+
+def test_an_interrupt_also_stops_text_that_is_not_yet_sound(served, speaking):
+    with served.client() as client:
+        client.until("session.created")
+        for _ in range(3):
+            client.send("speech.create", text="slow")
+        begun, go = speaking
+        assert begun.wait(30)
+        client.send("clear")
+        client.until("cleared", 5)  # the session does not wait for the synthesis
+        go.set()
+        client.read(1.5)
+        assert not [e for e in client.events if e["type"] == "playback_started"]
+        client.send("speech.create", text="hello")
+        assert client.until("playback_finished")["position_s"] == 0.8
+
+
+def test_a_server_that_cannot_speak_says_what_it_needs(served):
+    with served.client() as client:
+        assert client.until("session.created")["takes_text"] is False
+        client.send("speech.create", text="hello")
+        error = client.until("error")
+        assert error["code"] == "no_speech" and "flite" in error["message"]
 
 
 def test_a_thousand_bad_messages_harm_nobody(served):

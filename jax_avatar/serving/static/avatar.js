@@ -107,6 +107,7 @@ function begin(message) {
   video.play().catch(() => say("Press Start again to allow sound."));
   at("start").hidden = true;
   at("bar").hidden = false;
+  at("textForm").hidden = !message.takes_text;
   at("promptForm").hidden = !message.takes_prompt;
   say("");
   at("talk").focus();
@@ -264,6 +265,15 @@ function playFile(samples, rate) {
   playingFile = setInterval(push, 200);
   push();
 }
+
+at("textForm").onsubmit = (event) => {
+  event.preventDefault();
+  const text = at("text").value.trim();
+  if (!text) return;
+  at("text").value = "";
+  spokeAt = performance.now();
+  send("speech.create", { text });
+};
 
 at("promptForm").onsubmit = (event) => {
   event.preventDefault();
