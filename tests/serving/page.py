@@ -100,7 +100,7 @@ class Page:
         """How much the mouth moves from frame to frame in a part of the video, 0 to 255."""
         self.until(f"document.querySelector('video').currentTime > {stop}")
         seen = np.array(self.js(f"seen.filter((s) => s[0] >= {start} && s[0] < {stop})"))
-        assert len(seen) > 4 * (stop - start), f"{len(seen)} frames in {stop - start} s"
+        assert len(seen) >= 4, f"{len(seen)} frames in {stop - start} s"
         return np.abs(np.diff(seen[:, 1:], axis=0)).mean()
 
     def complaints(self):
