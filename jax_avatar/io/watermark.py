@@ -45,7 +45,7 @@ class Detection(NamedTuple):
 
 
 def mark(frames: UInt8[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "T H W 3"]:
-    """Puts the mark into 8-bit RGB frames: each value moves by at most 2."""
+    """Puts the mark into 8-bit RGB frames: each value moves by 1."""
     lighter, darker = _pattern(*frames.shape[1:3])
     marked = np.minimum(frames, 255 - lighter)  # in 8 bits, without overflow
     for pixels in marked:  # one at a time stays in the processor's cache
@@ -92,9 +92,9 @@ def _signs(rows: int, columns: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _pattern(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """What is added and what is taken, each `[H W 3]`: 1 and 2 in turns, so 1.5 on average."""
+    """What is added and what is taken, each `[H W 3]`."""
     rows, columns = _grid(height, width)
     y, x = np.arange(height)[:, None], np.arange(width)
-    signs = _signs(rows, columns)[y * rows // height, x * columns // width][..., None]
-    size = np.broadcast_to(1 + (y + x) % 2, (3, height, width)).transpose(1, 2, 0)
-    return (size * (signs > 0)).astype(np.uint8), (size * (signs < 0)).astype(np.uint8)
+    signs = _signs(rows, columns)[y * rows // height, x * columns // width]
+    signs = np.repeat(signs[..., None], 3, axis=-1)
+    return (signs > 0).astype(np.uint8), (signs < 0).astype(np.uint8)

@@ -85,8 +85,19 @@ class Page:
         """Presses the mouse on something; `release` ends it."""
         webdriver.ActionChains(self.browser).click_and_hold(self[name]).perform()
 
+    def key_down(self, key):
+        webdriver.ActionChains(self.browser).key_down(key).perform()
+
+    def key_up(self, key):
+        webdriver.ActionChains(self.browser).key_up(key).perform()
+
     def release(self):
         webdriver.ActionChains(self.browser).release().perform()
+
+    def resize(self, width, height):
+        """Shows it on a phone, which may be smaller than a window can be."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": True}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def event(self, kind, count=1, such="true"):
         """The event of a kind (and such) that is the `count`-th; waits for it."""

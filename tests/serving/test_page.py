@@ -9,6 +9,7 @@ from jax_avatar.io.provenance import read_marks
 from jax_avatar.io.video import read_video
 from jax_avatar.streaming.model import SMALL
 from tests.launch.test_serve import start, wait_until_ready
+from tests.serving.client import base64_of
 from tests.serving.page import CHROMIUM, DRIVER, FLITE, PACKAGES, Page, write_wav
 from tests.serving.test_server import free_port
 
@@ -73,3 +74,51 @@ def test_somebody_talks_plays_a_file_interrupts_and_keeps_the_recording(port, tm
     assert fps == 16 and frames.shape[1:] == (96, 96, 3)
     assert abs(sound[: int(started * rate)]).max() < 0.01 < abs(sound).max()
     assert abs(sound[int(silent * rate) :]).max() < 0.01
+
+
+TOP = """(() => {
+  const video = document.querySelector("video");
+  const context = new OffscreenCanvas(1, 1).getContext("2d");
+  const { videoWidth: w, videoHeight: h } = video;
+  context.drawImage(video, 0.4 * w, 0.13 * h, 0.2 * w, 0.05 * h, 0, 0, 1, 1);
+  return Array.from(context.getImageData(0, 0, 1, 1).data).slice(0, 3);
+})()"""
+ELSEWHERE = """performance.getEntriesByType("resource").filter(
+    (e) => !e.name.startsWith(location.origin)).map((e) => e.name)"""
+DROP = """
+  const [png, to] = arguments, data = new DataTransfer();
+  const bytes = Uint8Array.from(atob(png), (x) => x.charCodeAt(0));
+  data.items.add(new File([bytes], "face.png", { type: "image/png" }));
+  document.getElementById(to).dispatchEvent(new DragEvent("drop", { dataTransfer: data }));
+"""
+SIZES = """[...document.querySelectorAll("#bar button, #bar .button, #text")].filter(
+    (e) => e.offsetParent).map((e) => e.getBoundingClientRect().toJSON())"""
+
+
+@pytest.mark.slow
+def test_on_a_phone_a_portrait_is_dropped_and_all_is_within_reach(port, tmp_path):
+    face = base64_of((SMALL.parent / "portraits" / "lena.png").read_bytes())
+    voice = load_audio(SMALL.parent / "demo.flac", 48_000)
+    with Page(f"http://127.0.0.1:{port}/", tmp_path, voice) as page:
+        page.resize(390, 844)
+        page.browser.execute_script(DROP, face, "drop")
+        assert page["go"].get_property("disabled") and page["consentRow"].is_displayed()
+        page["consent"].send_keys(" ")
+        page["go"].send_keys("\n")
+        page.until("document.querySelector('video').currentTime > 1")
+        # Red hair: it is the dropped portrait that is shown.
+        red, _, blue = page.js(TOP)
+        assert red > 1.5 * blue
+        assert page.js("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+        for box in page.js(SIZES):
+            assert box["left"] >= 0 and box["right"] <= 390 and box["bottom"] <= 844, box
+            assert box["height"] >= 44, box  # a finger's width
+        # The space bar talks for as long as it is held.
+        assert page.js("document.activeElement.id") == "talk"
+        page.key_down(" ")
+        page.event("playback_started")
+        page.key_up(" ")
+        assert page.event("playback_finished")["interrupted"] is False
+        assert page.js("performance.getEntriesByType('resource')") and not page.js(ELSEWHERE)
+        page.browser.save_screenshot(str(tmp_path / "phone.png"))
+        assert not page.complaints()
