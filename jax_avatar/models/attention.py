@@ -26,7 +26,7 @@ Heads = Float[Array, "b n m e"]
 _BY_BACKEND = {"gpu": "cudnn", "tpu": "splash"}
 _LANES = 128  # of a TPU's vector unit
 _MAX_TILE = 1024
-_CHUNK = 512  # queries of which "chunked" attention holds the scores
+_CHUNK = 128  # queries of which "chunked" attention holds the scores
 
 
 def attend(
@@ -77,7 +77,7 @@ def choose_kernel(kernel: str, query: Array, key: Array, *, has_mask: bool = Fal
 
     A few keys, as of the audio injection, are faster without a kernel. cuDNN wants half precision
     and heads of at most 128 channels, splash attention heads of whole vector lanes and no mask
-    that is known only when running.
+    that is known only when running: with one it is "chunked", since training has long clips.
 
     Args:
         kernel: "auto" is cuDNN on GPUs, splash attention on TPUs, XLA elsewhere.
@@ -101,7 +101,9 @@ def choose_kernel(kernel: str, query: Array, key: Array, *, has_mask: bool = Fal
         halves = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in (query, key))
         return "cudnn" if halves and size <= 128 and size % 8 == 0 else "xla"
     if kernel == "splash":
-        return "splash" if size % _LANES == 0 and not has_mask else "xla"
+        if has_mask:
+            return "chunked"
+        return "splash" if size % _LANES == 0 else "xla"
     return kernel
 
 

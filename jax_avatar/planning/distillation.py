@@ -3,8 +3,9 @@
     frozen base, two adapters, average, moments   computed, spread over the mesh
     generator's update (Algorithm 2), critic's    compiled, one clip per "data" device
 
-The formula beside them counts what must be kept: inputs of the layers of a block, one layer's
-insides, keys and values of all blocks, and the rings of the steps before the exit.
+The formula beside them counts what must be kept, whichever is more: while clips are made, keys and
+values of the blocks and the rings of the steps before the exit; for the gradient, inputs of the
+layers of a block or of the critic's clip, and one layer's insides.
 """
 
 import dataclasses
@@ -99,20 +100,21 @@ def kept_bytes(
     """
     per_latent = (grid[0] // 2) * (grid[1] // 2)
     size, blocks = config.dtype.itemsize, latents // config.frames_per_block
+    window = min(config.ring_blocks - 1, blocks)
     n, whole = config.frames_per_block * per_latent, (latents + 1) * per_latent
     row = config.width * size
     history = 2.0 * config.num_layers * n * row
     rings = 0.0
     if rollout.cache == "per_step" and rollout.refresh == "none":
-        rings = (rollout.num_steps - 1) * min(config.ring_blocks - 1, blocks) * history
+        rings = (rollout.num_steps - 1) * window * history
 
     def backward(tokens):
         return (config.num_layers + _LAYER_INSIDES) * tokens * row
 
     return {
         "block_history": history,
-        "generator_kept": backward(n) + blocks * history + rings,
-        "critic_kept": backward(whole),
+        "generator_kept": blocks * history + max(rings, backward(n)),
+        "critic_kept": max(window * history + rings, backward(whole)),
     }
 
 
@@ -146,7 +148,7 @@ def plan_distillation(
     limit, uses, seconds = 1e9 * hardware.memory_gb, [], {}
     for program in programs:
         say(f"{program.name}: compiling for {compiled_for}")
-        made = compile_program(program)
+        made = compile_program(program, stands_in=hardware.platform != program.platform)
         say(f"{program.name}: {made.refused or 'compiled'}, {made.seconds:.0f} s")
         used = {name: Figure(placed_bytes(tree), "computed") for name, tree in program.held.items()}
         if not made.refused:

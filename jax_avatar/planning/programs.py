@@ -30,6 +30,7 @@ from jax_avatar.streaming.sampler import make_step, step_arguments
 from jax_avatar.streaming.session import MOTION_LATENTS, make_decode
 
 __all__ = [
+    "STAND_IN_OPTIONS",
     "AbstractModel",
     "Compiled",
     "Program",
@@ -40,6 +41,17 @@ __all__ = [
     "placed_bytes",
     "step_program",
 ]
+
+STAND_IN_OPTIONS = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+"""For the compiler for CPUs in place of one for accelerators.
+
+It orders programs for several threads, at the price of memory, where those keep within theirs. The
+code is never run, so it need not be fast.
+"""
 
 
 @dataclass(frozen=True)
@@ -184,14 +196,19 @@ def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Devi
     return Program("VAE, decoding a block", following, arguments, device.platform, held)
 
 
-def compile_program(program: Program) -> Compiled:
-    """Compiles, and asks the compiler what it made; a refusal is an answer."""
+def compile_program(program: Program, *, stands_in: bool = False) -> Compiled:
+    """Compiles, and asks the compiler what it made; a refusal is an answer.
+
+    Args:
+        program: to compile.
+        stands_in: whether a program for CPUs is made in place of one for an accelerator.
+    """
     lowered = program.function.trace(*program.arguments).lower(
         lowering_platforms=(program.platform,)
     )
     began = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=STAND_IN_OPTIONS if stands_in else None)
     except jax.errors.JaxRuntimeError as error:
         return Compiled(0, 0, 0, 0.0, time.perf_counter() - began, _refusal(error))
     memory = compiled.memory_analysis()

@@ -381,7 +381,8 @@ class Distiller:
 
         def measure(told):
             clips, draws = self._clips(told, keys[0])
-            made = made_clips(roll_out(generator, params, clips, draws, exit_step))
+            traces = roll_out(generator, params, clips, draws, exit_step, keeps_history=False)
+            made = made_clips(traces)
             made = jax.lax.stop_gradient(made)
             noise, sigma = self._noise(keys[1], made, told.row)
             noisy = add_noise(made, noise, sigma)

@@ -197,7 +197,15 @@ class Generator:
     config: DiTConfig
     settings: RolloutConfig
 
-    def rollout(self, params: PyTree, clip: Clip, draws: Draws, exit_step: IntScalar) -> Trace:
+    def rollout(
+        self,
+        params: PyTree,
+        clip: Clip,
+        draws: Draws,
+        exit_step: IntScalar,
+        *,
+        keeps_history: bool = True,
+    ) -> Trace:
         """Makes a clip (pass F; with a gradient, Algorithm 1).
 
         Args:
@@ -205,6 +213,7 @@ class Generator:
             clip: what it is told.
             draws: its chance.
             exit_step: 0 for the first, pure-noise step; the same for all blocks.
+            keeps_history: of all blocks, for pass B; else only of the last that a block sees.
         """
         settings = self.settings
         frozen = jax.lax.stop_gradient(params)
@@ -213,9 +222,10 @@ class Generator:
         num_blocks, *shape = draws.noise.shape
         own_history = settings.cache == "per_step" and settings.refresh == "none"
         size = self._history_shape(sink, shape)
-        empty = jnp.zeros((num_blocks, *size), sink.key.dtype)
-        # One ring of past blocks per step before the exit.
         window = min(self.config.ring_blocks - 1, num_blocks)
+        slots = num_blocks if keeps_history else max(window, 1)
+        empty = jnp.zeros((slots, *size), sink.key.dtype)
+        # One ring of past blocks per step before the exit.
         rings = (max(1, settings.num_steps - 1) if own_history else 0, window)
         ring = jnp.zeros((*rings, *size), sink.key.dtype)
 
@@ -240,7 +250,7 @@ class Generator:
             if settings.refresh != "none":
                 own = self._refreshed(frozen, clean, clip, draws, sink, number, written)
             own = self._corrupted(jax.lax.stop_gradient(own), draws, number, exit_step)
-            return (rings, _write(written, own, (number,))), (start, clean)
+            return (rings, _write(written, own, (number % slots,))), (start, clean)
 
         # Unrolled where it is differentiated: a scan would keep its carry once per block.
         unroll = num_blocks if settings.gradient == "clip" else 1
@@ -348,7 +358,13 @@ class Generator:
 
 
 def roll_out(
-    generator: Generator, params: PyTree, clips: Clip, draws: Draws, exit_step: IntScalar
+    generator: Generator,
+    params: PyTree,
+    clips: Clip,
+    draws: Draws,
+    exit_step: IntScalar,
+    *,
+    keeps_history: bool = True,
 ) -> Trace:
     """`Generator.rollout` of several clips, each with its own chance and positions.
 
@@ -356,7 +372,7 @@ def roll_out(
     """
 
     def one(clip, chance):
-        return generator.rollout(params, clip, chance, exit_step)
+        return generator.rollout(params, clip, chance, exit_step, keeps_history=keeps_history)
 
     return jax.vmap(one, spmd_axis_name="data")(clips, draws)
 
@@ -432,27 +448,34 @@ def _from_ring(rings, step):
     """History of one step: `layer -> (key, value)`; rings are `[T-1 w l b n m e]`."""
 
     def past(layer):
-        return tuple(_tokens(_layer_of(ring[step], 0, ring.shape[1], layer)) for ring in rings)
+        return tuple(_tokens(_layer_of(ring, (step, 0), ring.shape[1], layer)[0]) for ring in rings)
 
     return past
 
 
 def _before(written, number, window):
-    """History as written by the exits: the `window` blocks before, filled ones first."""
-    first = jnp.maximum(number - window, 0)
+    """History as written by the exits: the `window` blocks before, filled ones first.
+
+    Where no more blocks than those are kept, they are a ring: slices start within it in any case.
+    """
 
     def past(layer):
-        return tuple(_tokens(_layer_of(part, first, window, layer)) for part in written)
+        first = jnp.maximum(number - window, 0)
+        return tuple(_tokens(_layer_of(part, (first,), window, layer)) for part in written)
 
     return past
 
 
 def _layer_of(blocks, first, count, layer):
-    """`[w l b n m e]` -> some blocks of one layer; sliced inside the scan over layers, no sooner,
-    so that the window of all layers is never copied."""
-    zero = jnp.int32(0)
-    starts = (jnp.int32(first), jnp.int32(layer), *[zero] * (blocks.ndim - 2))
-    return jax.lax.dynamic_slice(blocks, starts, (count, 1, *blocks.shape[2:]))[:, 0]
+    """`[.. w l b n m e]` -> some blocks of one layer, `[.. w b n m e]`.
+
+    One slice inside the scan over layers, not one of the step before: what does not depend on the
+    layer is moved out of the scan, and would be a copy of the window of all layers.
+    """
+    axis = len(first)  # of layers
+    starts = [jnp.int32(i) for i in (*first, layer)] + [jnp.int32(0)] * (blocks.ndim - axis - 1)
+    sizes = (*[1] * (axis - 1), count, 1, *blocks.shape[axis + 1 :])
+    return jnp.squeeze(jax.lax.dynamic_slice(blocks, starts, sizes), axis)
 
 
 def _tokens(blocks):

@@ -181,7 +181,7 @@ class Refusing:
     def lower(self, lowering_platforms):
         return self
 
-    def compile(self):
+    def compile(self, compiler_options):
         raise jax.errors.JaxRuntimeError(self.reason)
 
 

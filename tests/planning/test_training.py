@@ -55,23 +55,30 @@ def test_distillation_is_planned_with_its_own_updates():
 
 
 def test_what_is_kept_grows_with_clip_window_and_steps():
-    config = CONFIG.replace(ring_blocks=3)
+    config = CONFIG.replace(ring_blocks=3, num_layers=40)
     rollout = RolloutConfig(sigmas=(1.0, 0.8, 0.5, 0.0))
-    kept = kept_bytes(config, GRID, rollout, 9)
-    longer = kept_bytes(config, GRID, rollout, 12)
+    literal = dataclasses.replace(rollout, cache="exit_only")
+    kept, longer = (kept_bytes(config, GRID, rollout, latents) for latents in (9, 12))
     block = kept["block_history"]
     assert block == 2 * config.num_layers * 3 * 16 * config.width * 4
+    # Three blocks' history and two of each earlier step; the critic's clip needs two of its own.
+    assert kept["generator_kept"] == (3 + 2 * 2) * block
+    assert kept["critic_kept"] == (2 + 2 * 2) * block == longer["critic_kept"]
     assert longer["generator_kept"] - kept["generator_kept"] == block
-    literal = dataclasses.replace(rollout, cache="exit_only")
-    rings = kept["generator_kept"] - kept_bytes(config, GRID, literal, 9)["generator_kept"]
-    assert rings == 2 * 2 * block
+    # Without the earlier steps' rings, gradients need more than those.
+    less, more = (kept_bytes(config, GRID, literal, latents) for latents in (9, 12))
+    assert 3 * block < less["generator_kept"] < kept["generator_kept"]
+    assert 2 * block < less["critic_kept"] < more["critic_kept"]
 
 
 def test_the_published_size_needs_what_the_sums_say():
     """2.77 GB of keys and values per block, 16.2 GB for the critic's whole clip."""
     config = wan_s2v_14b(ring_blocks=5)
     rollout = RolloutConfig(sigmas=(1.0, 0.9375, 0.8333, 0.625, 0.0))
-    kept = {k: v / 1e9 for k, v in kept_bytes(config, (50, 90), rollout, 21).items()}
-    assert abs(kept["block_history"] - 2.765) < 0.01
-    assert abs(kept["critic_kept"] - 16.2) < 0.1
-    assert abs(kept["generator_kept"] - (18.8 + 33.2 + 2.8)) < 0.3
+    literal = dataclasses.replace(rollout, cache="exit_only")
+    kept, less = (kept_bytes(config, (50, 90), rollout, 21) for rollout in (rollout, literal))
+    assert abs(kept["block_history"] / 1e9 - 2.765) < 0.01
+    assert abs(less["critic_kept"] / 1e9 - 16.2) < 0.1
+    assert abs(kept["critic_kept"] / 1e9 - (33.2 + 4 * 2.765)) < 0.1
+    assert abs(less["generator_kept"] / 1e9 - (18.8 + 2.8)) < 0.3
+    assert abs(kept["generator_kept"] / 1e9 - (33.2 + 7 * 2.765)) < 0.1

@@ -12,6 +12,7 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import adapter_leaves, with_adapter
 from jax_avatar.models.params import abstract, unflatten
+from jax_avatar.planning.programs import STAND_IN_OPTIONS
 from jax_avatar.training.rollout import Clip, Generator, RolloutConfig, clip_gradient, draw
 
 GRID, BLOCKS = (16, 16), (3, 5, 7)
@@ -54,7 +55,8 @@ def temporaries(algorithm, blocks):
         )
 
     lowered = jax.jit(run).lower(base, adapter, jax.eval_shape(lambda: jax.random.key(0)))
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    compiled = lowered.compile(compiler_options=STAND_IN_OPTIONS)
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def growth(algorithm):

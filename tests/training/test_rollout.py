@@ -215,6 +215,42 @@ def test_the_rollout_to_the_last_step_is_the_stream():
         np.testing.assert_allclose(trace.clean[block], latent, atol=2e-6)
 
 
+def test_without_pass_b_the_window_is_history_enough(in_pieces):
+    """Four blocks in two slots: the third overwrites the first, and the fourth sees no other."""
+    made = generator(config=MODEL.replace(ring_blocks=3))
+    clip, chance = make_clip(blocks=4), make_draws(blocks=4)
+    whole, short = (
+        made.rollout(network()[1], clip, chance, 1, keeps_history=keeps) for keeps in (True, False)
+    )
+    assert (len(whole.key), len(short.key)) == (4, 2)
+    np.testing.assert_allclose(short.clean, whole.clean, atol=1e-6)
+
+
+@pytest.mark.parametrize("cache", ["per_step", "exit_only"])
+def test_history_is_read_layer_by_layer(cache):
+    """The window of all layers is a large part of the memory; a copy of it would be, too."""
+    made = generator(dataclasses.replace(SETTINGS, cache=cache))
+    run = jax.make_jaxpr(lambda params: made.rollout(params, make_clip(), make_draws(), 2).clean)
+    history = (3 * GRID[0] * GRID[1] // 4, MODEL.num_heads, MODEL.head_dim)  # of one block, layer
+    sizes = [
+        read.aval.size // np.prod(history)
+        for equation in equations(run(network()[1]).jaxpr)
+        if equation.primitive.name in ("dynamic_slice", "gather")
+        for read in equation.outvars
+        if read.aval.shape[-3:] == history
+    ]
+    assert set(sizes) == {1}  # block that is seen
+
+
+def equations(jaxpr):
+    """Of a program and of all programs within."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(value, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+                yield from equations(getattr(value, "jaxpr", value))
+
+
 def test_later_audio_changes_no_earlier_block(in_pieces):
     clip, chance = make_clip(), make_draws()
     roll = generator().rollout
