@@ -18,7 +18,6 @@ from livekit.agents.voice.avatar import (
 )
 
 from jax_avatar.io.audio import Resampler
-from jax_avatar.io.watermark import detect
 from jax_avatar.serving.livekit import (
     AvatarVideoGenerator,
     avatar_options,
@@ -60,10 +59,6 @@ def pieces_of(samples, channels=1):
 
 def samples_of(frame):
     return np.frombuffer(frame.data, np.int16) / 32768
-
-
-def pixels_of(frame):
-    return np.frombuffer(frame.data, np.uint8).reshape(frame.height, frame.width, 3)
 
 
 def test_the_contract_is_the_packages():
@@ -110,8 +105,6 @@ def test_a_segment_comes_as_pictures_with_their_sound_and_an_end(core, channels)
     before, got, after = asyncio.run(speak())
     assert count(before, rtc.AudioFrame) == count(after, rtc.AudioFrame) == 0
     assert (before[0].width, before[0].height) == (64, 64)
-    shown = [item for item in [*before, *got, *after] if isinstance(item, rtc.VideoFrame)]
-    assert detect(np.stack([pixels_of(frame) for frame in shown])).is_marked
     sounds = [i for i, item in enumerate(got) if isinstance(item, rtc.AudioFrame)]
     # From the first to the last, each piece follows the picture that it belongs to.
     assert all(isinstance(got[i - 1], rtc.VideoFrame) for i in sounds)
