@@ -85,7 +85,7 @@ class Peer:
         for start in range(0, len(samples), 8000):
             self.channel.send((samples[start : start + 8000] * 32767).astype("<i2").tobytes())
 
-    async def until(self, kind, limit_s=30.0):
+    async def until(self, kind, limit_s=90.0):
         """Waits for the next event of a kind."""
         seen = 0
         async with asyncio.timeout(limit_s):
@@ -98,7 +98,7 @@ class Peer:
                 self._news.clear()
                 await self._news.wait()
 
-    async def hears(self, at_s, limit_s=60.0):
+    async def hears(self, at_s, limit_s=90.0):
         """Waits for the sound of a moment of the video."""
         async with asyncio.timeout(limit_s):
             while not self.sound or self.sound[-1][0] < at_s:
