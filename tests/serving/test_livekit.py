@@ -18,6 +18,7 @@ from livekit.agents.voice.avatar import (
 )
 
 from jax_avatar.io.audio import Resampler
+from jax_avatar.io.watermark import mark
 from jax_avatar.serving.livekit import (
     AvatarVideoGenerator,
     avatar_options,
@@ -116,6 +117,18 @@ def test_a_segment_comes_as_pictures_with_their_sound_and_an_end(core, channels)
     said = np.concatenate([resample(speech, RATE), resample.finish()])
     at = np.correlate(heard, said, "valid").argmax()
     np.testing.assert_allclose(heard[at : at + len(said)], said, atol=1e-3)
+
+
+def test_frames_are_marked_unless_it_is_told_otherwise(core):
+    async def first_frames(**options):
+        async with live_on(core) as live:
+            stream = aiter(AvatarVideoGenerator(live, **options))
+            got = await take(stream, lambda got: count(got, rtc.VideoFrame) == 2)
+        return np.stack([np.frombuffer(frame.data, np.uint8).reshape(64, 64, 3) for frame in got])
+
+    marked, plain = (asyncio.run(first_frames(**o)) for o in ({}, {"is_marked": False}))
+    np.testing.assert_array_equal(marked, mark(plain))
+    assert (marked != plain).any()
 
 
 def test_an_interrupt_ends_sound_at_once_and_speech_that_waited_is_dropped(core):
