@@ -116,8 +116,9 @@ class VideoWriter:
         for pixels in mark(frames) if self._is_marked else frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame.pts, frame.time_base = self.num_frames, Fraction(1, self.fps)
-            self._encode(self._video, frame)
+            # Counted first: an interrupt must not lead to two frames of the same time.
             self.num_frames += 1
+            self._encode(self._video, frame)
         self._write_sound_up_to(self.num_frames)
 
     def write_audio(self, samples: Float[np.ndarray, " N"]) -> None:
@@ -190,8 +191,8 @@ class VideoWriter:
         made = av.AudioFrame.from_ndarray(np.clip(samples, -1, 1)[None].copy(), "fltp", "mono")
         made.sample_rate = self._audio_rate
         made.pts, made.time_base = self._samples_written, Fraction(1, self._audio_rate)
+        self._samples_written += count  # first, as above
         self._encode(self._audio, made)
-        self._samples_written += count
 
 
 def read_video(

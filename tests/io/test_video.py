@@ -161,3 +161,25 @@ def test_what_is_no_video_is_named(tmp_path):
         container.mux(container.add_stream("pcm_s16le", rate=RATE).encode(frame))
     with pytest.raises(ValueError, match="has no picture"):
         read_video(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.parametrize("call", [4, 5, 6])  # two frames, then their sound
+def test_an_interrupt_at_any_moment_leaves_a_file_that_plays(tmp_path, call, is_written):
+    writer, calls = VideoWriter(tmp_path / "a.mp4", 32, 32, 16, 16_000), 0
+    encode = writer._encode
+
+    def interrupted(stream, frame):
+        nonlocal calls
+        calls += 1
+        if is_written or calls != call:
+            encode(stream, frame)
+        if calls == call:
+            raise KeyboardInterrupt
+
+    writer._encode = interrupted
+    with pytest.raises(KeyboardInterrupt), writer:
+        for _ in range(4):
+            writer.write_audio(np.full(2000, 0.1, np.float32))
+            writer.write_frames(np.full((2, 32, 32, 3), 99, np.uint8))
+    assert len(read_video(tmp_path / "a.mp4")[0]) >= 2
