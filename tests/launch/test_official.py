@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from conversion import convert
 from jax_avatar.io.video import read_video
 from tests.conversion import official
@@ -12,6 +14,7 @@ from tests.conversion import official
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_converted_download_streams_over_five_slices(tmp_path):
     download = official.write_all(tmp_path / "ckpt")
     model, video = tmp_path / "model", tmp_path / "avatar.mp4"

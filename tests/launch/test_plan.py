@@ -40,6 +40,7 @@ def test_a_tiny_stream_is_planned(config):
     assert "compiling for cpu" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_table_says_where_numbers_are_from(config):
     result = run(f"--model={config}", "--mesh=1", "--hardware=cpu", "--compile=step")
     assert result.returncode == 0, result.stderr

@@ -40,7 +40,7 @@ def clip(frames=9, size=32):
     return jax.random.uniform(jax.random.key(2), (2, frames, size, size, 3), minval=-1, maxval=1)
 
 
-@pytest.mark.parametrize("chunks", [[2], [1, 1]])
+@pytest.mark.parametrize("chunks", [pytest.param([2], marks=pytest.mark.slow), [1, 1]])
 def test_chunks_decode_to_the_whole(chunks):
     model = noisy_model()
     latent = jax.random.normal(jax.random.key(3), (2, 3, 4, 4, 5))

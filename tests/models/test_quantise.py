@@ -61,6 +61,7 @@ def test_rounded_parameters_fit_the_network_and_its_leaves(kind):
     assert len(changed) == 4 + 4 + 2 + 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_of_rounded_weights_stays_near(kind):
     audio = make_audio(2)

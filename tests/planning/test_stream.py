@@ -99,7 +99,9 @@ def test_a_step_is_planned_for_what_a_stream_passes(monkeypatch):
     assert shapes(planned) == passed[0]
 
 
-@pytest.mark.parametrize("mesh", ["1", "5", pytest.param("4x2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh", ["1", *(pytest.param(m, marks=pytest.mark.slow) for m in ("5", "4x2"))]
+)
 def test_figures_add_up_and_name_their_source(nano, mesh):
     needs = plan_stream(nano, GRID, parse_layout(mesh, 4), find_hardware("h200"))
     assert needs.fits and needs.compiled_for == "cpu"

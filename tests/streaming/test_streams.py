@@ -122,6 +122,7 @@ def test_devices_that_do_not_divide_the_heads_are_refused():
         PipelinedStream(GRAPHDEF, PARAMS, CONFIG, StreamPlan(), CONDITIONS, mesh)
 
 
+@pytest.mark.slow
 def test_seeds_make_streams():
     def first(seed):
         plan = StreamPlan(seed=seed)
