@@ -232,25 +232,24 @@ def reactions(url: str, token: str, voice: np.ndarray, trials: int, *, live: boo
 
 
 def interrupts(url: str, token: str, voice: np.ndarray, trials: int) -> dict:
-    """From `clear` sent to the last sound received, and to the picture of silence."""
+    """From `clear` sent to the last sound received."""
     client = begin(url, token)
-    sound_s, stops = [], []
+    sound_s, clears = [], []
     for n in tqdm(range(trials), desc="interrupt"):
         client.say(np.resize(voice, 10 * RATE))
         client.until("playback_started")
         time.sleep(1 + 0.1 * n)
-        sent = client.send("clear")
-        _, event = client.until("cleared")
-        stops.append((sent, event))
+        clears.append(client.send("clear"))
+        client.until("cleared")
         time.sleep(2)
     client.close()
     _, sound = client.got.packets()
-    for (sent, _), following in zip(stops, [*stops[1:], (float("inf"), None)], strict=True):
+    for sent, following in zip(clears, [*clears[1:], float("inf")], strict=True):
         # Sound of the next utterance is later than its own start: half a second before `clear`.
         late = [
             p.came - sent
             for p in sound
-            if sent < p.came < min(sent + 2, following[0] - 0.5) and p.loudness > LOUD
+            if sent < p.came < min(sent + 2, following - 0.5) and p.loudness > LOUD
         ]
         sound_s.append(max(late, default=0.0))
     return {"sound_stops": quantiles(sound_s)}

@@ -1,9 +1,11 @@
 """What several commands do before they begin."""
 
+import logging
 import os
 from pathlib import Path
 
 import jax
+from absl import logging as absl_logging
 
 from jax_avatar.io.image import fit_size
 
@@ -14,6 +16,12 @@ def prepare_jax(num_devices: int) -> None:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/jax_avatar")
     jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def log_warnings() -> None:
+    """Warnings and errors go to standard error, one line each; the rest is dropped."""
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of every restore
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
 def frame_size(settings, image_shape, asked: str | None) -> tuple[int, int]:

@@ -5,7 +5,6 @@ python launch/livekit_worker.py --mesh 5 --checkpoint FOLDER --url ws://localhos
 """
 
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -16,14 +15,13 @@ os.environ.setdefault("NPROC", "16")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from absl import app, flags
-from absl import logging as absl_logging
 
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.streaming.live import LiveSession, LiveSettings
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import SMALL, load_model, load_settings
 from jax_avatar.streaming.session import AvatarSession, num_slices
-from launch.common import frame_size, prepare_jax
+from launch.common import frame_size, log_warnings, prepare_jax
 
 try:
     from livekit import rtc
@@ -111,8 +109,7 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
         return 2
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of every restore
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log_warnings()
     try:
         url, token = read_access()
         say("compiling")

@@ -17,6 +17,7 @@ from typing import Any
 from jax_avatar.io.watermark import mark
 from jax_avatar.serving.admission import ServerState, admit
 from jax_avatar.serving.messages import VERSION, ClientMessage, ProtocolError, read_message
+from jax_avatar.serving.tasks import until_first_ends
 from jax_avatar.streaming.live import LiveChunk, LiveSession
 from jax_avatar.streaming.states import State
 
@@ -183,20 +184,9 @@ class Conversation:
             takes_prompt=self._state.encode_prompt is not None,
             takes_text=self._state.speak is not None, **described,
         )  # fmt: skip
-        tasks = {
-            asyncio.create_task(self._listen(live)),
-            asyncio.create_task(self._show(live, began)),
-            asyncio.create_task(self._speak(live)),
-            asyncio.create_task(self._watch_idle()),
-        }
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await until_first_ends(
+            self._listen(live), self._show(live, began), self._speak(live), self._watch_idle()
+        )
 
     # ---- in ----------------------------------------------------
 

@@ -21,6 +21,7 @@ from livekit.agents.voice.avatar import (
 )
 
 from jax_avatar.io.watermark import mark
+from jax_avatar.serving.tasks import until_first_ends
 from jax_avatar.streaming.live import LiveChunk, LiveSession
 
 __all__ = ["AvatarVideoGenerator", "avatar_options", "avatar_token", "serve_room"]
@@ -181,13 +182,7 @@ async def serve_room(
         options=avatar_options(live),
     )
     await runner.start()
-    tasks = [asyncio.create_task(over.wait()), asyncio.create_task(runner.wait_for_complete())]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        await until_first_ends(over.wait(), runner.wait_for_complete())
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         await runner.aclose()
