@@ -80,7 +80,7 @@ def _wan_s2v_14b() -> dict:
         "latents": "data/speakers_latents",
         "weights": weights(PAPER_MODEL, start=PAPER_MODEL),
         "model": paper_dit(),
-        "task": {"batch_size": 128, "latents": 21},
+        "task": {"batch_size": 128, "latents": 21, "adapter_rank": 128, "adapter_alpha": 64.0},
         "loop": {
             **adam(25_000, 1e-5, 500, betas=[0.9, 0.999], max_grad_norm=1.0),
             "log_every": 10,

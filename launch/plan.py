@@ -43,6 +43,7 @@ flags.DEFINE_enum("dtype", "bf16", DTYPES, "of the large products: bf16, or eigh
 flags.DEFINE_list("compile", ["step", "decode"], "parts to compile; the rest is only computed")
 flags.DEFINE_bool("json", False, "print one JSON object instead of a table")
 flags.DEFINE_enum("cache", None, ["per_step", "exit_only"], "dmd: history in training")
+flags.DEFINE_integer("rank", None, "training: of the adapters, 0 for all weights", lower_bound=0)
 FLAGS = flags.FLAGS
 
 
@@ -64,13 +65,17 @@ def load(path: Path):
     return module
 
 
-def distillation_sections() -> dict:
-    """Sections of `configs/dmd.py`: its size of the model's name, or the paper's."""
-    module = load(CONFIGS / "dmd.py")
+def training_sections() -> dict:
+    """Sections of the stage's config: its size of the model's name, or the paper's."""
+    module = load(CONFIGS / f"{FLAGS.task}.py")
     name = "wan_s2v_14b"
     sections = module.get_config(name).to_dict()
     if FLAGS.cache:
+        if FLAGS.task != "dmd":
+            raise ValueError(f"--cache {FLAGS.cache} is for --task dmd; leave it out.")
         sections["rollout"]["cache"] = FLAGS.cache
+    if FLAGS.rank is not None:
+        sections["task"]["adapter_rank"] = FLAGS.rank
     if FLAGS.model != name:  # only what does not depend on the size
         sections["model"] = {k: sections["model"][k] for k in ("ring_blocks", "framepack")}
     return sections
@@ -105,11 +110,8 @@ def run() -> None:
         needs = plan_stream(model, grid, layout, hardware, **options)
     else:
         jax.config.update("jax_num_cpu_devices", math.prod(parse_training_mesh(FLAGS.mesh)))
-        if FLAGS.task == "dmd":
-            sections = distillation_sections()
-            needs = plan_distillation(model, grid, FLAGS.mesh, hardware, sections, say=say)
-        else:
-            needs = plan_training(model, grid, FLAGS.mesh, hardware, say=say)
+        plan = {"dmd": plan_distillation, "diffusion_forcing": plan_training}[FLAGS.task]
+        needs = plan(model, grid, FLAGS.mesh, hardware, training_sections(), say=say)
     header = {
         "model": model.name,
         "task": FLAGS.task,

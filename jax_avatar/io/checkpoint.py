@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -298,14 +298,17 @@ class StoredWeights:
         with _open_safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}
 
-    def restore(self, shardings: PyTree | None = None) -> dict[str, Any]:
+    def restore(
+        self, shardings: PyTree | None = None, *, only: Collection[str] | None = None
+    ) -> dict[str, Any]:
         """Everything, as a nested dictionary.
 
         Args:
             shardings: nested dictionary of `jax.sharding.Sharding`; every device then reads
                 only what is its own. Host arrays if not given.
+            only: keys of the outer dictionary to read; all if not given.
         """
-        leaves = self.tree
+        leaves = {k: tree for k, tree in self.tree.items() if only is None or k in only}
         if shardings is None:
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
         else:
@@ -317,7 +320,9 @@ class StoredWeights:
                 shardings,
             )
         with _checkpointer() as checkpointer:
-            args = ocp.args.PyTreeRestore(item=leaves, restore_args=restore_args)
+            args = ocp.args.PyTreeRestore(
+                item=leaves, restore_args=restore_args, partial_restore=only is not None
+            )
             return checkpointer.restore(self.folder, args=ocp.args.Composite(params=args))["params"]
 
 

@@ -137,8 +137,8 @@ def plan_distillation(
         sections: `model`, `rollout` and `task` of a config such as `configs/dmd.py`.
         say: told what is being done, since compiling takes minutes.
     """
-    config = model.dit.config.replace(**sections["model"])
-    model = dataclasses.replace(model, dit=dataclasses.replace(model.dit, config=config))
+    model = model.resized(sections["model"])
+    config = model.dit.config
     rollout = RolloutConfig(**sections["rollout"])
     settings = DistillConfig(**sections["task"])
     mesh, compiled_for = training_devices(text, hardware, config.num_heads)

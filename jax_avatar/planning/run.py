@@ -27,7 +27,7 @@ from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.model import LIVE_AVATAR
 from jax_avatar.training.diffusion_forcing import ForcingTask
 from jax_avatar.training.distillation import Told, make_distiller
-from jax_avatar.training.loop import LoopConfig, learning_rate, make_optimiser, make_step
+from jax_avatar.training.loop import LoopConfig, compiled_step, learning_rate, make_optimiser
 from jax_avatar.training.model_folder import NETWORKS
 from jax_avatar.training.stages import read_sections
 from jax_avatar.training.state import start_state
@@ -91,7 +91,7 @@ def _schedule(stage: str, sections: Mapping[str, Any], loop: LoopConfig) -> Iter
         yield (
             f"noise levels ({task.form}): 5 % above {draws[0]:.3f}, half above {draws[1]:.3f}, 5 % "
             f"below {draws[2]:.3f}; without speech {task.audio_dropout:.0%}, without prompt "
-            f"{task.text_dropout:.0%}"
+            f"{task.text_dropout:.0%}; adapters of rank {task.adapter_rank}"
         )
         return
     yield f"denoising steps: {', '.join(f'{1000 * s:g}' for s in rollout.sigmas[:-1])}"
@@ -127,14 +127,16 @@ class _Plan:
         kind, self.pose, self.grid = _of_model(folder, model)
         self.kind = NETWORKS[kind]
         self.graphdef, self.network = abstract(lambda: self.kind(model, rngs=nnx.Rngs(0)))
-        if self.stage != "dmd":
-            self._hold(jax.eval_shape(self._started, self.network))
+        task, rank = sections["task"], sections["task"].adapter_rank
+        trained = unflatten(adapter_leaves(self.network, rank)) if rank else self.network
+        is_dmd = self.stage == "dmd"
+        self.base = self.network if is_dmd or rank else None
+        if self.base is not None:
+            self.held["base (teacher)" if is_dmd else "frozen base"] = self.base
+        if not is_dmd:
+            self._hold(jax.eval_shape(self._started, trained))
             return
-        task, rollout = sections["task"], sections["rollout"]
-        self.distiller = make_distiller(self.kind, model, rollout, task, loop)
-        rank, self.base = sections["task"].adapter_rank, self.network
-        trained = unflatten(adapter_leaves(self.base, rank)) if rank else self.base
-        self.held["base (teacher)"] = self.base
+        self.distiller = make_distiller(self.kind, model, sections["rollout"], task, loop)
         self._hold(jax.eval_shape(self.distiller.start, trained, trained))
 
     def programs(self) -> Iterator[Program]:
@@ -148,8 +150,8 @@ class _Plan:
             clips = still_clips(model, task.latents, self.grid)
             made = ForcingTask(model, task, clips, network=self.kind, pose=self.pose)
             batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, made.batches(0)))
-            arguments = (self.state, batch, key)
-            yield Program("step", make_step(made, self.loop), arguments, platform, {})
+            arguments = (self.state, batch, key, self.base)
+            yield Program("step", compiled_step(made, self.loop), arguments, platform, {})
             return
         arguments = (self.state, self._told(), key, self.base)
         for role in ("generator", "critic"):

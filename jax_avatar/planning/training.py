@@ -3,22 +3,28 @@
 One clip per "data" device; weights, optimiser and average are spread as `models.sharding` says.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.lora import adapter_leaves
+from jax_avatar.models.params import abstract, unflatten
 from jax_avatar.planning.figures import DeviceUse, Figure, Needs
 from jax_avatar.planning.hardware import Hardware, stand_ins
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout
+from jax_avatar.streaming.model import _KINDS
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.latents import LatentClips
-from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.loop import LoopConfig, compiled_step, make_optimiser
 from jax_avatar.training.mesh import abstract_on, make_training_mesh, parse_training_mesh
 from jax_avatar.training.state import start_state
 
@@ -26,29 +32,42 @@ __all__ = ["placed", "plan_training", "still_clips", "training_devices", "traini
 
 
 def training_program(
-    model: AbstractModel, grid: tuple[int, int], mesh: Mesh, *, attention: str
+    model: AbstractModel,
+    grid: tuple[int, int],
+    mesh: Mesh,
+    settings: ForcingConfig,
+    *,
+    attention: str,
 ) -> Program:
-    """The gradient step of diffusion forcing, on clips as long as the window.
+    """The gradient step of diffusion forcing.
 
     Args:
-        model: from `abstract_model`.
+        model: from `abstract_model`, with the window of training.
         grid: latent rows and columns.
-        mesh: from `make_training_mesh`; its "data" devices have one clip each.
+        mesh: from `make_training_mesh`.
+        settings: what is trained; the batch is one clip per "data" device.
         attention: kernel, see `DiTConfig`.
     """
     # Framepack needs motion latents, which this training does not use.
     config = model.dit.config.replace(attention=attention, rematerialise=True, framepack=False)
-    settings = ForcingConfig(batch_size=mesh.shape["data"], latents=config.ring_frames)
-    task = ForcingTask(config, settings, still_clips(config, config.ring_frames, grid))
-    loop = LoopConfig(num_steps=1000)
-    key = jax.random.key(0)
-    state = jax.eval_shape(lambda key: start_state(task.init(key), make_optimiser(loop)), key)
-    state = abstract_on(mesh, state)
+    settings = dataclasses.replace(settings, batch_size=mesh.shape["data"])
+    network = _KINDS["dit"][model.dit.metadata["kind"]][0]
+    clips = still_clips(config, settings.latents, grid)
+    task = ForcingTask(config, settings, clips, network=network)
+    loop, rank = LoopConfig(num_steps=1000), settings.adapter_rank
+    base = abstract(lambda: network(config, rngs=nnx.Rngs(0)))[1]
+    trained = unflatten(adapter_leaves(base, rank)) if rank else base
+    state = jax.eval_shape(lambda trained: start_state(trained, make_optimiser(loop)), trained)
+    state, base = abstract_on(mesh, state), abstract_on(mesh, base) if rank else None
     batch = placed(task.batches(0), NamedSharding(mesh, PartitionSpec("data")))
-    arguments = (state, batch, placed(key, NamedSharding(mesh, PartitionSpec())))
-    held = {"weights": state.params, "averaged weights": state.ema, "optimiser": state.optimiser}
-    step = make_step(task, loop, mesh)
-    return Program("gradient step", step, arguments, mesh.devices.flat[0].platform, held)
+    key = placed(jax.random.key(0), NamedSharding(mesh, PartitionSpec()))
+    what = "adapter" if rank else "weights"
+    held = {what: state.params, f"averaged {what}": state.ema, "optimiser": state.optimiser}
+    if rank:
+        held = {"frozen base": base, **held}
+    step = compiled_step(task, loop, mesh)
+    platform = mesh.devices.flat[0].platform
+    return Program("gradient step", step, (state, batch, key, base), platform, held)
 
 
 def placed(tree: PyTree, sharding: Sharding) -> PyTree:
@@ -79,6 +98,7 @@ def plan_training(
     grid: tuple[int, int],
     text: str,
     hardware: Hardware,
+    sections: Mapping[str, Any],
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> Needs:
@@ -89,12 +109,16 @@ def plan_training(
         grid: latent rows and columns.
         text: the mesh, "8" or "4x2".
         hardware: to plan for.
+        sections: `model` and `task` of a config such as `configs/diffusion_forcing.py`.
         say: told what is being done, since compiling takes minutes.
     """
-    mesh, compiled_for = training_devices(text, hardware, model.dit.config.num_heads)
+    model = model.resized(sections["model"])
+    config = model.dit.config
+    settings = ForcingConfig(**sections["task"])
+    mesh, compiled_for = training_devices(text, hardware, config.num_heads)
     num_devices = mesh.size
     # Kernels take no block-causal mask; of this one, a few queries' scores are held.
-    program = training_program(model, grid, mesh, attention="chunked")
+    program = training_program(model, grid, mesh, settings, attention="chunked")
     say(f"{program.name}: compiling for {compiled_for}")
     made = compile_program(program, stands_in=hardware.platform != program.platform)
     say(f"{program.name}: {made.refused or 'compiled'}, {made.seconds:.0f} s")
@@ -111,17 +135,21 @@ def plan_training(
             f"--mesh {max(enough, 2 * num_devices)}: the state alone fills {state / limit:.1f} of "
             f"a device's memory on {num_devices}",
         )
-    frames = model.dit.config.ring_frames
-    remarks = [f"the batch is {mesh.shape['data']} clips of {frames} latents"]
-    flops = {"training_flop": Figure(_training_flops(model.dit.config, grid), "computed")}
+    frames, rank = settings.latents, settings.adapter_rank
+    remarks = [
+        f"the batch is {mesh.shape['data']} clips of {frames} latents, one per data device; more "
+        "are accumulated (loop.accumulate) in the same memory",
+        f"adapters of rank {rank}" if rank else "all weights are trained",
+    ]
+    flops = {"training_flop": Figure(_training_flops(config, grid, frames), "computed")}
     seconds = {"step": made.seconds}
     return Needs(compiled_for, (use,), flops, 0, advice, seconds, tuple(remarks))
 
 
-def _training_flops(config: DiTConfig, grid: tuple[int, int]) -> float:
-    """Operations of one clip: forward, backward twice that, and forward again."""
+def _training_flops(config: DiTConfig, grid: tuple[int, int], frames: int) -> float:
+    """Operations of one clip with all weights: forward, backward twice that, forward again."""
     d, patches = config.width, (grid[0] // 2) * (grid[1] // 2)
-    n, noisy = (config.ring_frames + 1) * patches, config.ring_frames * patches
+    n, noisy = (frames + 1) * patches, frames * patches
     linear = 2 * n * (6 * d * d + 2 * d * config.ffn_width) + 4 * config.text_len * d * d
     attention = 4 * n * n * d + 4 * n * config.text_len * d
     audio = len(config.audio_inject_layers) * 4 * noisy * d * d

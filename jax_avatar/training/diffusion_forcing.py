@@ -8,23 +8,25 @@ has a level of its own, sees itself and the blocks before it, and the portrait s
 distance in every clip.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jax_avatar.diffusion.flow import add_noise
 from jax_avatar.diffusion.schedule import gaussian_weight, level_of_draw
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import LAST_FRAME, DiT
+from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.params import abstract, merge, split
 from jax_avatar.shapes import Array, Latent, PyTree
+from jax_avatar.training.adapters import AdapterConfig, FrozenBase
 from jax_avatar.training.latents import Clips
 from jax_avatar.training.mouth_reader import fit_mouth_reader
 from jax_avatar.training.windows import Windows, check_fit
@@ -36,10 +38,10 @@ _SMALLEST_WEIGHT = 0.1  # noise level below which "clean" weights stay
 
 
 @dataclass(frozen=True)
-class ForcingConfig:
+class ForcingConfig(AdapterConfig):
     """Batches, noise levels, conditions and loss; the defaults are the paper's stage 1.
 
-    Attributes:
+    Attributes, with those of `AdapterConfig`:
         batch_size: clips per step.
         latents: latent frames per clip, whole blocks.
         still_share: share of every person's windows to train on, those nearest to the portrait.
@@ -92,6 +94,7 @@ class ForcingConfig:
     )  # fmt: skip
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, "reference_frames", tuple(self.reference_frames))
         for name, choices in self.CHOICES.items():
             if getattr(self, name) not in choices:
@@ -132,8 +135,8 @@ class ForcingTask:
         pose: str = "zeros",
         seed: int = 0,
         name: str = "diffusion_forcing",
-        start: Callable[[], PyTree] | None = None,
-        export: Callable[[PyTree, str | Path, Mapping[str, Any]], None] | None = None,
+        start: Callable[[Mesh | None], PyTree] | None = None,
+        export: Callable[..., None] | None = None,
     ):
         """Checks that the parts fit together.
 
@@ -145,8 +148,10 @@ class ForcingTask:
             pose: what its pose input carries: "zeros", or "reference", the portrait.
             seed: of the order of the clips.
             name: of the stage, for the progress bar.
-            start: makes the parameters to start from, instead of random ones.
-            export: writes the model folder, called by the loop at the end.
+            start: reads the parameters to start from, instead of random ones, for a mesh if there
+                is one; with adapters they are the frozen base.
+            export: writes the model folder: `(folder, parameters, metadata, adapter=...)`, the
+                latter two as `export_model` takes them.
         """
         check_fit(clips, model, settings.latents)
         if settings.mouth_probe_weight and not clips.has_lips:
@@ -167,33 +172,41 @@ class ForcingTask:
             seed=[seed, 1],
             still_share=settings.still_share,
         )
-        self.graphdef, _ = abstract(lambda: network(model, rngs=nnx.Rngs(0)))
+        self.graphdef, self._shapes = abstract(lambda: network(model, rngs=nnx.Rngs(0)))
+        adapted = settings.adapted(model)
+        self._trained, _ = abstract(lambda: network(adapted, rngs=nnx.Rngs(0)))
+        self._base = FrozenBase(self._start_or_draw)
         self.reader = None
         if settings.mouth_probe_weight:
             few = clips.take(slice(None, None, max(1, len(clips) // 800)))
             self.reader, self._gap_scale = fit_mouth_reader(few), float(few.lip_gap.std()) + 1e-6
         if export:
-            self.export = export
+            self.export = functools.partial(self._export, export)
 
     def init(self, key: Array) -> PyTree:
-        """Random parameters, or those to start from."""
-        if self._start:
-            return self._start()
-        return split(self._network(self.model, rngs=nnx.Rngs(params=key)))[1]
+        """Random parameters or those to start from; or a fresh adapter."""
+        if self.settings.adapter_rank:
+            return init_adapter(self._shapes, self.settings.adapter_rank, key)
+        return self._start_or_draw(None, key)
+
+    def frozen(self, mesh: Mesh | None = None) -> PyTree | None:
+        """The base that an adapter lies beside, spread over a mesh."""
+        return self._base.on(mesh) if self.settings.adapter_rank else None
 
     def whole(self, params: PyTree) -> PyTree:
         """Parameters of the transformer from what is trained."""
-        return params
+        return self.settings.merged(self.frozen(), params)
 
     def batches(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The batch of a step, or some of its rows; see `Windows.batch`."""
         return self.windows.batch(step, rows)
 
     def loss(
-        self, params: PyTree, batch: Mapping[str, Array], key: Array
+        self, params: PyTree, batch: Mapping[str, Array], key: Array, frozen: PyTree | None = None
     ) -> tuple[Array, dict[str, Array]]:
         """Weighted error of the velocity, and its parts."""
         settings, clean = self.settings, batch["latent"]
+        params = settings.bind(frozen)(params)
         noise_key, level_key, told_key, place_key = jax.random.split(key, 4)
         noise = jax.random.normal(noise_key, clean.shape)
         sigma = self._sigmas(level_key, *clean.shape[:2])
@@ -215,6 +228,16 @@ class ForcingTask:
             loss = loss + settings.mouth_probe_weight * probe
             metrics["probe"] = probe
         return loss, metrics
+
+    def _start_or_draw(self, mesh: Mesh | None, key: Array | None = None) -> PyTree:
+        if self._start:
+            return self._start(mesh)
+        key = jax.random.key(self.seed) if key is None else key
+        return split(self._network(self.model, rngs=nnx.Rngs(params=key)))[1]
+
+    def _export(self, write, weights, folder, metadata):
+        params, adapter = self.settings.stored(self._base, weights)
+        write(folder, params, metadata, adapter=adapter)
 
     def _told(self, key: Array, batch: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
         """Portrait, features and prompt with some dropped, and which clips hear something."""
@@ -243,7 +266,7 @@ class ForcingTask:
         if self._pose == "zeros":
             pose = jnp.zeros((*noisy.shape[:-1], model.pose_channels))
         inputs = (noisy, 1000 * sigma, told["text"], reference, None, pose, told["features"])
-        dit = merge(self.graphdef, params)
+        dit = merge(self._trained, params)
         if self.settings.form == "bidirectional":
             return dit.bidirectional(*inputs)
         first, face = self._places(key, len(noisy))

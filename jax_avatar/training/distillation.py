@@ -23,11 +23,11 @@ from flax import nnx
 
 from jax_avatar.diffusion.flow import add_noise, clean_from_velocity
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.lora import with_adapter
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.models.sharding import constrain_params
 from jax_avatar.shapes import Array, Latent, PyTree
 from jax_avatar.training.accumulate import accumulated, clip_keys
+from jax_avatar.training.adapters import AdapterConfig
 from jax_avatar.training.dmd import (
     NORMALIZERS,
     critic_loss,
@@ -64,10 +64,10 @@ _COUNTS = ("batch_size", "generator_every", "latents", "monitor_every", "max_cri
 
 
 @dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(AdapterConfig):
     """Batches, scores and what is trained.
 
-    Attributes:
+    Attributes, with those of `AdapterConfig`:
         batch_size: clips per update.
         latents: latent frames per clip, whole blocks.
         generator_every: steps per update of the generator; the critic learns in each.
@@ -79,8 +79,6 @@ class DistillConfig:
         gradient_limit: largest element of the gradient.
         clean_limit: updates on clips with larger values are skipped; well above the data's.
         ema_start: step at which averaging starts; before, the average is the weights.
-        adapter_rank: of the adapters beside one frozen base; 0 trains whole copies of the weights.
-        adapter_alpha: adapters are scaled by this over their rank.
         monitor_every: steps between reviews of the monitors.
         max_critic_steps: most updates of the critic per step, reached by doubling while it lags
             behind the generator; 1 for no more than one.
@@ -97,12 +95,11 @@ class DistillConfig:
     gradient_limit: float = 10.0
     clean_limit: float = 20.0
     ema_start: int = 200
-    adapter_rank: int = 0
-    adapter_alpha: float = 64.0
     monitor_every: int = 50
     max_critic_steps: int = 10
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, "sigma_bounds", tuple(self.sigma_bounds))
         if self.normalizer not in NORMALIZERS:
             raise ValueError(
@@ -116,23 +113,6 @@ class DistillConfig:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"task.{name} {getattr(self, name)} must be at least 1.")
-
-    @property
-    def adapter_scaling(self) -> float:
-        """What the product of an adapter's factors is multiplied by."""
-        return self.adapter_alpha / self.adapter_rank
-
-    def bind(self, base: PyTree) -> Callable[[PyTree], PyTree]:
-        """Returns `trained weights -> parameters of the transformer`; nothing is computed."""
-        if not self.adapter_rank:
-            return lambda weights: weights
-        return lambda adapter: with_adapter(base, adapter)
-
-    def adapted(self, model: DiTConfig) -> DiTConfig:
-        """Size of the transformer that takes such parameters."""
-        if not self.adapter_rank:
-            return model
-        return model.replace(adapter_rank=self.adapter_rank, adapter_scaling=self.adapter_scaling)
 
 
 @jax.tree_util.register_dataclass

@@ -5,47 +5,38 @@ teacher, student ------+--> base, generator, critic --Distiller--> dit (or lora)
 encoded clips: portraits and speech, no video needed
 """
 
-import dataclasses
 import functools
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_avatar.io.checkpoint import (
-    StoredWeights,
-    load_json,
-    load_weights,
-    open_weights,
-    save_json,
-    save_weights,
-    tree_of,
-)
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.dit import DiT
-from jax_avatar.models.lora import add_adapter, init_adapter
-from jax_avatar.models.params import abstract, flatten, split
-from jax_avatar.models.portrait_dit import PortraitDiT
-from jax_avatar.models.sharding import param_shardings
+from jax_avatar.models.lora import init_adapter
+from jax_avatar.models.params import abstract, split
 from jax_avatar.shapes import Array, PyTree
+from jax_avatar.training.adapters import FrozenBase
 from jax_avatar.training.distillation import DistillConfig, Distiller, DistillState, Told
 from jax_avatar.training.latents import Clips
 from jax_avatar.training.loop import LoopConfig, mesh_of, on_mesh
-from jax_avatar.training.mesh import place_state
+from jax_avatar.training.model_folder import (
+    NETWORKS,
+    export_model,
+    model_content,
+    read_adapter,
+    read_dit,
+)
 from jax_avatar.training.monitors import ClipFigures, measure_data
 from jax_avatar.training.rollout import Generator, RolloutConfig
 from jax_avatar.training.windows import Windows, check_fit
 
 __all__ = ["DistillTask", "DistillWeights"]
 
-_NETWORKS = {"portrait": PortraitDiT, "wan_s2v": DiT}
 _ROLES = {"generator": 0, "critic": 1}
 _COMPARED = 256  # clips of the data whose figures generated ones are compared with
 
@@ -91,12 +82,7 @@ class DistillTask:
             clips: portraits and speech to train on.
             seed: of the choice of clips.
         """
-        content = load_json(Path(weights.model) / "config.json")
-        if content.get("dit") not in _NETWORKS:
-            raise ValueError(
-                f"{weights.model}/config.json: dit {content.get('dit')!r} must be one of "
-                f"{', '.join(_NETWORKS)}; give the folder of a whole model."
-            )
+        content = model_content(weights.model)
         stream = content["stream"]
         size = stream.get("size")
         check_fit(
@@ -125,24 +111,24 @@ class DistillTask:
             )
             for role, number in _ROLES.items()
         }
-        network, adapted = _NETWORKS[content["dit"]], settings.adapted(model)
+        network, adapted = NETWORKS[content["dit"]], settings.adapted(model)
         self._build = functools.partial(network, model)
         self.graphdef, self._expected = abstract(lambda: self._build(rngs=nnx.Rngs(0)))
         structure, _ = abstract(lambda: network(adapted, rngs=nnx.Rngs(0)))
         self.generator = Generator(structure, adapted, rollout)
-        self._base = None
+        self._base = FrozenBase(self._read_or_draw)
 
     def start(self, config: LoopConfig, key: Array) -> DistillState:
         """The state before the first step; `base` is read or drawn here."""
-        base = self.base(mesh_of(self, config))
-        rank, student = self.settings.adapter_rank, self.weights.student
-        if rank:
+        base = self._base.on(mesh_of(self, config))
+        settings, student = self.settings, self.weights.student
+        if settings.adapter_rank:
             keys = jax.random.split(key)
-            generator, critic = (init_adapter(base, rank, key) for key in keys)
+            generator, critic = (init_adapter(base, settings.adapter_rank, key) for key in keys)
             if student:
-                generator = self._checked(load_weights(student, "lora")[0], generator, student)
+                generator = read_adapter(student, generator, settings.adapter_fields)
         else:
-            generator = self._read(student) if student else base
+            generator = read_dit(student, self._expected) if student else base
             critic = base
         return self._distiller(config).start(generator, critic)
 
@@ -151,7 +137,7 @@ class DistillTask:
 
         It is `Distiller.step`, compiled in two parts, one of which most steps leave out.
         """
-        distiller, base = self._distiller(config), self.base(mesh)
+        distiller, base = self._distiller(config), self._base.on(mesh)
         parts = {
             "generator": jax.jit(on_mesh(distiller.update_generator, mesh), donate_argnums=0),
             "critic": jax.jit(on_mesh(distiller.update_critic, mesh), donate_argnums=0),
@@ -180,49 +166,17 @@ class DistillTask:
         rows = np.arange(self.batch_size) if rows is None else rows
         return {role: self._told(step, role, rows) for role in roles}
 
-    def base(self, mesh: Mesh | None = None) -> PyTree:
-        """The teacher's weights, spread over a mesh; read, or drawn from the seed, once."""
-        if self._base is None:
-            # Kept, so it must be numbers, also when first asked for while something is traced.
-            with jax.ensure_compile_time_eval():
-                self._base = jax.tree.map(jnp.asarray, self._read_or_draw(mesh))
-                if mesh is not None:
-                    self._base = place_state(self._base, mesh)
-        return self._base
-
     def whole(self, weights: PyTree) -> PyTree:
         """Parameters of the transformer from what is trained, for evaluation."""
-        if not self.settings.adapter_rank:
-            return weights
-        return add_adapter(self.base(), weights, self.settings.adapter_scaling)
+        return self.settings.merged(self._base.on(), weights)
 
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder that can be streamed: `config.json` and all its networks."""
-        folder, source = Path(folder), Path(self.weights.model)
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in source.iterdir():
-            # The rest of the model goes along as it is.
-            if path.name.split(".")[0] not in ("config", "dit", "lora"):
-                copy = shutil.copytree if path.is_dir() else shutil.copy
-                if not (folder / path.name).exists():
-                    copy(path, folder / path.name)
-        config = dataclasses.asdict(self.model)
-        config |= {"dtype": str(config["dtype"]), "param_dtype": str(config["param_dtype"])}
-        content = dict(self._content)
-        content.pop("lora", None)
-        if self.settings.adapter_rank:
-            fields = {"scaling": self.settings.adapter_scaling, "rank": self.settings.adapter_rank}
-            save_weights(folder, "lora", jax.device_get(weights), fields, dict(metadata))
-            content["lora"] = "lora"
-            # The base as it lies on the devices of all hosts is not one host's to fetch.
-            weights = self.base() if jax.process_count() == 1 else self._read_or_draw()
-        save_weights(folder, "dit", jax.device_get(weights), config, dict(metadata))
         rollout = self.generator.settings
-        content["stream"] = content["stream"] | {
-            "sigmas": list(rollout.sigmas),
-            "sink_distance": list(rollout.sink_distance),
-        }
-        save_json(folder / "config.json", content)
+        sampler = {"sigmas": list(rollout.sigmas), "sink_distance": list(rollout.sink_distance)}
+        params, adapter = self.settings.stored(self._base, weights)
+        model = self.weights.model
+        export_model(folder, model, params, self.model, metadata, stream=sampler, adapter=adapter)
 
     def _distiller(self, config: LoopConfig) -> Distiller:
         return Distiller(self.generator, self.graphdef, self.settings, config, self._data)
@@ -247,9 +201,9 @@ class DistillTask:
             rows.astype(np.int32),
         )
 
-    def _read_or_draw(self, mesh: Mesh | None = None) -> PyTree:
+    def _read_or_draw(self, mesh: Mesh | None) -> PyTree:
         teacher = self.weights.teacher
-        return self._read(teacher, mesh) if teacher else self._random_teacher()
+        return read_dit(teacher, self._expected, mesh) if teacher else self._random_teacher()
 
     def _random_teacher(self) -> PyTree:
         params = split(jax.jit(lambda: self._build(rngs=nnx.Rngs(self.seed)))())[1]
@@ -257,24 +211,4 @@ class DistillTask:
         kernel = params["head"]["kernel"]
         noise = jax.random.normal(jax.random.key(self.seed), kernel.shape, kernel.dtype)
         params["head"]["kernel"] = 0.1 * noise
-        return params
-
-    def _read(self, folder: str, mesh: Mesh | None = None) -> PyTree:
-        params, _, _ = open_weights(folder, "dit")
-        expected = self._checked(tree_of(params), self._expected, folder)
-        if not isinstance(params, StoredWeights):
-            return params
-        # No device, nor the host, sees more than its own part.
-        return params.restore(None if mesh is None else param_shardings(expected, mesh))
-
-    def _checked(self, params: PyTree, expected: PyTree, folder: str) -> PyTree:
-        got = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
-        want = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
-        wrong = [path for path in got | want if got.get(path) != want.get(path)]
-        if wrong:
-            raise ValueError(
-                f"weights in {folder} do not fit the transformer: {wrong[0]} is "
-                f"{got.get(wrong[0], 'missing')}, expected {want.get(wrong[0], 'nothing')}; "
-                "teacher and student must have the size that config.model says."
-            )
         return params

@@ -58,6 +58,7 @@ __all__ = [
     "LoopConfig",
     "OwnStepTask",
     "Task",
+    "compiled_step",
     "learning_rate",
     "make_optimiser",
     "make_step",
@@ -78,7 +79,8 @@ class Task(Protocol):
     and `export(params, folder, metadata)`, called with them at the end. To run on several devices
     it has `batch_size`, the clips of a batch, on the leading axis of all its arrays. With `by_clip`
     true, the loss is asked for one clip at a time, with a key of that clip, and the mean is taken:
-    then no layout of devices and no accumulation changes it.
+    then no layout of devices and no accumulation changes it. What `frozen(mesh)` returns, weights
+    that are not trained, is the loss's fourth argument.
     """
 
     name: str
@@ -221,14 +223,21 @@ def make_step(task: Task | OwnStepTask, config: LoopConfig, mesh: Mesh | None = 
     """
     if isinstance(task, OwnStepTask):
         return task.make_step(config, mesh)
+    step = compiled_step(task, config, mesh)
+    frozen = task.frozen(mesh) if hasattr(task, "frozen") else None
+    return lambda state, batch, key: step(state, batch, key, frozen)
+
+
+def compiled_step(task: Task, config: LoopConfig, mesh: Mesh | None = None) -> Callable:
+    """The step of a `Task` as one program: `(state, batch, key, frozen) -> (state, metrics)`."""
     optimiser, schedule = make_optimiser(config), learning_rate(config)
 
-    def step(state, batch, key):
+    def step(state, batch, key, frozen):
         key = jax.random.fold_in(key, state.step)
 
         def measure(part):
             rows, part = part
-            slope = jax.value_and_grad(_mean_loss(task, config), has_aux=True)
+            slope = jax.value_and_grad(_mean_loss(task, config, frozen), has_aux=True)
             (loss, metrics), grads = slope(state.params, part, key, rows)
             return constrain_params(grads), {**metrics, "loss": loss}, ()
 
@@ -257,20 +266,21 @@ def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
     return call
 
 
-def _mean_loss(task, config):
+def _mean_loss(task, config, frozen):
     """`(params, batch, key, rows) -> (loss, metrics)`, means over the clips of a part."""
+    more = () if frozen is None else (frozen,)
     if not getattr(task, "by_clip", False):
 
         def whole(params, batch, key, rows):
             # One part has the step's own key.
             own = key if config.accumulate == 1 else jax.random.fold_in(key, rows[0])
-            return task.loss(params, batch, own)
+            return task.loss(params, batch, own, *more)
 
         return whole
 
     def mean(params, batch, key, rows):
         def one(clip, key):
-            return task.loss(params, jax.tree.map(lambda leaf: leaf[None], clip), key)
+            return task.loss(params, jax.tree.map(lambda leaf: leaf[None], clip), key, *more)
 
         each = jax.vmap(one, spmd_axis_name="data")(batch, clip_keys(key, rows))
         return jax.tree.map(jnp.mean, each)

@@ -13,15 +13,34 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from jax_avatar.io.checkpoint import load_header, load_json, load_weights, save_json, save_weights
+from jax_avatar.io.checkpoint import (
+    StoredWeights,
+    load_header,
+    load_json,
+    load_weights,
+    open_weights,
+    save_json,
+    save_weights,
+    tree_of,
+)
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import flatten
 from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.sharding import param_shardings
 from jax_avatar.shapes import PyTree
 
-__all__ = ["NETWORKS", "StageWeights", "config_fields", "export_model", "read_dit"]
+__all__ = [
+    "NETWORKS",
+    "StageWeights",
+    "config_fields",
+    "export_model",
+    "model_content",
+    "read_adapter",
+    "read_dit",
+]
 
 NETWORKS = {"portrait": PortraitDiT, "wan_s2v": DiT}
 """Kinds of transformers by their names in `config.json`."""
@@ -55,57 +74,67 @@ class StageWeights:
         """Where a network comes from."""
         return self.others.get(name, self.model)
 
-    def content(self) -> dict[str, Any]:
-        """The model's `config.json`.
 
-        Raises:
-            ValueError: it is not that of a whole model.
-        """
-        content = load_json(Path(self.model) / "config.json")
-        if content.get("dit") not in NETWORKS or "stream" not in content:
-            raise ValueError(
-                f"weights.model={self.model}: its config.json has dit {content.get('dit')!r}, "
-                f"expected one of {', '.join(NETWORKS)}, and a stream section; give the folder of "
-                "a whole model."
-            )
-        return content
+def model_content(folder: str) -> dict[str, Any]:
+    """The `config.json` of a whole model.
+
+    Raises:
+        ValueError: it is not that of a whole model.
+    """
+    content = load_json(Path(folder) / "config.json")
+    if content.get("dit") not in NETWORKS or "stream" not in content:
+        raise ValueError(
+            f"weights.model={folder}: its config.json has dit {content.get('dit')!r}, "
+            f"expected one of {', '.join(NETWORKS)}, and a stream section; give the folder of "
+            "a whole model."
+        )
+    return content
 
 
 def export_model(
     folder: str | Path,
-    weights: StageWeights,
+    source: str,
     params: PyTree,
     config: DiTConfig,
     metadata: Mapping[str, Any],
     *,
-    name: str,
     stream: Mapping[str, Any],
+    name: str = "",
+    others: Mapping[str, str] | None = None,
+    adapter: tuple[PyTree, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes a model folder: `config.json` and all its networks.
+    """Writes a model folder that can be streamed: `config.json` and all its networks.
 
     Args:
         folder: where to.
-        weights: where the other networks come from.
+        source: the model folder that everything else comes from.
         params: of the transformer.
         config: its size.
         metadata: of its training.
-        name: of the model, for messages.
         stream: stream settings to use instead of the model's.
+        name: of the model, for messages; the source's if not given.
+        others: networks that come from other folders.
+        adapter: kept beside the transformer, with its rank and scaling, if there is one.
     """
-    folder, content = Path(folder), weights.content()
+    folder, content, others = Path(folder), model_content(source), others or {}
     folder.mkdir(parents=True, exist_ok=True)
-    left = {"config", "dit", "lora", *weights.others}
-    for path in sorted(Path(weights.model).iterdir()):
+    left = {"config", "dit", "lora", *others}
+    for path in sorted(Path(source).iterdir()):
         if path.name.split(".")[0] not in left:
             _copy(path, folder)
-    for network, source in weights.others.items():
+    for network, where in others.items():
         for ending in _WEIGHTS:
-            _copy(Path(source) / (network + ending), folder)
+            _copy(Path(where) / (network + ending), folder)
+    content.pop("lora", None)
+    if adapter:
+        factors, fields = adapter
+        save_weights(folder, "lora", jax.device_get(factors), fields, dict(metadata))
+        content["lora"] = "lora"
     save_weights(folder, "dit", jax.device_get(params), config_fields(config), dict(metadata))
-    content = {key: value for key, value in content.items() if key != "lora"}
     if not config.framepack:
         stream = {**stream, "motion": "none"}
-    content |= {"name": name, "stream": {**content["stream"], **stream}}
+    content |= {"name": name} if name else {}
+    content["stream"] = {**content["stream"], **stream}
     save_json(folder / "config.json", content)
 
 
@@ -115,30 +144,59 @@ def config_fields(config: DiTConfig) -> dict[str, Any]:
     return fields | {"dtype": str(config.dtype), "param_dtype": str(config.param_dtype)}
 
 
-def read_dit(folder: str | Path, expected: PyTree) -> PyTree:
-    """A transformer's weights.
+def read_dit(folder: str | Path, expected: PyTree, mesh: Mesh | None = None) -> PyTree:
+    """A transformer's weights; from an Orbax folder each device of a mesh reads its own part.
 
     Args:
         folder: that holds them.
         expected: abstract parameters.
+        mesh: of the run; host arrays if not given.
 
     Raises:
         ValueError: they are those of another transformer.
     """
-    params, _, _ = load_weights(folder, "dit")
+    stored, _, _ = open_weights(folder, "dit")
     # A network without the motion packer may start from one with it.
-    unused = [name for name in params if name.startswith("motion_") and name not in expected]
-    params = {name: leaf for name, leaf in params.items() if name not in unused}
+    unused = {name for name in tree_of(stored) if name.startswith("motion_")} - set(expected)
+    used = {name: leaf for name, leaf in tree_of(stored).items() if name not in unused}
+    size = load_header(folder, "dit")[0]
+    _check(used, expected, folder, f"set config.model to its size, {size}.")
+    if not isinstance(stored, StoredWeights):
+        return used
+    return stored.restore(None if mesh is None else param_shardings(expected, mesh), only=set(used))
+
+
+def read_adapter(folder: str | Path, expected: PyTree, fields: Mapping[str, Any]) -> PyTree:
+    """An adapter's factors.
+
+    Args:
+        folder: that holds `lora`.
+        expected: abstract factors.
+        fields: rank and scaling that training goes on with.
+
+    Raises:
+        ValueError: there is none, or it is for another transformer or scaled otherwise.
+    """
+    adapter, stored, _ = load_weights(folder, "lora")
+    hint = "set config.task.adapter_rank and adapter_alpha as it was trained."
+    _check(adapter, expected, folder, hint)
+    if stored["scaling"] != fields["scaling"]:
+        raise ValueError(
+            f"the adapter in {folder} is scaled by {stored['scaling']}, here by "
+            f"{fields['scaling']} (alpha over rank); {hint}"
+        )
+    return adapter
+
+
+def _check(params: PyTree, expected: PyTree, folder: str | Path, hint: str) -> None:
     got = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
     want = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
     wrong = [path for path in got | want if got.get(path) != want.get(path)]
     if wrong:
         raise ValueError(
             f"weights in {folder} do not fit the transformer: {wrong[0]} is "
-            f"{got.get(wrong[0], 'missing')}, expected {want.get(wrong[0], 'nothing')}; set "
-            f"config.model to its size, {load_header(folder, 'dit')[0]}."
+            f"{got.get(wrong[0], 'missing')}, expected {want.get(wrong[0], 'nothing')}; {hint}"
         )
-    return params
 
 
 def _copy(path: Path, folder: Path) -> None:

@@ -25,7 +25,13 @@ from jax_avatar.training.encoders import Encoders
 from jax_avatar.training.encoding import EncodeConfig, encode_clips, encode_data
 from jax_avatar.training.latents import StoredClips, load_encoded
 from jax_avatar.training.loop import LoopConfig, OwnStepTask, Task
-from jax_avatar.training.model_folder import NETWORKS, StageWeights, export_model, read_dit
+from jax_avatar.training.model_folder import (
+    NETWORKS,
+    StageWeights,
+    export_model,
+    model_content,
+    read_dit,
+)
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.speech import SpeechTask, SpeechTaskConfig
 from jax_avatar.training.state import build_section
@@ -72,6 +78,8 @@ def build_stage(
     sections, loop = read_sections(settings)
     if settings["stage"] == "dmd" and not small_batch:
         _check_batch(sections["model"], sections["task"])
+    if settings["stage"] in ("teacher", "diffusion_forcing"):
+        _check_base(sections["weights"], sections["task"])
     build = {"speech": _speech, "vae": _vae, "dmd": _dmd}.get(settings["stage"], _flow)
     return functools.partial(build, settings, **sections), loop
 
@@ -139,6 +147,15 @@ def load_latents(settings: Mapping[str, Any], split: str) -> StoredClips:
     )
 
 
+def _check_base(weights: StageWeights, task: ForcingConfig) -> None:
+    if task.adapter_rank and not weights.start:
+        raise ValueError(
+            f"task.adapter_rank={task.adapter_rank} trains an adapter beside weights that stay as "
+            "they are, and config.weights.start is empty; give their folder, or set "
+            "task.adapter_rank=0."
+        )
+
+
 def _check_batch(model: DiTConfig, task: DistillConfig) -> None:
     d = model.width
     count = model.num_layers * (8 * d * d + 2 * d * model.ffn_width)
@@ -174,7 +191,7 @@ def _vae(settings, model, task) -> Task:
 
 def _flow(settings, weights, model, task, sampler=None) -> Task:
     del sampler  # of evaluation
-    content = weights.content()
+    content = model_content(weights.model)
     network = NETWORKS[content["dit"]]
     encoders = {**settings, "weights": {n: weights.folder(n) for n in ("vae", "speech")}}
     _, expected = abstract(lambda: network(model, rngs=nnx.Rngs(0)))
@@ -185,9 +202,18 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
     sides = {"size": [_STRIDE * side for side in clips.grid]}
     stream = sides if content["stream"].get("size") else {}
 
-    def export(params, folder, metadata):
-        stage = settings["stage"]
-        export_model(folder, weights, params, model, metadata, name=stage, stream=stream)
+    def export(folder, params, metadata, *, adapter):
+        export_model(
+            folder,
+            weights.model,
+            params,
+            model,
+            metadata,
+            stream=stream,
+            name=settings["stage"],
+            others=weights.others,
+            adapter=adapter,
+        )
 
     return ForcingTask(
         model,

@@ -19,7 +19,7 @@ from tests.planning.test_stream import NANO
 def test_the_state_is_counted():
     model = abstract_model(NANO | {"dit": NANO["dit"] | {"framepack": False}})
     count = sum(leaf.size for leaf in jax.tree.leaves(model.dit.params))
-    needs = plan_training(model, GRID, "1", HARDWARE["h200"])
+    needs = plan_training(model, GRID, "1", HARDWARE["h200"], FORCING)
     used = {name: figure.value for name, figure in needs.devices[0].bytes.items()}
     assert used["weights"] == used["averaged weights"] == 4 * count
     assert 8 * count <= used["optimiser"] < 8.1 * count
@@ -31,10 +31,20 @@ def test_the_state_is_counted():
 def test_too_large_a_state_asks_for_more_devices():
     model = abstract_model(NANO | {"dit": NANO["dit"] | {"framepack": False}})
     small = dataclasses.replace(HARDWARE["h100"], memory_gb=1e-6)
-    needs = plan_training(model, GRID, "2", small)
+    needs = plan_training(model, GRID, "2", small, FORCING)
     assert not needs.fits and needs.advice[0].startswith("--mesh ")
 
 
+@pytest.mark.slow
+def test_an_adapter_has_a_frozen_base():
+    sections = FORCING | {"task": {"latents": 6, "adapter_rank": 2}}
+    needs = plan_training(abstract_model(NANO), GRID, "2x2", HARDWARE["h200"], sections)
+    used = {name: figure.value for name, figure in needs.devices[0].bytes.items()}
+    assert used["frozen base"] > used["adapter"] == used["averaged adapter"] > 0
+    assert used["optimiser"] < used["frozen base"]
+
+
+FORCING = {"model": {"framepack": False}, "task": {"latents": 6}}
 SECTIONS = {
     "model": {"framepack": False, "ring_blocks": 2},
     "rollout": {"sigmas": (1.0, 0.8, 0.0)},

@@ -251,5 +251,5 @@ def test_parts_that_do_not_fit_are_named(tmp_path):
         settings = dataclasses.replace(SETTINGS, latents=8)
         DistillTask(MODEL, ROLLOUT, settings, weights, clips)
     save_json(tmp_path / "config.json", {"dit": "other"})
-    with pytest.raises(ValueError, match="'other' must be one of portrait, wan_s2v"):
+    with pytest.raises(ValueError, match="has dit 'other', expected one of portrait, wan_s2v"):
         DistillTask(MODEL, ROLLOUT, SETTINGS, weights, clips)
