@@ -40,6 +40,7 @@ __all__ = [
     "random_weights",
     "read_voice",
     "resident_mib",
+    "robust_slope",
     "save_random_model",
     "slope",
 ]
@@ -175,6 +176,21 @@ def measure(function: Callable[[], Any], repeats: int) -> list[float]:
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
     """Least-squares slope of `y` over `x`."""
     return float(np.polyfit(np.asarray(x, np.float64), np.asarray(y, np.float64), 1)[0])
+
+
+def robust_slope(x: Sequence[float], y: Sequence[float], parts: int = 200) -> float:
+    """Median slope between any two of at most `parts` medians: jumps hardly move it.
+
+    Source: Sen, "Estimates of the regression coefficient based on Kendall's tau", 1968.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    points = [
+        (np.median(x[part]), np.median(y[part]))
+        for part in np.array_split(np.arange(len(x)), min(parts, len(x)))
+    ]
+    x, y = np.array(points).T
+    first, second = np.triu_indices(len(x), 1)
+    return float(np.median((y[second] - y[first]) / (x[second] - x[first])))
 
 
 def resident_mib() -> float:

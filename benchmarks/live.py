@@ -1,6 +1,6 @@
 """A live server under a real client: reaction, interrupts, pacing, memory, admission.
 
-    python benchmarks/live.py --minutes 10 --out benchmarks/results/live_small_mesh1.json
+    python benchmarks/live.py --minutes 30 --out benchmarks/results/live_small_mesh1.json
     python benchmarks/live.py --url ws://host:8000/v1/avatar --token SECRET
 
 Without `--url` it starts `launch/serve.py` itself, and reads that process's memory. Everything is
@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,9 +34,19 @@ from tqdm import tqdm
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from benchmarks.common import DEMO, ROOT, emit, environment, quantiles, read_voice, slope
+from benchmarks.common import (
+    DEMO,
+    ROOT,
+    emit,
+    environment,
+    quantiles,
+    read_voice,
+    robust_slope,
+    slope,
+)
 
 RATE = 16_000
+STEADY_MINUTES = 10 - 0.1  # of memory, for a slope
 LOUD = 0.02  # of full scale, mean over an AAC frame; the avatar's silence is exactly zero
 
 
@@ -45,7 +56,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--url", default="", help="of a server that runs already; else one is started")
     add("--token", default="", help="of that server")
     add("--serve", default="--mesh 1", help="flags of the server to start")
-    add("--minutes", type=float, default=10, help="of steady talk")
+    add("--minutes", type=float, default=15, help="of steady talk; memory has a slope from 15 on")
     add("--trials", type=int, default=10, help="reactions and interrupts of each kind")
     add("--reconnects", type=int, default=20, help="sessions begun and ended in a row")
     add("--out", default=None, help="JSON file to write")
@@ -281,13 +292,25 @@ def steady(url: str, token: str, voice: np.ndarray, minutes: float, server: Serv
         "pacing": pacing(picture),
     }
     if memory:
-        later = [m for m in memory if m[0] > 60] if minutes > 2 else memory[len(memory) // 2 :]
-        result["memory_mib"] = {
-            "begin": round(later[0][1], 1),
-            "end": round(later[-1][1], 1),
-            "slope_per_hour": round(3600 * slope(*zip(*later, strict=True)), 1),
-        }
+        result["memory_mib"] = growth(*zip(*memory, strict=True))
     return result
+
+
+def growth(seconds: Sequence[float], mib: Sequence[float]) -> dict:
+    """Memory after the first third, in which caches fill; its slope if ten minutes are left."""
+    times, levels = np.array(seconds), np.array(mib)
+    steady = times > times[-1] / 3
+    times, levels = times[steady], levels[steady]
+    minutes = (times[-1] - times[0]) / 60
+    per_hour = 3600 * robust_slope(times, levels) if minutes >= STEADY_MINUTES else None
+    return {
+        "minutes": round(minutes, 1),
+        "begin": round(float(levels[0]), 1),
+        "end": round(float(levels[-1]), 1),
+        "least": round(float(levels.min()), 1),
+        "most": round(float(levels.max()), 1),
+        "slope_per_hour": None if per_hour is None else round(per_hour, 1),
+    }
 
 
 def offsets(picture: list[Packet], sound: list[Packet]) -> dict:

@@ -12,7 +12,15 @@ import soxr
 from jax_avatar.io.media import open_media
 from jax_avatar.shapes import Float
 
-__all__ = ["AudioReader", "PcmReader", "Resampler", "is_silent", "load_audio", "mono_samples"]
+__all__ = [
+    "AudioReader",
+    "PcmReader",
+    "QuickResampler",
+    "Resampler",
+    "is_silent",
+    "load_audio",
+    "mono_samples",
+]
 
 _PCM_TYPES = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 _RATES = (1000, 768_000)
@@ -169,6 +177,41 @@ class Resampler:
             return _NOTHING
         stream, self._stream, self._input_rate = self._stream, None, 0
         return stream.resample_chunk(_NOTHING, last=True)
+
+
+class QuickResampler:
+    """As `Resampler`, for sound that somebody waits for: 1 ms behind instead of up to 40.
+
+    From 7 kHz on, for 16 kHz, it is a little duller, and up to 9 kHz not quite deaf.
+    """
+
+    def __init__(self, sample_rate: int):
+        self._rate, self._input_rate = sample_rate, 0
+        self._stream: av.AudioResampler | None = None
+
+    def __call__(self, mono: np.ndarray, rate: int) -> np.ndarray:
+        """Resamples a chunk; the last millisecond comes with the next one."""
+        before = _NOTHING
+        if rate != self._input_rate:
+            before = self.finish()
+            self._stream = av.AudioResampler("flt", "mono", self._rate)
+            self._input_rate = rate
+        if not len(mono):
+            return before
+        frame = av.AudioFrame.from_ndarray(np.asarray(mono, np.float32)[None], "flt", "mono")
+        frame.sample_rate = rate
+        return np.concatenate([before, *_channel(self._stream.resample(frame))])
+
+    def finish(self) -> np.ndarray:
+        """What is left."""
+        if self._stream is None:
+            return _NOTHING
+        stream, self._stream, self._input_rate = self._stream, None, 0
+        return np.concatenate([_NOTHING, *_channel(stream.resample(None))])
+
+
+def _channel(frames: list[av.AudioFrame]) -> list[np.ndarray]:
+    return [frame.to_ndarray()[0] for frame in frames]
 
 
 def mono_samples(frame: av.AudioFrame) -> np.ndarray:

@@ -1,13 +1,13 @@
 """Frames and samples -> fragments of MP4 in memory, for a player that appends them as they come."""
 
 from fractions import Fraction
-from typing import Any
 
 import av
 import numpy as np
 from jaxtyping import UInt8
 
-from jax_avatar.io.audio import Resampler
+from jax_avatar.io.audio import QuickResampler
+from jax_avatar.io.boxes import Run, Sample, movie_fragment, with_lengths
 from jax_avatar.io.provenance import COMMENT
 from jax_avatar.shapes import Float
 
@@ -18,7 +18,10 @@ _PRIMING = 1024  # samples that AAC puts first; picture and sound both wait for 
 
 
 class FragmentWriter:
-    """H.264 and AAC in fragments of about a frame; the first bytes describe the stream.
+    """H.264 and AAC in fragments, one per call; the first bytes describe the stream.
+
+    Nothing is kept back but what the encoder of the sound still waits for, one or two of its
+    frames of 21 ms.
 
     Attributes:
         mime: type and codecs, as `MediaSource` asks for.
@@ -35,16 +38,12 @@ class FragmentWriter:
             audio_rate: samples per second of the sound that comes.
         """
         self._out = _Memory()
-        options = {
-            # A header without samples, then fragments that stand on their own.
-            "movflags": "empty_moov+default_base_moof",
-            "frag_duration": str(round(1e6 / fps)),
-            "flush_packets": "1",
-        }
+        # A header without samples; fragments are our own.
+        options = {"movflags": "empty_moov+default_base_moof"}
         self._container = av.open(self._out, "w", format="mp4", options=options)
         self._container.metadata["comment"] = COMMENT
         self._rate, self._per_frame = audio_rate, Fraction(_SOUND_RATE, fps)
-        self._resample = Resampler(_SOUND_RATE)
+        self._resample = QuickResampler(_SOUND_RATE)
         self._video = self._container.add_stream("libx264", rate=fps)
         self._video.width, self._video.height = width, height
         self._video.pix_fmt = "yuv420p"
@@ -56,54 +55,66 @@ class FragmentWriter:
         self._audio = self._container.add_stream("aac", rate=_SOUND_RATE, layout="mono")
         self._audio.bit_rate = 64_000
         self._container.start_encoding()
+        self._header = self._out.take()
         self.mime = f'video/mp4; codecs="{self._avc()}, mp4a.40.2"'
         self.delay_s = _PRIMING / _SOUND_RATE
-        self._frames = self._samples = self._encoded = 0
+        self._frames = self._samples = self._encoded = self._fragments = 0
 
     def write(self, frames: UInt8[np.ndarray, "T H W 3"], sound: Float[np.ndarray, " N"]) -> bytes:
         """Encodes picture and sound of the same time; returns what has become ready to send."""
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame.pts = _PRIMING + round(self._frames * self._per_frame)
-            frame.time_base = Fraction(1, _SOUND_RATE)
-            self._frames += 1
-            following = _PRIMING + round(self._frames * self._per_frame)
-            self._mux(self._video.encode(frame), following - frame.pts)
-        self._write_sound(self._resample(sound, self._rate))
-        return self._out.take()
+        start = self._time(self._frames)
+        pictures = [self._encode_picture(pixels) for pixels in frames]
+        return self._fragment(
+            start, pictures, self._encode_sound(self._resample(sound, self._rate))
+        )
 
     @property
     def offset_s(self) -> float:
         """By how much the picture that was handed out is ahead of the sound."""
-        picture = _PRIMING + self._frames * self._per_frame
-        return float(picture - self._encoded) / _SOUND_RATE
+        return (self._time(self._frames) - self._encoded) / _SOUND_RATE
 
     def close(self) -> bytes:
         """Ends the stream; returns its last bytes."""
         if self._container is None:
             return b""
-        self._write_sound(self._resample.finish())
-        container, self._container = self._container, None
-        container.mux(self._video.encode(None))
-        container.mux(self._audio.encode(None))
-        container.close()
-        return self._out.take()
+        packets = self._encode_sound(self._resample.finish()) + self._audio.encode(None)
+        self._container.close()
+        self._container = None
+        return self._fragment(0, [], packets)
 
-    def _write_sound(self, samples: np.ndarray) -> None:
-        if len(samples):
-            made = av.AudioFrame.from_ndarray(np.clip(samples, -1, 1)[None].copy(), "fltp", "mono")
-            made.sample_rate = _SOUND_RATE
-            made.pts, made.time_base = _PRIMING + self._samples, Fraction(1, _SOUND_RATE)
-            self._samples += len(samples)
-            packets = self._audio.encode(made)
+    def _time(self, frame: int) -> int:
+        """When a frame is shown; the first one from the very beginning."""
+        return _PRIMING + round(frame * self._per_frame) if frame else 0
+
+    def _encode_picture(self, pixels: np.ndarray) -> Sample:
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        picture.pts, picture.time_base = self._time(self._frames), Fraction(1, _SOUND_RATE)
+        (packet,) = self._video.encode(picture)  # at once: "zerolatency"
+        self._frames += 1
+        duration = self._time(self._frames) - picture.pts
+        return Sample(with_lengths(bytes(packet)), duration, packet.is_keyframe)
+
+    def _encode_sound(self, samples: np.ndarray) -> list[av.Packet]:
+        if not len(samples):
+            return []
+        made = av.AudioFrame.from_ndarray(np.clip(samples, -1, 1)[None].copy(), "fltp", "mono")
+        made.sample_rate = _SOUND_RATE
+        made.pts, made.time_base = _PRIMING + self._samples, Fraction(1, _SOUND_RATE)
+        self._samples += len(samples)
+        return self._audio.encode(made)
+
+    def _fragment(self, start: int, pictures: list[Sample], packets: list[av.Packet]) -> bytes:
+        """What there is of picture from `start` on, and of sound; behind the header at first."""
+        runs = [Run(1, start, pictures)] if pictures else []
+        if packets:
+            sounds = [Sample(bytes(packet), packet.duration) for packet in packets]
+            runs.append(Run(2, packets[0].pts, sounds))
             self._encoded += sum(packet.duration for packet in packets)
-            self._mux(packets)
-
-    def _mux(self, packets: list[Any], duration: int | None = None) -> None:
-        for packet in packets:
-            if duration is not None:
-                packet.duration = duration
-        self._container.mux(packets)
+        data, self._header = self._header, b""
+        if runs:
+            self._fragments += 1
+            data += movie_fragment(self._fragments, runs)
+        return data
 
     def _avc(self) -> str:
         """Profile and level, as in RFC 6381, from the sequence parameters."""

@@ -27,7 +27,7 @@ from aiortc.mediastreams import MediaStreamError
 from aiortc.rtcicetransport import parse_stun_turn_uri
 from aiortc.sdp import SessionDescription
 
-from jax_avatar.io.audio import Resampler, mono_samples
+from jax_avatar.io.audio import QuickResampler, mono_samples
 from jax_avatar.serving.admission import ServerState
 from jax_avatar.serving.conversation import Closed, Conversation, Gone, Link
 from jax_avatar.serving.messages import ClientMessage, ProtocolError
@@ -295,7 +295,7 @@ class _Player:
     def __init__(self, fps: int, rate: int):
         self.picture, self.sound = _Track("video", 2 * fps), _Track("audio", 100)
         self._fps, self._rate = fps, rate
-        self._resample, self._waiting = Resampler(_SOUND_RATE), SampleQueue()
+        self._resample, self._waiting = QuickResampler(_SOUND_RATE), SampleQueue()
         self._frames = self._samples = 0
 
     def play(self, chunk: LiveChunk) -> None:

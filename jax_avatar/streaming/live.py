@@ -26,6 +26,8 @@ from jax_avatar.streaming.states import State, Turn
 
 __all__ = ["Clock", "Event", "LiveChunk", "LiveSession", "LiveSettings", "LiveStats"]
 
+_SPARE_S = 0.01  # beyond the time that a block usually takes
+
 
 class Clock:
     """Seconds that never go back, and waiting for them to pass."""
@@ -50,14 +52,15 @@ class LiveSettings:
     Attributes:
         chunk_frames: most frames delivered at once.
         lead_s: how much sooner than needed a block is begun whose speech is there already.
-        hold_back_s: speech that an unfinished segment keeps in hand, against late arrivals.
+        hold_back_s: speech that an unfinished segment keeps in hand, against late arrivals; more
+            after some that came later, see `SpeechQueue`.
         most_waiting_s: speech that may wait to be spoken; more is refused.
         in_flight: blocks that may be under way on the devices at once.
     """
 
     chunk_frames: int = 2
     lead_s: float = 0.3
-    hold_back_s: float = 0.06
+    hold_back_s: float = 0.03
     most_waiting_s: float = 120.0
     in_flight: int = 2
 
@@ -199,6 +202,7 @@ class LiveSession:
         self._events: list[Event] = []
         self._fed = self._promised = self._fetched = 0  # blocks
         self._steps: deque[float] = deque(maxlen=16)  # seconds, as `stats.step_s`
+        self._median_s = self._usually_s = 0.0  # of them
         self._takeover: int | None = None  # block before which ready frames are dropped
         self._is_cleared = False  # the next block is the first after `clear`
         self._first_due: float | None = None  # when frame 0 was or would have been due
@@ -412,14 +416,16 @@ class LiveSession:
         return runs_out - self._reserve_s() - self._clock.now()
 
     def _reserve_s(self) -> float:
-        """How long before the frames run out the next block is begun."""
-        if not self._steps:
-            return 0.0
+        """How long before the frames run out the next block is begun.
+
+        With a microphone this is what its delay has beyond a block: there is always a block that
+        waits for speech, and it begins as soon as that is complete.
+        """
         if self._is_enough:
-            return _usual(self._steps) + self.settings.lead_s
-        if self._speech.is_running:  # the rest of the block may still come
-            return float(np.median(self._steps)) + 0.02
-        return _usual(self._steps)
+            return self._usually_s + self.settings.lead_s
+        if self._speech.is_running:  # the rest may still come; a frame half late is no gap
+            return self._median_s - 0.5 / self._fps
+        return self._usually_s + _SPARE_S
 
     @property
     def _takes_over(self) -> bool:
@@ -429,8 +435,7 @@ class LiveSession:
     @property
     def _is_enough(self) -> bool:
         """Whether a block of speech waits, or the last of it."""
-        wanted = self.core.samples_wanted
-        return len(self._speech) >= (wanted if self._speech.is_open else min(wanted, 1))
+        return self._speech.has(self.core.samples_wanted)
 
     async def _fetch(self) -> None:
         """Takes frames from the devices, and pairs them with their sound."""
@@ -443,6 +448,7 @@ class LiveSession:
             self._fetched += 1
             self.stats.step_s = self._clock.now() - began
             self._steps.append(self.stats.step_s)
+            self._median_s, self._usually_s = np.quantile(self._steps, (0.5, 0.9)).tolist()
             count = len(frames) * self._per_frame
             self._ready.append(_Piece(frames, self._sound.take(count), self._marks.take(count)))
             self._ready_signal.set()
@@ -472,8 +478,3 @@ class LiveSession:
         for task in self._tasks:
             if task.done() and not task.cancelled() and (error := task.exception()):
                 raise error
-
-
-def _usual(steps: deque[float]) -> float:
-    """Seconds in which a block is nearly always done."""
-    return float(np.quantile(steps, 0.9)) * 1.2 + 0.05

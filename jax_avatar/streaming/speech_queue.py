@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_avatar.io.audio import Resampler
+from jax_avatar.io.audio import QuickResampler
 from jax_avatar.shapes import Float
 from jax_avatar.streaming.samples import SampleQueue
 
 __all__ = ["SpeechQueue", "Spoken", "pcm_samples"]
 
 _RATES = (8000, 96_000)
+_LATE_S = 0.25  # speech that comes later than this has paused: no hold back would help
 
 
 def pcm_samples(pcm: np.ndarray | bytes) -> Float[np.ndarray, " N"]:
@@ -57,18 +58,24 @@ class Spoken:
 
 
 class SpeechQueue:
-    """Segments of speech, first in first out, and how far they have been played."""
+    """Segments of speech, first in first out, and how far they have been played.
+
+    An unfinished segment keeps some samples in hand, against late arrivals: each time that one ran
+    dry so many more that it would not have, and after each that did not a little less.
+    """
 
     def __init__(self, sample_rate: int, *, hold_back: int = 0, capacity: int | None = None):
         """Starts empty.
 
         Args:
             sample_rate: of the samples that come out.
-            hold_back: samples that an unfinished segment keeps in hand, against late arrivals.
+            hold_back: samples that an unfinished segment keeps in hand at least.
             capacity: most samples waiting; more are refused.
         """
-        self.sample_rate, self._hold_back, self._capacity = sample_rate, hold_back, capacity
-        self._resampler = Resampler(sample_rate)
+        self.sample_rate, self._capacity = sample_rate, capacity
+        self._least = self._hold_back = hold_back
+        self._most = max(hold_back, round(_LATE_S * sample_rate))
+        self._resampler = QuickResampler(sample_rate)
         self.clear()
 
     def clear(self) -> None:
@@ -78,7 +85,7 @@ class SpeechQueue:
         self._pushed = self._taken = self._played = 0  # samples of speech
         self._opened = self._base = 0  # where the newest, the oldest unplayed segment begins
         self._ends: deque[int] = deque()
-        self._is_open = False
+        self._is_open = self._has_gap = False  # the newest segment
 
     def __len__(self) -> int:
         """Samples that wait."""
@@ -106,9 +113,17 @@ class SpeechQueue:
 
     @property
     def is_starting(self) -> bool:
-        """Whether speech waits that could begin now without running dry at once."""
-        enough = not self._is_open or len(self._waiting) > self._hold_back
-        return bool(self._waiting) and self._played >= self._taken and enough
+        """Whether speech waits, and everything that was taken has been played."""
+        return bool(self._waiting) and self._played >= self._taken
+
+    def has(self, count: int) -> bool:
+        """Whether as much speech as will be in the next `count` samples is there.
+
+        That is all of them, with what is held back where a segment begins; or the end of one.
+        """
+        if not self._is_open:
+            return bool(self._waiting)
+        return len(self._waiting) >= count + (self._hold_back if self._taken == self._opened else 0)
 
     def push(self, pcm: np.ndarray | bytes, sample_rate: int) -> None:
         """Adds speech to the newest segment, or opens one.
@@ -134,7 +149,7 @@ class SpeechQueue:
         if not len(samples):
             return
         if not self._is_open:
-            self._is_open, self._opened = True, self._pushed
+            self._is_open, self._opened, self._has_gap = True, self._pushed, False
         if sample_rate != self.sample_rate:
             samples = self._resampler(samples, sample_rate)
         else:
@@ -148,6 +163,8 @@ class SpeechQueue:
         self._append(self._resampler.finish())
         self._ends.append(self._pushed)
         self._is_open = False
+        if not self._has_gap:
+            self._hold_back -= (self._hold_back - self._least) // 32
 
     def take(self, count: int) -> Spoken:
         """The next `count` samples, with silence where there is no speech.
@@ -155,12 +172,16 @@ class SpeechQueue:
         Of a segment that has not begun, what there is comes last, so that the rest can follow
         without a gap. One that runs dry leaves a gap once, long enough not to run dry again.
         """
-        have, missing, lead = len(self._waiting), 0, 0
-        if have < count and self._is_open:
-            have = max(0, have - self._hold_back)
-            is_new = self._taken == self._opened
-            missing, lead = (0, count - have) if is_new else (count - have, 0)
-        speech = self._waiting.take(min(have, count))
+        have, missing, lead = min(count, len(self._waiting)), 0, 0
+        if self._is_open and self._taken == self._opened:
+            have = min(count, max(0, len(self._waiting) - self._hold_back))
+            lead = count - have
+        elif self._is_open and have < count:
+            late, have = count - have, max(0, have - self._hold_back)
+            missing, self._has_gap = count - have, True
+            if late <= self._most:  # twice: it was late by so much at some moment of it
+                self._hold_back = min(self._hold_back + 2 * late, self._most)
+        speech = self._waiting.take(have)
         self._taken += len(speech)
         gaps = (lead, count - lead - len(speech))
         return Spoken(np.pad(speech, gaps), np.pad(np.ones_like(speech), gaps), missing)

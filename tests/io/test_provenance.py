@@ -36,7 +36,7 @@ def test_a_written_video_carries_watermark_and_metadata(tmp_path, suffix):
 def test_the_first_bytes_of_a_live_stream_say_that_it_is_generated():
     writer = FragmentWriter(96, 96, 16, 16_000)
     data = writer.write(clip(frames=1), np.zeros(1000, np.float32))
-    assert SOURCE_TYPE.encode() in data and b"moof" not in data
+    assert SOURCE_TYPE.encode() in data[: data.index(b"moof")]
     with av.open(io.BytesIO(data + writer.close())) as container:
         assert container.metadata["comment"] == COMMENT
 
