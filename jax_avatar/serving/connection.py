@@ -4,7 +4,7 @@ import asyncio
 import time
 from typing import Any
 
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from jax_avatar.io.fragments import FragmentWriter
 from jax_avatar.serving.admission import ServerState
@@ -72,6 +72,8 @@ class _SocketLink(Link):
                     await sending
             except TimeoutError:
                 raise Closed("too slow") from None
+            except WebSocketDisconnect:
+                raise Gone from None
             except Exception:
                 if self._socket.client_state.name == "CONNECTED":
                     raise
