@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import audio_context, common, dit_step, long_stream, overlap, stream
+from benchmarks import audio_context, common, dit_step, live, long_stream, overlap, stream
 from jax_avatar.models.dit import DiT
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.session import AvatarSession
@@ -37,6 +37,18 @@ def test_quantiles_and_slope_are_those_of_the_numbers():
     assert result == {"median_ms": 51.0, "p95_ms": 96.0, "count": 101}
     assert common.quantiles([])["median_ms"] is None
     assert common.slope([0, 1, 2], [5, 7, 9]) == pytest.approx(2)
+
+
+def test_memory_has_a_slope_after_it_has_warmed_up():
+    """Caches fill in the first third; later a jump, and noise, are no growth."""
+    seconds = np.arange(0, 1800.0)
+    filling = 1000 + 300 * np.minimum(seconds / 500, 1)
+    noise = np.random.default_rng(0).normal(size=1800) + 50 * (seconds == 1200)
+    flat = live.growth(seconds, filling + noise)
+    assert abs(flat["slope_per_hour"]) < 1 and flat["least"] > 1290 and flat["minutes"] == 20
+    leaking = live.growth(seconds, filling + noise + 0.01 * seconds)
+    assert leaking["slope_per_hour"] == pytest.approx(36, abs=1)
+    assert live.growth(seconds[:600], filling[:600])["slope_per_hour"] is None
 
 
 def test_a_record_names_its_surroundings_and_is_one_line(tmp_path, capsys):

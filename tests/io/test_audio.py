@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jax_avatar.io.audio import AudioReader, PcmReader, is_silent, load_audio
+from jax_avatar.io.audio import AudioReader, PcmReader, QuickResampler, is_silent, load_audio
 
 # 44.1 kHz stereo, and what librosa 0.11 makes of it at 16 kHz.
 GOLDEN = Path(__file__).parents[1] / "golden" / "audio" / "audio_frontend.safetensors"
@@ -83,6 +83,19 @@ def test_resampling_equals_the_reference(tmp_path):
         container.mux(stream.encode(None))
     expected = golden["resample.out_16000_mono"]
     np.testing.assert_allclose(load_audio(tmp_path / "a.wav")[: len(expected)], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rate", "to"), [(48_000, 16_000), (44_100, 16_000), (16_000, 48_000)])
+def test_sound_that_somebody_waits_for_is_a_millisecond_behind(rate, to):
+    samples, piece = tone(1.0, rate), rate // 50
+    resample, parts = QuickResampler(to), []
+    for start in range(0, len(samples), piece):
+        parts.append(resample(samples[start : start + piece], rate))
+        come = sum(map(len, parts)) / to
+        assert 0 <= (start + piece) / rate - come < 0.0015
+    got = np.concatenate([*parts, resample.finish()])
+    assert len(got) == to
+    np.testing.assert_allclose(got[100:-100], tone(1.0, to)[100:-100], atol=2e-3)
 
 
 def test_chunks_of_any_size_are_the_whole(tmp_path):

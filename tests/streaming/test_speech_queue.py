@@ -50,6 +50,28 @@ def test_speech_that_begins_comes_last_and_goes_on_without_a_gap():
     assert first.marks[-1] == rest.marks[0] == 1 and rest.marks[-1] == 0
 
 
+def test_speech_begins_only_with_something_in_hand():
+    queue, samples = SpeechQueue(RATE, hold_back=100), voice(0.1)
+    queue.push(samples[:1000], RATE)
+    assert queue.has(900) and not queue.has(901)
+    spoken = queue.take(950)
+    np.testing.assert_array_equal(spoken.samples[50:], samples[:900])
+    assert not spoken.samples[:50].any() and len(queue) == 100
+    assert queue.has(100) and not queue.has(101)  # of what has begun, all
+    queue.end_segment()
+    assert queue.has(1000)
+
+
+def test_speech_behind_other_speech_puts_no_gap_into_that():
+    queue, samples = SpeechQueue(RATE, hold_back=100), voice(0.2)
+    queue.push(samples[:2000], RATE)
+    queue.end_segment()
+    first = queue.take(1000)
+    queue.push(samples[2000:2300], RATE)
+    spoken = [first, queue.take(1200)]
+    assert all(part.marks[:1000].all() for part in spoken)
+
+
 def test_speech_that_runs_dry_leaves_one_gap_and_loses_nothing():
     queue, samples = SpeechQueue(RATE, hold_back=100), voice(0.5)
     queue.push(samples[:2000], RATE)
