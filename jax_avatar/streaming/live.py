@@ -26,7 +26,7 @@ from jax_avatar.streaming.states import State, Turn
 
 __all__ = ["Clock", "Event", "LiveChunk", "LiveSession", "LiveSettings", "LiveStats"]
 
-_SPARE_S = 0.01  # beyond the time that a block usually takes
+_LATE_FRAMES = 0.5  # that a block may be late now and then; whoever plays it has more in hand
 
 
 class Clock:
@@ -423,9 +423,9 @@ class LiveSession:
         """
         if self._is_enough:
             return self._usually_s + self.settings.lead_s
-        if self._speech.is_running:  # the rest may still come; a frame half late is no gap
-            return self._median_s - 0.5 / self._fps
-        return self._usually_s + _SPARE_S
+        # Speech that has begun may still come: better a frame half late than a gap.
+        step_s = self._median_s if self._speech.is_running else self._usually_s
+        return step_s - _LATE_FRAMES / self._fps
 
     @property
     def _takes_over(self) -> bool:
