@@ -17,7 +17,7 @@ from livekit.agents.voice.avatar import (
     VideoGenerator,
 )
 
-from jax_avatar.io.audio import Resampler
+from jax_avatar.io.audio import QuickResampler
 from jax_avatar.io.watermark import mark
 from jax_avatar.serving.livekit import (
     AvatarVideoGenerator,
@@ -113,7 +113,7 @@ def test_a_segment_comes_as_pictures_with_their_sound_and_an_end(core, channels)
     played = sum(got[i].duration for i in sounds)
     assert 1.2 <= played <= 1.2 + 2 * FRAME_S
     heard = np.concatenate([samples_of(got[i]) for i in sounds])
-    resample = Resampler(16_000)
+    resample = QuickResampler(16_000)
     said = np.concatenate([resample(speech, RATE), resample.finish()])
     at = np.correlate(heard, said, "valid").argmax()
     np.testing.assert_allclose(heard[at : at + len(said)], said, atol=1e-3)
