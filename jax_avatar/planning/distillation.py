@@ -26,9 +26,9 @@ from jax_avatar.planning.programs import AbstractModel, Program, compile_program
 from jax_avatar.planning.training import placed, training_devices
 from jax_avatar.streaming.model import _KINDS
 from jax_avatar.training.distillation import DistillConfig, Told, make_distiller
-from jax_avatar.training.loop import LoopConfig, on_mesh
 from jax_avatar.training.mesh import abstract_on
 from jax_avatar.training.rollout import RolloutConfig
+from jax_avatar.training.step import LoopConfig, on_mesh
 
 __all__ = ["distillation_programs", "kept_bytes", "plan_distillation"]
 

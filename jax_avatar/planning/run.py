@@ -27,10 +27,10 @@ from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.model import LIVE_AVATAR
 from jax_avatar.training.diffusion_forcing import ForcingTask
 from jax_avatar.training.distillation import Told, make_distiller
-from jax_avatar.training.loop import LoopConfig, compiled_step, learning_rate, make_optimiser
 from jax_avatar.training.model_folder import NETWORKS
 from jax_avatar.training.stages import read_sections
 from jax_avatar.training.state import start_state
+from jax_avatar.training.step import LoopConfig, compiled_step, learning_rate, make_optimiser
 
 __all__ = ["plan_run"]
 

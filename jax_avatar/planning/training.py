@@ -24,9 +24,9 @@ from jax_avatar.streaming.mesh import Layout
 from jax_avatar.streaming.model import _KINDS
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.latents import LatentClips
-from jax_avatar.training.loop import LoopConfig, compiled_step, make_optimiser
 from jax_avatar.training.mesh import abstract_on, make_training_mesh, parse_training_mesh
 from jax_avatar.training.state import start_state
+from jax_avatar.training.step import LoopConfig, compiled_step, make_optimiser
 
 __all__ = ["placed", "plan_training", "still_clips", "training_devices", "training_program"]
 

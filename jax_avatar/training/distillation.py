@@ -37,7 +37,6 @@ from jax_avatar.training.dmd import (
     guide,
 )
 from jax_avatar.training.guards import judge, new_guard, note, report
-from jax_avatar.training.loop import LoopConfig, learning_rate, make_optimiser
 from jax_avatar.training.monitors import (
     ClipFigures,
     bin_shares,
@@ -56,6 +55,7 @@ from jax_avatar.training.rollout import (
     roll_out,
 )
 from jax_avatar.training.state import scaled_update, update_ema
+from jax_avatar.training.step import LoopConfig, learning_rate, make_optimiser
 
 __all__ = ["DistillConfig", "DistillState", "Distiller", "Told", "make_distiller"]
 

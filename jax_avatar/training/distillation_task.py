@@ -23,7 +23,6 @@ from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.adapters import FrozenBase
 from jax_avatar.training.distillation import DistillConfig, Distiller, DistillState, Told
 from jax_avatar.training.latents import Clips
-from jax_avatar.training.loop import LoopConfig, mesh_of, on_mesh
 from jax_avatar.training.model_folder import (
     NETWORKS,
     export_model,
@@ -33,6 +32,7 @@ from jax_avatar.training.model_folder import (
 )
 from jax_avatar.training.monitors import ClipFigures, measure_data
 from jax_avatar.training.rollout import Generator, RolloutConfig
+from jax_avatar.training.step import LoopConfig, mesh_of, on_mesh
 from jax_avatar.training.windows import Windows, check_fit
 
 __all__ = ["DistillTask", "DistillWeights"]

@@ -50,7 +50,7 @@ class SpeechTaskConfig:
 
 
 class SpeechTask:
-    """The `Task` of `jax_avatar.training.loop` for the speech encoder.
+    """The `Task` of `jax_avatar.training.step` for the speech encoder.
 
     The input statistics are measured on the augmented corpus and become part of `config`.
     """

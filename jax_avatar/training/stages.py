@@ -24,7 +24,6 @@ from jax_avatar.training.distillation_task import DistillTask, DistillWeights
 from jax_avatar.training.encoders import Encoders
 from jax_avatar.training.encoding import EncodeConfig, encode_clips, encode_data
 from jax_avatar.training.latents import StoredClips, load_encoded
-from jax_avatar.training.loop import LoopConfig, OwnStepTask, Task
 from jax_avatar.training.model_folder import (
     NETWORKS,
     StageWeights,
@@ -35,6 +34,7 @@ from jax_avatar.training.model_folder import (
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.speech import SpeechTask, SpeechTaskConfig
 from jax_avatar.training.state import build_section
+from jax_avatar.training.step import LoopConfig, OwnStepTask, Task
 from jax_avatar.training.teacher import SamplerConfig
 from jax_avatar.training.vae import FaceWindows, VAELossConfig, VAETask
 from jax_avatar.training.windows import check_fit

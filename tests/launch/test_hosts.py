@@ -27,7 +27,8 @@ if int(hosts) > 1:
 import numpy as np
 from jax_avatar.io.checkpoint import save_weights
 from jax_avatar.models import sharding
-from jax_avatar.training.loop import LoopConfig, train
+from jax_avatar.training.loop import train
+from jax_avatar.training.step import LoopConfig
 
 sharding.SMALL = 1  # every weight is cut
 

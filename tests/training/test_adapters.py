@@ -15,11 +15,12 @@ from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.distillation import DistillConfig
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
 from jax_avatar.training.latents import random_clips
-from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step, train
+from jax_avatar.training.loop import train
 from jax_avatar.training.mesh import make_training_mesh, place_batch, place_state
 from jax_avatar.training.model_folder import export_model, read_dit
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.state import start_state
+from jax_avatar.training.step import LoopConfig, make_optimiser, make_step
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)

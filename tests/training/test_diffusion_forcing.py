@@ -12,9 +12,9 @@ from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.encoding import mouth_cells
 from jax_avatar.training.latents import LatentClips
-from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step
 from jax_avatar.training.mouth_reader import fit_mouth_reader
 from jax_avatar.training.state import start_state
+from jax_avatar.training.step import LoopConfig, make_optimiser, make_step
 
 MODEL = DiTConfig(
     width=24,

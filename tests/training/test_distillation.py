@@ -13,8 +13,9 @@ from jax_avatar.streaming.model import load_model
 from jax_avatar.training.distillation import DistillConfig, Distiller, Told
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
 from jax_avatar.training.latents import random_clips
-from jax_avatar.training.loop import LoopConfig, train
+from jax_avatar.training.loop import train
 from jax_avatar.training.rollout import Generator, RolloutConfig
+from jax_avatar.training.step import LoopConfig
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False, num_layers=1, ring_blocks=2)

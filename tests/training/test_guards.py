@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training import loop
+from jax_avatar.training import step as training_step
 from jax_avatar.training.guards import (
     CAUSES,
     TooManySkips,
@@ -21,8 +21,9 @@ from jax_avatar.training.guards import (
     report,
     rolled_back,
 )
-from jax_avatar.training.loop import LoopConfig, make_optimiser, train
+from jax_avatar.training.loop import train
 from jax_avatar.training.state import start_state, update_state
+from jax_avatar.training.step import LoopConfig, make_optimiser
 
 CONFIG = LoopConfig(
     num_steps=90, warmup_steps=2, log_every=7, checkpoint_every=20, keep=2, keep_every=40
@@ -146,19 +147,19 @@ def test_a_run_that_stumbles_goes_back_and_resumes_alike(tmp_path):
 
 def test_fresh_resumed_and_rolled_back_runs_are_the_same_program(tmp_path, monkeypatch):
     """Another placement of the state would compile to other roundings."""
-    programs, real = {}, loop.make_step
+    programs, real = {}, training_step.compiled_step
 
-    def make_step(*args):
+    def compiled_step(*args):
         step = real(*args)
 
-        def call(state, batch, key):
-            text = step.lower(state, batch, key).as_text()
+        def call(state, *rest):
+            text = step.lower(state, *rest).as_text()
             programs.setdefault(text, []).append((int(state.step), int(state.guard.rollbacks)))
-            return step(state, batch, key)
+            return step(state, *rest)
 
         return call
 
-    monkeypatch.setattr(loop, "make_step", make_step)
+    monkeypatch.setattr(training_step, "compiled_step", compiled_step)
     task = StumblingTask(bad=(6, 28), share=1.0, stop_after=4)
     config = dataclasses.replace(CONFIG, num_steps=30, checkpoint_every=5)
     train(task, config, tmp_path, progress=False)

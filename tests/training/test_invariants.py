@@ -17,8 +17,8 @@ from jax_avatar.training import rollout as rollout_module
 from jax_avatar.training.distillation import DistillConfig, Distiller, Told
 from jax_avatar.training.dmd import generator_gradient
 from jax_avatar.training.guards import judge
-from jax_avatar.training.loop import LoopConfig
 from jax_avatar.training.rollout import Clip, Generator, RolloutConfig, draw, joined
+from jax_avatar.training.step import LoopConfig
 from tests import nano
 
 GRID, BLOCKS = (4, 4), 2

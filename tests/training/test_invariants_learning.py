@@ -10,8 +10,8 @@ import scipy.fft
 
 from jax_avatar.training import distillation
 from jax_avatar.training.distillation import DistillConfig, Distiller, Told
-from jax_avatar.training.loop import LoopConfig
 from jax_avatar.training.rollout import Generator, RolloutConfig, made_clips, roll_out
+from jax_avatar.training.step import LoopConfig
 from tests import nano
 
 FRAMES, GRID, BATCH = 6, (4, 4), 4

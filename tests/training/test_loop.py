@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from jax_avatar.training.checkpoints import restore
-from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step, train
+from jax_avatar.training.loop import train
 from jax_avatar.training.state import TrainState, build_section, start_state
+from jax_avatar.training.step import LoopConfig, make_optimiser, make_step
 
 
 class LineTask:

@@ -15,7 +15,7 @@ from jax_avatar.training.accumulate import accumulated
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.distillation import DistillConfig, Distiller, Told
 from jax_avatar.training.latents import random_clips
-from jax_avatar.training.loop import LoopConfig, make_optimiser, make_step, on_mesh, train
+from jax_avatar.training.loop import train
 from jax_avatar.training.mesh import (
     local_rows,
     make_training_mesh,
@@ -25,6 +25,7 @@ from jax_avatar.training.mesh import (
 )
 from jax_avatar.training.rollout import Generator, RolloutConfig
 from jax_avatar.training.state import start_state
+from jax_avatar.training.step import LoopConfig, make_optimiser, make_step, on_mesh
 from tests import nano
 
 BATCH, GRID = 8, (2, 4)

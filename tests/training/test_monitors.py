@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training.loop import LoopConfig, train
+from jax_avatar.training.loop import train
 from jax_avatar.training.monitors import (
     ALARMS,
     bin_shares,
@@ -16,6 +16,7 @@ from jax_avatar.training.monitors import (
     watch_clips,
     watch_scores,
 )
+from jax_avatar.training.step import LoopConfig
 from tests.training.test_guards import StumblingTask
 
 FRAMES, CHANNELS = 3, 4

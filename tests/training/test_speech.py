@@ -14,7 +14,6 @@ from jax_avatar.data.talking_people.speech import Phone, Utterance
 from jax_avatar.io.checkpoint import load_weights
 from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
 from jax_avatar.models.params import abstract, merge
-from jax_avatar.training.loop import Task
 from jax_avatar.training.speech import (
     SpeechTask,
     SpeechTaskConfig,
@@ -22,6 +21,7 @@ from jax_avatar.training.speech import (
     load_corpus,
     target_units,
 )
+from jax_avatar.training.step import Task
 
 MODEL = SpeechConfig(
     bands=24, width=16, dilations=(1, 2), kernel=3, units=("jawOpen", "mouthPucker")

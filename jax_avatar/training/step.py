@@ -1,0 +1,270 @@
+"""One step of training: any task's loss or step, the optimiser's settings, the mesh.
+
+    loss(params, batch, key) --> gradient --> AdamW, EMA --> new state, metrics
+
+A step depends on the seed, the step number and the state alone.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jax_avatar.models.sharding import constrain_params
+from jax_avatar.shapes import Array, PyTree
+from jax_avatar.training.accumulate import accumulated, clip_keys
+from jax_avatar.training.guards import judge, rate_factor, report
+from jax_avatar.training.mesh import make_training_mesh, parse_training_mesh
+from jax_avatar.training.state import update_state
+
+__all__ = [
+    "Batch",
+    "LoopConfig",
+    "OwnStepTask",
+    "Step",
+    "Task",
+    "compiled_step",
+    "learning_rate",
+    "make_optimiser",
+    "make_step",
+    "mesh_of",
+    "on_mesh",
+]
+
+Batch = Mapping[str, Any]
+Step = Callable[[Any, Batch, Array], tuple[Any, dict[str, Array]]]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a stage of training provides; the loop does the rest.
+
+    A task may also have `evaluate(params, step) -> {name: value}`, called with the EMA weights,
+    and `export(params, folder, metadata)`, called with them at the end. To run on several devices
+    it has `batch_size`, the clips of a batch, on the leading axis of all its arrays. With `by_clip`
+    true, the loss is asked for one clip at a time, with a key of that clip, and the mean is taken:
+    then no layout of devices and no accumulation changes it. What `frozen(mesh)` returns, weights
+    that are not trained, is the loss's fourth argument.
+    """
+
+    name: str
+
+    def init(self, key: Array) -> PyTree:
+        """Parameters to start from, nested dictionaries of arrays."""
+
+    def loss(self, params: PyTree, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        """Loss and metrics, all scalars; pure, compiled by the loop."""
+
+    def batches(self, step: int) -> Batch:
+        """The batch of a step; the same for the same step, whoever asks.
+
+        On several hosts it is called with `rows`, too, numbers of the clips that this host needs.
+        """
+
+
+@runtime_checkable
+class OwnStepTask(Protocol):
+    """A stage that trains more than one network: with a state and a step of its own.
+
+    The state has `step`, `ema` and `guard`, whatever else; `evaluate`, `export` and `batch_size`
+    are as for a `Task`.
+    """
+
+    name: str
+
+    def start(self, config: "LoopConfig", key: Array) -> PyTree:
+        """The state before the first step."""
+
+    def make_step(self, config: "LoopConfig", mesh: Mesh | None = None) -> Step:
+        """The compiled `(state, batch, key) -> (state, metrics)`.
+
+        Among the metrics are `loss` and those of `guards.report`.
+        """
+
+    def batches(self, step: int) -> Batch:
+        """As of a `Task`."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Optimiser, length and bookkeeping of a run.
+
+    Attributes:
+        num_steps: optimiser steps; the cosine ends there.
+        learning_rate: after the warm-up.
+        final_learning_rate: share of `learning_rate` left at the end of the cosine.
+        warmup_steps: linear warm-up.
+        weight_decay: decoupled, of AdamW, on arrays with two or more axes.
+        betas: of AdamW.
+        max_grad_norm: global-norm clip.
+        ema_decay: of the averaged weights.
+        accumulate: parts that a batch is computed in, one after the other, to save memory.
+        mesh: devices, DATAxMODEL as in "4x2"; "" takes all for data if the batch divides, else one.
+        seed: of initialisation and of the loss's random numbers.
+        log_every: steps between lines in `metrics.jsonl`.
+        evaluate_every: steps between evaluations; 0 for none.
+        checkpoint_every: steps between checkpoints; the last step is always kept.
+        keep: latest checkpoints kept. The last good one stays, too: none of the 100 steps before it
+            was skipped, and where there are evaluations, it passed one.
+        keep_every: checkpoints of steps that this divides stay for good; 0 for none.
+        max_minutes: stop (and save) after so long, to resume later; 0 for no limit.
+    """
+
+    num_steps: int
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.05
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    accumulate: int = 1
+    mesh: str = ""
+    seed: int = 0
+    log_every: int = 20
+    evaluate_every: int = 0
+    checkpoint_every: int = 500
+    keep: int = 3
+    keep_every: int = 500
+    max_minutes: float = 0.0
+
+    # Free to change between the parts of a run.
+    BOOKKEEPING = (
+        *("accumulate", "mesh"),
+        *("log_every", "evaluate_every", "checkpoint_every", "keep", "keep_every", "max_minutes"),
+    )
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.num_steps < 1 or not 0 <= self.warmup_steps < self.num_steps:
+            raise ValueError(
+                f"num_steps {self.num_steps} with warmup_steps {self.warmup_steps}: at least one "
+                "step and a shorter warm-up are expected."
+            )
+        if self.mesh:
+            parse_training_mesh(self.mesh)
+        if self.accumulate < 1:
+            raise ValueError(f"loop.accumulate {self.accumulate} must be at least 1.")
+        if self.log_every < 1 or self.checkpoint_every < 1 or self.keep < 1:
+            raise ValueError("log_every, checkpoint_every and keep must be at least 1")
+
+
+def learning_rate(config: LoopConfig) -> optax.Schedule:
+    """Linear warm-up, then a cosine."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if config.warmup_steps else config.learning_rate,
+        config.learning_rate,
+        max(1, config.warmup_steps),
+        config.num_steps,
+        config.learning_rate * config.final_learning_rate,
+    )
+
+
+def make_optimiser(
+    config: LoopConfig, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW.
+
+    Args:
+        config: of the run.
+        schedule: learning rate after so many updates; `learning_rate` if not given.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            schedule or learning_rate(config),
+            *config.betas,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        ),
+    )
+
+
+def make_step(task: Task | OwnStepTask, config: LoopConfig, mesh: Mesh | None = None) -> Step:
+    """Returns the compiled `(state, batch, key) -> (state, metrics)`; the state is donated.
+
+    The key is the run's; the step number is folded in here.
+    """
+    if isinstance(task, OwnStepTask):
+        return task.make_step(config, mesh)
+    step = compiled_step(task, config, mesh)
+    frozen = task.frozen(mesh) if hasattr(task, "frozen") else None
+    return lambda state, batch, key: step(state, batch, key, frozen)
+
+
+def compiled_step(task: Task, config: LoopConfig, mesh: Mesh | None = None) -> Callable:
+    """The step of a `Task` as one program: `(state, batch, key, frozen) -> (state, metrics)`."""
+    optimiser, schedule = make_optimiser(config), learning_rate(config)
+
+    def step(state, batch, key, frozen):
+        key = jax.random.fold_in(key, state.step)
+
+        def measure(part):
+            rows, part = part
+            slope = jax.value_and_grad(_mean_loss(task, config, frozen), has_aux=True)
+            (loss, metrics), grads = slope(state.params, part, key, rows)
+            return constrain_params(grads), {**metrics, "loss": loss}, ()
+
+        rows = jnp.arange(max(len(leaf) for leaf in jax.tree.leaves(batch) if leaf.ndim))
+        grads, metrics, _ = accumulated(measure, (rows, batch), config.accumulate)
+        loss = metrics["loss"]
+        cause, norm = judge(loss, grads)
+        rate = jnp.asarray(schedule(state.step), jnp.float32) * rate_factor(state.guard)
+        extra = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+        state = update_state(state, grads, cause, optimiser, config.ema_decay)
+        metrics = {**metrics, **extra, **report(state.guard, state.step - 1)}
+        return constrain_params(state), metrics
+
+    return jax.jit(on_mesh(step, mesh), donate_argnums=0)
+
+
+def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
+    """The function, to be compiled, in sight of the mesh that its constraints speak of."""
+    if mesh is None:
+        return function
+
+    def call(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return call
+
+
+def _mean_loss(task, config, frozen):
+    """`(params, batch, key, rows) -> (loss, metrics)`, means over the clips of a part."""
+    more = () if frozen is None else (frozen,)
+    if not getattr(task, "by_clip", False):
+
+        def whole(params, batch, key, rows):
+            # One part has the step's own key.
+            own = key if config.accumulate == 1 else jax.random.fold_in(key, rows[0])
+            return task.loss(params, batch, own, *more)
+
+        return whole
+
+    def mean(params, batch, key, rows):
+        def one(clip, key):
+            return task.loss(params, jax.tree.map(lambda leaf: leaf[None], clip), key, *more)
+
+        each = jax.vmap(one, spmd_axis_name="data")(batch, clip_keys(key, rows))
+        return jax.tree.map(jnp.mean, each)
+
+    return mean
+
+
+def mesh_of(task: Task | OwnStepTask, config: LoopConfig) -> Mesh:
+    """The mesh that a run of this task takes.
+
+    Raises:
+        ValueError: devices, batch and heads do not divide.
+    """
+    return make_training_mesh(
+        config.mesh,
+        getattr(task, "batch_size", None),
+        accumulate=config.accumulate,
+        num_heads=getattr(getattr(task, "model", None), "num_heads", None),
+    )
