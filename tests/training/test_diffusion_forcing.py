@@ -123,6 +123,18 @@ def test_before_training_the_clean_prediction_is_the_portrait():
     np.testing.assert_allclose(noisy - sigma * velocity, portrait, atol=1e-5)
 
 
+def test_an_exact_velocity_costs_nothing_and_a_wrong_one_its_square(monkeypatch):
+    task = make_task()
+    batch = jax.tree.map(jnp.asarray, task.batches(0))
+    for error in (0.0, 0.5):
+
+        def velocity(params, noisy, sigma, told, key, error=error):
+            return (noisy - batch["latent"]) / sigma[:, :, None, None, None] + error
+
+        monkeypatch.setattr(task, "_velocity", velocity)
+        np.testing.assert_allclose(task.loss({}, batch, KEY)[0], error**2, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("dropout", "given"),
     [("audio_dropout", "features"), ("text_dropout", "text"), ("reference_dropout", "reference")],

@@ -55,14 +55,21 @@ def test_features_made_in_training_are_those_of_the_whole_wave():
 
 
 def test_a_batch_is_its_rows_whoever_makes_them_and_whenever():
-    windows = Windows(stored([make_clip(i, latents=7) for i in range(5)]), LATENTS, 4, seed=1)
+    portraits = np.arange(4, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 4))
+    several = {"reference": portraits.astype(BF16), "reference_frames": (-1,) * 4}
+
+    def make_windows(seed):
+        clips = [make_clip(i, latents=7, **several) for i in range(5)]
+        return Windows(stored(clips), LATENTS, 4, seed=seed)
+
+    windows = make_windows(1)
     whole = windows.batch(3)
     hosts = [windows.batch(3, rows) for rows in (np.arange(2), np.arange(2, 4))]
-    again = Windows(stored([make_clip(i, latents=7) for i in range(5)]), LATENTS, 4, seed=1)
+    again = make_windows(1)
     for name, value in whole.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in hosts]), value)
         np.testing.assert_array_equal(again.batch(3)[name], value)
-    other = Windows(stored([make_clip(i, latents=7) for i in range(5)]), LATENTS, 4, seed=2)
+    other = make_windows(2)
     assert any((other.batch(s)["latent"] != windows.batch(s)["latent"]).any() for s in range(3))
 
 

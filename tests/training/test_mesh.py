@@ -150,6 +150,11 @@ def test_clips_have_their_own_chance_and_one_exit():
     assert np.abs(draws.noise[0] - draws.noise[1]).max() > 0.1
     swapped = dataclasses.replace(same, row=told.row[::-1])
     np.testing.assert_array_equal(made._clips(swapped, KEY)[1].noise[0], draws.noise[-1])
+    clips = jnp.zeros((BATCH, 6, *GRID, 4))
+    (noise, sigma), (other, level) = (made._noise(KEY, clips, r) for r in (told.row, swapped.row))
+    assert len(np.unique(sigma)) > 1 and np.abs(noise[0] - noise[1]).max() > 0.1
+    np.testing.assert_array_equal(other[::-1], noise)
+    np.testing.assert_array_equal(level[::-1], sigma)
 
 
 def distiller_alone():

@@ -292,7 +292,7 @@ def test_every_mode_of_history_is_another_clip(in_pieces):
 
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
 def test_an_exact_velocity_leads_to_the_clean_clip(sampler, monkeypatch, in_pieces):
-    """`velocity = noise - clean`, known from the block's level, at any exit."""
+    """`velocity = noise - clean` of what the block was last noised with, at any exit."""
     settings = dataclasses.replace(SETTINGS, sampler=sampler)
     made, chance = generator(settings), make_draws(settings)
     clean = jax.random.normal(jax.random.key(8), chance.noise.shape)
@@ -300,7 +300,9 @@ def test_an_exact_velocity_leads_to_the_clean_clip(sampler, monkeypatch, in_piec
 
     def exact(self, params, latent, sigma, clip, draws, sink, number, step, past):
         _, own = real(self, params, latent, sigma, clip, draws, sink, number, step, past)
-        return (latent - clean[number]) / sigma, own
+        fresh = self._fresh_noise(draws, number, max(step - 1, 0), latent.shape)
+        noise = draws.noise[number] if fresh is None or step == 0 else fresh
+        return noise - clean[number], own
 
     monkeypatch.setattr(Generator, "_velocity", exact)
     for step in range(3):

@@ -1,0 +1,101 @@
+"""Mistakes in what refuses bad data and bad settings: a check that is gone or looks away."""
+
+from tests.planted.mistake import Mistake, tests_in
+
+__all__ = ["INPUTS"]
+
+encoded = tests_in("data/test_encoded")
+encoding = tests_in("training/test_encoding")
+latents = tests_in("training/test_latents")
+loop = tests_in("training/test_loop")
+mesh = tests_in("training/test_mesh")
+sizes = tests_in("configs/test_sizes")
+distillation = tests_in("training/test_distillation")
+rollout = tests_in("training/test_rollout")
+videos = tests_in("data/test_videos")
+
+BROKEN = encoded("records_with_nan_without_sound_or_out_of_step_are_refused")
+CLIPS = encoding("clips_that_cannot_be_encoded_are_named")
+DAMAGED = encoded("a_damaged_set_is_refused")
+DIVIDE = mesh("what_does_not_divide_is_named")
+FIT = latents("clips_that_do_not_fit_the_model_are_named")
+
+# fmt: off
+INPUTS = tuple(Mistake("input", *row) for row in (
+    ("a record without sound passes", "data/encoded.py",
+     "if len(self.wave) <= samples:", "if False:", BROKEN),
+    ("a clip without sound is encoded", "training/encoding.py",
+     "if not len(clip.wave):", "if False:", CLIPS),
+    ("a video without sound is no reason to reject it", "data/videos/clips.py",
+     "if not footage.has_sound:", "if False:",
+     videos("people_who_talk_are_kept_and_everything_else_has_a_reason")),
+    ("clips of another rate than the model's pass", "training/windows.py",
+     "if fps and clips.fps not in (0, fps):", "if False:", FIT),
+    ("a clip of another rate than the speech encoder's is encoded", "training/encoding.py",
+     "if clip.fps != encoders.fps or height", "if height", CLIPS),
+    ("data of another rate than the speech encoder's are encoded", "training/encoding.py",
+     "if first.fps != encoders.fps:", "if False:",
+     encoding("the_rate_of_data_and_encoder_must_agree")),
+    ("clips of several rates make one set", "data/encoded.py",
+     "if len(kinds) != 1:", "if False:", encoded("clips_of_different_kinds_make_no_set")),
+    ("a shard that was cut off passes", "data/encoded.py",
+     'if have != entry["bytes"]:', "if have is None:", DAMAGED),
+    ("a missing shard is not missed", "data/encoded.py",
+     'if have != entry["bytes"]:', 'if have and have != entry["bytes"]:', DAMAGED),
+    ("the hash of a shard is not compared", "data/encoded.py",
+     "if with_hash and", "if False and", DAMAGED),
+    ("the hash of the index is not compared", "data/encoded.py",
+     'if index["hash"] != _hash(index):', "if False:", DAMAGED),
+    ("the hash leaves out what the clips are", "data/encoded.py",
+     'if key != "hash"}', 'if key not in ("hash", "splits")}',
+     encoded("the_hash_is_that_of_the_content")),
+    ("an unfinished set passes", "data/encoded.py",
+     'if not index["complete"]:', "if False:", DAMAGED),
+    ("data of another VAE pass", "training/latents.py",
+     "if used.get(name, value) != value and", "if False and",
+     latents("data_of_other_weights_are_refused")),
+    ("a run goes on with other data", "training/loop.py",
+     'settings["data_hash"] = task.content_hash', "pass",
+     loop("a_run_does_not_go_on_with_other_data")),
+    ("latents that are not numbers pass", "data/encoded.py",
+     "not np.isfinite(value.astype(np.float32)).all()", "False", BROKEN),
+    ("infinite latents pass", "data/encoded.py",
+     "not np.isfinite(value.astype(np.float32)).all()",
+     "np.isnan(value.astype(np.float32)).any()", BROKEN),
+    ("features need not be as many as the frames", "data/encoded.py",
+     "if value is not None and len(value) != frames:", "if False:", BROKEN),
+    ("a folder without an index is opened", "data/encoded.py",
+     "if not (folder / INDEX).exists():", "if False:", latents("an_empty_folder_is_refused")),
+    ("a folder without clips is encoded", "training/encoding.py",
+     "if not splits:", "if False:", encoding("a_folder_without_clips_is_refused")),
+    ("a folder without videos is cut", "data/videos/clips.py",
+     "if not names:", "if False:", videos("a_folder_without_videos_is_refused")),
+    ("a mesh may leave devices over", "training/mesh.py",
+     "or len(devices) % (data * model):", "or False:", DIVIDE),
+    ("a mesh may take more devices than there are", "training/mesh.py",
+     "if data * model > len(devices) or len(devices) % (data * model):",
+     "if data * model <= len(devices) and len(devices) % (data * model):", DIVIDE),
+    ("clips need not divide by devices", "training/mesh.py",
+     "if clips is not None and clips % data:", "if False:", DIVIDE),
+    ("heads need not divide by devices", "training/mesh.py",
+     "if num_heads is not None and num_heads % model:", "if False:", DIVIDE),
+    ("a batch need not divide into its parts", "training/mesh.py",
+     "if batch_size is not None and batch_size % accumulate:", "if False:", DIVIDE),
+    ("an unknown size is taken for the tiny one", "configs/sizes.py",
+     "    if size not in sizes:", '    size = size if size in sizes else "tiny"\n    if False:',
+     sizes("an_unknown_size_names_the_nearest")),
+    ("an unknown setting is left out", "training/state.py",
+     "        if key not in known:", "        if key not in known:\n            continue\n"
+     "        if False:", (*loop("a_misspelt_setting_names_the_nearest"),
+                          *sizes("a_mistake_is_named"))),
+    ("an unknown choice is taken", "training/rollout.py",
+     "if getattr(self, name) not in choices:", "if False:",
+     rollout("settings_nobody_knows_are_named")),
+    ("a small batch is no reason to stop", "training/stages.py",
+     "if task.batch_size < _STABLE_BATCH and", "if False and",
+     sizes("large_networks_want_large_batches")),
+    ("a run goes on with other settings", "training/checkpoints.py",
+     "    if differences:", "    if False:",
+     loop("other_settings_are_refused_by_name_unless_forced")),
+))
+# fmt: on
