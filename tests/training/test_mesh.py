@@ -30,7 +30,8 @@ from tests import nano
 
 BATCH, GRID = 8, (2, 4)
 MODEL = nano.CONFIG.replace(framepack=False, num_layers=1, ring_blocks=2)
-ROLLOUT = RolloutConfig(sigmas=(1.0, 0.8, 0.0), shift_max=20)
+# Many steps, so that parts which drew exits of their own would hardly draw the same.
+ROLLOUT = RolloutConfig(sigmas=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.0), shift_max=20)
 SETTINGS = DistillConfig(batch_size=BATCH, latents=6, adapter_rank=2, adapter_alpha=4.0)
 # With a first moment, the state after a step shows the gradient as it is.
 LOOP = LoopConfig(num_steps=9, warmup_steps=0, betas=(0.5, 0.999), max_grad_norm=1e6)
