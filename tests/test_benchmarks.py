@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from benchmarks import audio_context, common, dit_step, live, long_stream, overlap, stream
+from benchmarks.gpu import small_128
+from configs.sizes import SMALL_MODEL
 from jax_avatar.models.dit import DiT
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.training.stages import read_sections
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,6 +179,19 @@ def test_scripts_for_a_gpu_are_shell_and_name_files_that_exist(script):
 
 
 @pytest.mark.slow
+def test_the_recipe_for_a_gpu_is_a_chain():
+    """Every stage starts from what an earlier one writes, with the same transformer."""
+    written, models = {f"{small_128.WORK}/{name}" for name in ("speech", "vae")}, set()
+    for stage in ("speech", "vae", "teacher", "diffusion_forcing", "dmd"):
+        sections, _ = read_sections(small_128.get_config(stage).to_dict())
+        if stage not in ("speech", "vae"):
+            folders = set(vars(sections["weights"]).values()) - {"", SMALL_MODEL}
+            assert folders <= written and len(folders) == 2
+            models.add(sections["model"].replace(unroll=1))
+        written.add(f"{small_128.WORK}/{stage}")
+    assert len(models) == 1
+
+
 def test_more_sound_around_a_block_brings_live_features_nearer(capsys):
     arguments = ["--seconds", "2.88", "--look-back", "0", "2", "--look-ahead", "0", "1"]
     record = audio_context.main([*arguments, "--repeats", "1"])

@@ -25,7 +25,8 @@ from jax_avatar.planning.hardware import Hardware
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
 from jax_avatar.planning.training import placed, training_devices
 from jax_avatar.streaming.model import _KINDS
-from jax_avatar.training.distillation import DistillConfig, Told, make_distiller
+from jax_avatar.training.distill_state import DistillConfig, Told
+from jax_avatar.training.distillation import make_distiller
 from jax_avatar.training.mesh import abstract_on
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.step import LoopConfig, on_mesh

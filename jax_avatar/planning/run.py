@@ -26,7 +26,8 @@ from jax_avatar.planning.training import still_clips
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.model import LIVE_AVATAR
 from jax_avatar.training.diffusion_forcing import ForcingTask
-from jax_avatar.training.distillation import Told, make_distiller
+from jax_avatar.training.distill_state import Told
+from jax_avatar.training.distillation import make_distiller
 from jax_avatar.training.model_folder import NETWORKS
 from jax_avatar.training.stages import read_sections
 from jax_avatar.training.state import start_state

@@ -37,9 +37,12 @@ class FrozenBase:
         if self._placed is None:
             # Kept, so it must be numbers, also when first asked for while something is traced.
             with jax.ensure_compile_time_eval():
-                self._placed = jax.tree.map(jnp.asarray, self._make(mesh))
-                if mesh is not None:
-                    self._placed = place_state(self._placed, mesh)
+                made = self._make(mesh)
+                # Host arrays go straight to their places: one device may be too small for all.
+                on_one = mesh is None
+                self._placed = (
+                    jax.tree.map(jnp.asarray, made) if on_one else place_state(made, mesh)
+                )
         return self._placed
 
     def on_host(self) -> PyTree:

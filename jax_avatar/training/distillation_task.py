@@ -21,7 +21,8 @@ from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.params import abstract, split
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.adapters import FrozenBase
-from jax_avatar.training.distillation import DistillConfig, Distiller, DistillState, Told
+from jax_avatar.training.distill_state import DistillConfig, DistillState, Told
+from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.latents import Clips
 from jax_avatar.training.model_folder import (
     NETWORKS,

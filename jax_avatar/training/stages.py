@@ -19,7 +19,7 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.light_vae import LightVAEConfig
 from jax_avatar.models.params import abstract
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
-from jax_avatar.training.distillation import DistillConfig
+from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
 from jax_avatar.training.encoders import Encoders
 from jax_avatar.training.encoding import EncodeConfig, encode_clips, encode_data

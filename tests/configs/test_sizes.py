@@ -55,6 +55,8 @@ def test_the_published_values_are_the_papers():
     assert (task.weight, task.sink, task.form) == ("uniform", "follow", "block_causal")
     assert (task.shift_max, task.reference_frames) == (1003, (22, 30))
     assert (task.audio_dropout, task.text_dropout) == (0.15, 0.1)
+    student = read_sections(get("dmd", "wan_s2v_14b"))[0]["task"]  # goes on with the adapter
+    assert task.adapter_fields == student.adapter_fields == {"rank": 128, "scaling": 0.5}
     sections, loop = read_sections(get("teacher", "wan_s2v_14b"))
     task = sections["task"]
     assert (loop.learning_rate, loop.betas, loop.warmup_steps) == (1e-4, (0.9, 0.95), 1000)
@@ -75,6 +77,8 @@ def test_an_unknown_size_names_the_nearest():
         ("task", "audio_dropot", 0.1, r"config\.task\.audio_dropot.*'audio_dropout'"),
         ("task", "audio_dropout", 2.0, r"task\.audio_dropout 2\.0 must be within 0\.\.1"),
         ("task", "form", "causal", r"task\.form 'causal' must be one of block_causal"),
+        ("task", "adapter_rank", 4, r"task\.adapter_rank=4 .*config\.weights\.start is empty"),
+        ("task", "adapter_rank", -1, r"task\.adapter_rank -1 must be 0 \(none\) or more"),
         ("task", "shift_max", 2040, r"task\.shift_max 2040 must be within 0\.\."),
         ("loop", "num_steps", 1.5, r"config\.loop\.num_steps: 1\.5 came, expected.*int"),
         ("weights", "strat", "", r"config\.weights\.strat.*'start'"),

@@ -4,6 +4,7 @@ from tests.planted.mistake import Mistake, tests_in
 
 __all__ = ["INPUTS"]
 
+adapters = tests_in("training/test_adapters")
 encoded = tests_in("data/test_encoded")
 encoding = tests_in("training/test_encoding")
 latents = tests_in("training/test_latents")
@@ -94,6 +95,11 @@ INPUTS = tuple(Mistake("input", *row) for row in (
     ("a small batch is no reason to stop", "training/stages.py",
      "if task.batch_size < _STABLE_BATCH and", "if False and",
      sizes("large_networks_want_large_batches")),
+    ("an adapter needs no weights to start from", "training/stages.py",
+     "if task.adapter_rank and not weights.start:", "if False:", sizes("a_mistake_is_named")),
+    ("an adapter may be scaled otherwise than it was trained", "training/model_folder.py",
+     'if stored["scaling"] != fields["scaling"]:', "if False:",
+     adapters("an_adapter_of_another_size_is_named")),
     ("a run goes on with other settings", "training/checkpoints.py",
      "    if differences:", "    if False:",
      loop("other_settings_are_refused_by_name_unless_forced")),

@@ -1,4 +1,5 @@
 import asyncio
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,20 +32,29 @@ def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=["1", "5"])
-def core(folder, request):
-    portrait = np.random.default_rng(0).uniform(-1, 1, (1, 1, 64, 64, 3)).astype(np.float32)
-    session = AvatarSession(load_model(folder), portrait, parse_layout(request.param, 4))
-    session.warm_up()
-    return session
-
-
 @pytest.fixture(scope="module")
-def alone(core):
+def sessions(folder):
+    """Layout -> a warm session, made once."""
+
+    @functools.cache
+    def warm(layout):
+        portrait = np.random.default_rng(0).uniform(-1, 1, (1, 1, 64, 64, 3)).astype(np.float32)
+        session = AvatarSession(load_model(folder), portrait, parse_layout(layout, 4))
+        session.warm_up()
+        return session
+
+    return warm
+
+
+@pytest.fixture(params=["1", "5"])
+def core(sessions, request):
+    return sessions(request.param)
+
+
+@pytest.fixture
+def alone(sessions):
     """The session on one device only."""
-    if not core.layout.is_sequential:
-        pytest.skip("tested on one device")
-    return core
+    return sessions("1")
 
 
 def live_on(core, **settings):

@@ -12,7 +12,7 @@ from jax_avatar.io.checkpoint import load_weights, save_orbax
 from jax_avatar.models.params import flatten
 from jax_avatar.streaming.model import load_model
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
-from jax_avatar.training.distillation import DistillConfig
+from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
 from jax_avatar.training.latents import random_clips
 from jax_avatar.training.loop import train

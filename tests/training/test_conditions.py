@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_avatar.training import distillation
-from jax_avatar.training.distillation import DistillConfig, Distiller, Told
-from jax_avatar.training.loop import LoopConfig
+from jax_avatar.training.distill_state import DistillConfig, Told
+from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.rollout import Generator, RolloutConfig
+from jax_avatar.training.step import LoopConfig
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False)

@@ -10,7 +10,8 @@ from jax_avatar.io.checkpoint import load_json, save_json
 from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.params import flatten
 from jax_avatar.streaming.model import load_model
-from jax_avatar.training.distillation import DistillConfig, Distiller, Told
+from jax_avatar.training.distill_state import DistillConfig, Told
+from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
 from jax_avatar.training.latents import random_clips
 from jax_avatar.training.loop import train

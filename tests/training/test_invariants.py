@@ -14,7 +14,8 @@ from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.params import merge
 from jax_avatar.training import distillation
 from jax_avatar.training import rollout as rollout_module
-from jax_avatar.training.distillation import DistillConfig, Distiller, Told
+from jax_avatar.training.distill_state import DistillConfig, Told
+from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.dmd import generator_gradient
 from jax_avatar.training.guards import judge
 from jax_avatar.training.rollout import Clip, Generator, RolloutConfig, draw, joined

@@ -9,7 +9,8 @@ import pytest
 import scipy.fft
 
 from jax_avatar.training import distillation
-from jax_avatar.training.distillation import DistillConfig, Distiller, Told
+from jax_avatar.training.distill_state import DistillConfig, Told
+from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.rollout import Generator, RolloutConfig, made_clips, roll_out
 from jax_avatar.training.step import LoopConfig
 from tests import nano

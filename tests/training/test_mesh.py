@@ -13,7 +13,8 @@ from jax_avatar.models import sharding
 from jax_avatar.models.lora import init_adapter
 from jax_avatar.training.accumulate import accumulated
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
-from jax_avatar.training.distillation import DistillConfig, Distiller, Told
+from jax_avatar.training.distill_state import DistillConfig, Told
+from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.latents import random_clips
 from jax_avatar.training.loop import train
 from jax_avatar.training.mesh import (

@@ -1,0 +1,121 @@
+"""Settings and state of distillation, and what its clips are told."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jax_avatar.shapes import PyTree
+from jax_avatar.training.adapters import AdapterConfig
+from jax_avatar.training.dmd import NORMALIZERS
+
+__all__ = ["DistillConfig", "DistillState", "Told"]
+
+_COUNTS = ("batch_size", "generator_every", "latents", "monitor_every", "max_critic_steps")
+
+
+@dataclass(frozen=True)
+class DistillConfig(AdapterConfig):
+    """Batches, scores and what is trained.
+
+    Attributes, with those of `AdapterConfig`:
+        batch_size: clips per update.
+        latents: latent frames per clip, whole blocks.
+        generator_every: steps per update of the generator; the critic learns in each.
+        critic_learning_rate: the generator's is the loop's.
+        guidance_scale: of the teacher, in the standard form: 1 is no guidance.
+        timestep_shift: of the scores' noise levels, toward noise.
+        sigma_bounds: they are clamped to these.
+        normalizer: "clip" or "block", see `generator_gradient`.
+        gradient_limit: largest element of the gradient.
+        clean_limit: updates on clips with larger values are skipped; well above the data's.
+        ema_start: step at which averaging starts; before, the average is the weights.
+        monitor_every: steps between reviews of the monitors.
+        max_critic_steps: most updates of the critic per step, reached by doubling while it lags
+            behind the generator; 1 for no more than one.
+    """
+
+    batch_size: int = 1
+    latents: int = 21
+    generator_every: int = 5
+    critic_learning_rate: float = 2e-6
+    guidance_scale: float = 4.0
+    timestep_shift: float = 5.0
+    sigma_bounds: Sequence[float] = (0.02, 0.98)
+    normalizer: str = "clip"
+    gradient_limit: float = 10.0
+    clean_limit: float = 20.0
+    ema_start: int = 200
+    monitor_every: int = 50
+    max_critic_steps: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "sigma_bounds", tuple(self.sigma_bounds))
+        if self.normalizer not in NORMALIZERS:
+            raise ValueError(
+                f"task.normalizer {self.normalizer!r} must be one of {', '.join(NORMALIZERS)}."
+            )
+        low, high = self.sigma_bounds
+        if not 0 < low < high < 1:
+            raise ValueError(
+                f"task.sigma_bounds {self.sigma_bounds} must rise within 0..1, both ends excluded."
+            )
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"task.{name} {getattr(self, name)} must be at least 1.")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DistillState:
+    """Everything that changes from step to step.
+
+    Attributes:
+        step: outer steps, each with one batch for the critic.
+        generator: weights or adapter, float32.
+        critic: likewise.
+        ema: average of the generator, used for evaluation and export.
+        ema_started: whether averaging has begun.
+        generator_optimiser: state of the optimiser.
+        critic_optimiser: likewise.
+        generator_updates: that were made.
+        critic_updates: that were made.
+        guard: updates that were not, since something was not finite or too large.
+        watch: what the monitors have summed up.
+    """
+
+    step: Any
+    generator: PyTree
+    critic: PyTree
+    ema: PyTree
+    ema_started: Any
+    generator_optimiser: PyTree
+    critic_optimiser: PyTree
+    generator_updates: Any
+    critic_updates: Any
+    guard: Any
+    watch: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Told:
+    """What clips are told, and what the teacher is told to be guided away from.
+
+    Attributes:
+        text: prompt states, `b p f`.
+        null_text: of the negative prompt.
+        reference: portraits' latents, `b 1 h w c`.
+        features: speech features, `b u T k a`; zeros in the null condition.
+        pose: pose latents of one latent frame, `b 1 h w c`.
+        row: number of each clip in the whole batch, `b`; with it goes the clip's chance.
+    """
+
+    text: Any
+    null_text: Any
+    reference: Any
+    features: Any
+    pose: Any
+    row: Any
