@@ -192,6 +192,7 @@ def test_the_recipe_for_a_gpu_is_a_chain():
     assert len(models) == 1
 
 
+@pytest.mark.slow
 def test_more_sound_around_a_block_brings_live_features_nearer(capsys):
     arguments = ["--seconds", "2.88", "--look-back", "0", "2", "--look-ahead", "0", "1"]
     record = audio_context.main([*arguments, "--repeats", "1"])
