@@ -68,6 +68,7 @@ def test_units_are_float32_curves_on_both_sides():
     assert np.any(units["jawOpen"] != plain["jawOpen"])
 
 
+@pytest.mark.slow
 def test_augmentation_moves_phones_with_the_sound():
     for seed in range(4):
         changed = speech.augment(

@@ -55,6 +55,7 @@ def test_every_layout_makes_the_same_latents(mesh, aas):
     np.testing.assert_allclose(run(pipelined(mesh, aas)), sequential(aas), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_survives_the_pipeline():
     config = CONFIG.replace(dtype="bfloat16")
     graphdef, params = make_dit(config)
