@@ -18,8 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.lora import adapter_leaves
-from jax_avatar.models.params import abstract, unflatten
+from jax_avatar.models.params import abstract
 from jax_avatar.planning.figures import DeviceUse, Figure, Needs
 from jax_avatar.planning.hardware import Hardware
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
@@ -61,8 +60,7 @@ def distillation_programs(
     base = abstract(lambda: build(config, rngs=nnx.Rngs(0)))[1]
     loop = LoopConfig(num_steps=1000, betas=(0.0, 0.999))
     distiller = make_distiller(build, config, rollout, settings, loop)
-    rank = settings.adapter_rank
-    trained = unflatten(adapter_leaves(base, rank)) if rank else base
+    trained = settings.trained(base)
     state = abstract_on(mesh, jax.eval_shape(distiller.start, trained, trained))
     base = abstract_on(mesh, base)
     key = placed(jax.random.key(0), NamedSharding(mesh, PartitionSpec()))

@@ -19,8 +19,7 @@ from jax_avatar.io.image import fit_size
 from jax_avatar.models.audio import SpeechEncoder
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.light_vae import LightVAE
-from jax_avatar.models.lora import adapter_leaves
-from jax_avatar.models.params import abstract, unflatten
+from jax_avatar.models.params import abstract
 from jax_avatar.planning.programs import Compiled, Program, compile_program
 from jax_avatar.planning.training import still_clips
 from jax_avatar.shapes import PyTree
@@ -129,7 +128,7 @@ class _Plan:
         self.kind = NETWORKS[kind]
         self.graphdef, self.network = abstract(lambda: self.kind(model, rngs=nnx.Rngs(0)))
         task, rank = sections["task"], sections["task"].adapter_rank
-        trained = unflatten(adapter_leaves(self.network, rank)) if rank else self.network
+        trained = task.trained(self.network)
         is_dmd = self.stage == "dmd"
         self.base = self.network if is_dmd or rank else None
         if self.base is not None:

@@ -14,8 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.lora import adapter_leaves
-from jax_avatar.models.params import abstract, unflatten
+from jax_avatar.models.params import abstract
 from jax_avatar.planning.figures import DeviceUse, Figure, Needs
 from jax_avatar.planning.hardware import Hardware, stand_ins
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
@@ -56,8 +55,9 @@ def training_program(
     task = ForcingTask(config, settings, clips, network=network)
     loop, rank = LoopConfig(num_steps=1000), settings.adapter_rank
     base = abstract(lambda: network(config, rngs=nnx.Rngs(0)))[1]
-    trained = unflatten(adapter_leaves(base, rank)) if rank else base
-    state = jax.eval_shape(lambda trained: start_state(trained, make_optimiser(loop)), trained)
+    state = jax.eval_shape(
+        lambda trained: start_state(trained, make_optimiser(loop)), settings.trained(base)
+    )
     state, base = abstract_on(mesh, state), abstract_on(mesh, base) if rank else None
     batch = placed(task.batches(0), NamedSharding(mesh, PartitionSpec("data")))
     key = placed(jax.random.key(0), NamedSharding(mesh, PartitionSpec()))

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.lora import add_adapter, with_adapter
+from jax_avatar.models.lora import adapter_leaves, add_adapter, with_adapter
+from jax_avatar.models.params import unflatten
 from jax_avatar.shapes import PyTree
 from jax_avatar.training.mesh import place_state
 
@@ -80,6 +81,11 @@ class AdapterConfig:
             return model
         fields = self.adapter_fields
         return model.replace(adapter_rank=fields["rank"], adapter_scaling=fields["scaling"])
+
+    def trained(self, base: PyTree) -> PyTree:
+        """Shapes of what is trained, from those of the base."""
+        rank = self.adapter_rank
+        return unflatten(adapter_leaves(base, rank)) if rank else base
 
     def bind(self, base: PyTree) -> Callable[[PyTree], PyTree]:
         """Returns `trained weights -> parameters of the transformer`; nothing is computed."""

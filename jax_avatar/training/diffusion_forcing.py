@@ -173,8 +173,10 @@ class ForcingTask:
             still_share=settings.still_share,
         )
         self.graphdef, self._shapes = abstract(lambda: network(model, rngs=nnx.Rngs(0)))
-        adapted = settings.adapted(model)
-        self._trained, _ = abstract(lambda: network(adapted, rngs=nnx.Rngs(0)))
+        self._trained = self.graphdef
+        if settings.adapter_rank:
+            adapted = settings.adapted(model)
+            self._trained, _ = abstract(lambda: network(adapted, rngs=nnx.Rngs(0)))
         self._base = FrozenBase(self._start_or_draw)
         self.reader = None
         if settings.mouth_probe_weight:
