@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
                 "aas_after_blocks": placeholder(int),
                 "sink_distance": placeholder(tuple),
                 "warmup_latents": placeholder(int),
+                "decode_latents": placeholder(int),
             },
             "in_flight": 2,
         }

@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, strict rank promotion, a persistent compilation cache."""
+"""Eight fake CPU devices, a quick compiler, strict rank promotion, a compilation cache on disk."""
 
 import os
 
@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
+# What is compiled here runs for a moment: most of the compiler's work would not pay.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_CACHE_DIR", ".jax_cache"))

@@ -182,7 +182,7 @@ def step_program(
 
 
 def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Device) -> Program:
-    """The decoding of one block in the middle of a stream.
+    """The decoding in the middle of a stream: of a block, or of as many latents as the model wants.
 
     Args:
         model: from `abstract_model`.
@@ -191,15 +191,15 @@ def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Devi
     """
     first, following = make_decode(model.vae.graphdef)
     latent = _latent(model, grid)
-    block = model.dit.config.frames_per_block
+    latents = model.settings.piece_latents(model.dit.config.frames_per_block)
     _, state = jax.eval_shape(first, model.vae.params, latent(1))
     place = SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        (model.vae.params, state, latent(block)),
+        (model.vae.params, state, latent(latents)),
     )
     held = {"VAE weights": arguments[0], "VAE state": arguments[1]}
-    return Program("VAE, decoding a block", following, arguments, device.platform, held)
+    return Program(f"VAE, decoding {latents} latents", following, arguments, device.platform, held)
 
 
 def compile_program(program: Program, *, stands_in: bool = False) -> Compiled:

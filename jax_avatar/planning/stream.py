@@ -217,8 +217,15 @@ def _arithmetic(
     if decode is not None:
         figures["decode_flop"] = Figure(decode, "computed")
     if "decode" in made and made["decode"].flops:
-        figures["decode_flop_counted"] = Figure(made["decode"].flops, "compiled")
+        flop = made["decode"].flops * _decodes(model)
+        figures["decode_flop_counted"] = Figure(flop, "compiled")
     return figures
+
+
+def _decodes(model: AbstractModel) -> int:
+    """Calls of the decoder for a block."""
+    block = model.dit.config.frames_per_block
+    return block // model.settings.piece_latents(block)
 
 
 def _bounds(model, grid, programs, held, figures, layout, hardware, dtype) -> dict[str, Figure]:
@@ -237,7 +244,7 @@ def _bounds(model, grid, programs, held, figures, layout, hardware, dtype) -> di
     step = max(compute, read / bandwidth)
     flop = figures.get("decode_flop_counted", figures.get("decode_flop", Figure(0.0, "computed")))
     vae = held["decode"]
-    moved = vae["VAE weights"].value + 2 * vae["VAE state"].value
+    moved = _decodes(model) * (vae["VAE weights"].value + 2 * vae["VAE state"].value)
     decode = max(flop.value / hardware.peak("bf16"), moved / bandwidth)
     tick = layout.steps_per_stage * step
     # Slices take turns with different blocks; the VAE's own slice works beside them.
@@ -250,7 +257,7 @@ def _bounds(model, grid, programs, held, figures, layout, hardware, dtype) -> di
         "decode_s": decode,
         "block_period_s": period,
         "fps": frames / period,
-        "first_frame_s": model.settings.num_steps * step + decode,
+        "first_frame_s": model.settings.num_steps * step + decode / _decodes(model),
     }
     return {name: Figure(value, "computed") for name, value in values.items()}
 

@@ -200,10 +200,10 @@ class LiveSession:
         self._ready: deque[_Piece] = deque()
         self._fetches: asyncio.Queue[float] = asyncio.Queue()
         self._events: list[Event] = []
-        self._fed = self._promised = self._fetched = 0  # blocks
-        self._steps: deque[float] = deque(maxlen=16)  # seconds, as `stats.step_s`
+        self._fed = self._promised = self._fetched = 0  # pieces
+        self._steps: deque[float] = deque(maxlen=16)  # seconds until a block's first piece came
         self._median_s = self._usually_s = 0.0  # of them
-        self._takeover: int | None = None  # block before which ready frames are dropped
+        self._takeover: int | None = None  # piece before which ready frames are dropped
         self._is_cleared = False  # the next block is the first after `clear`
         self._first_due: float | None = None  # when frame 0 was or would have been due
         self._text: Any = None
@@ -394,12 +394,13 @@ class LiveSession:
         self.stats.missing_s += spoken.missing / self._speech.sample_rate
         self._sound.append(spoken.samples)
         self._marks.append(spoken.marks)
-        self._fed += 1
+        self._fed += self.core.pieces_per_block
         return spoken.samples
 
     def _seconds_to_next(self) -> float:
         """How long the next block can wait; 0 or less if it cannot."""
-        if self._promised - self._fetched >= self.settings.in_flight:
+        under_way = self._promised - self._fetched
+        if under_way > (self.settings.in_flight - 1) * self.core.pieces_per_block:
             return 3600.0  # the fetcher signals
         if self._first_due is None:
             return 0.0 if self.ready_frames == 0 else 3600.0
@@ -410,7 +411,7 @@ class LiveSession:
         # Through a pipeline, what has taken over is hurried on by what follows it.
         if self._takeover is not None and self._takeover >= self._promised:
             return 0.0
-        coming = (self._promised - self._fetched) * self.core.block_frames
+        coming = under_way * self.core.piece_frames
         frames = self.stats.frames + self.ready_frames + coming
         runs_out = self._first_due + frames / self._fps
         return runs_out - self._reserve_s() - self._clock.now()
@@ -445,10 +446,13 @@ class LiveSession:
             frames = await loop.run_in_executor(self._fetching, self.core.fetch)
             if self._takeover is not None and self._fetched >= self._takeover:
                 self._take_over()
+            took = self._clock.now() - began
+            if self._fetched % self.core.pieces_per_block == 0:
+                self._steps.append(took)
+                self._median_s, self._usually_s = np.quantile(self._steps, (0.5, 0.9)).tolist()
             self._fetched += 1
-            self.stats.step_s = self._clock.now() - began
-            self._steps.append(self.stats.step_s)
-            self._median_s, self._usually_s = np.quantile(self._steps, (0.5, 0.9)).tolist()
+            if self._fetched % self.core.pieces_per_block == 0:
+                self.stats.step_s = took
             count = len(frames) * self._per_frame
             self._ready.append(_Piece(frames, self._sound.take(count), self._marks.take(count)))
             self._ready_signal.set()

@@ -79,6 +79,8 @@ class StreamSettings:
         pose: what the pose input carries: "zeros", or "reference", the portrait at every frame.
         motion: what the motion packer sees: "still", the portrait standing still, or "none".
         warmup_latents: latents of the still portrait decoded before the stream, and thrown away.
+        decode_latents: latents that are decoded at once; None decodes whole blocks. With fewer the
+            first frames of a block are there sooner, and more programs are started.
         portrait_error: reconstruction error (RMS, pixels in [-1, 1]) above which a portrait is
             unlike anything the model has seen; 0 never says so.
         audio_window: "rolling", audio is encoded block by block as it comes, or "whole", all of it
@@ -97,6 +99,7 @@ class StreamSettings:
     pose: str = "zeros"
     motion: str = "none"
     warmup_latents: int = 7
+    decode_latents: int | None = None
     portrait_error: float = 0.0
     audio_window: str = "rolling"
     speech_device: str = "host"
@@ -124,6 +127,19 @@ class StreamSettings:
     def num_steps(self) -> int:
         """Denoising steps."""
         return len(self.sigmas) - 1
+
+    def piece_latents(self, block: int) -> int:
+        """Latents decoded at once, of `block` latents that are denoised together.
+
+        Raises:
+            ValueError: they do not divide it.
+        """
+        latents = self.decode_latents or block
+        if latents < 1 or block % latents:
+            raise ValueError(
+                f"decode_latents {self.decode_latents} must divide the {block} latents of a block."
+            )
+        return latents
 
     def plan(self, seed: int) -> StreamPlan:
         """What the stream's sampler needs of these settings."""

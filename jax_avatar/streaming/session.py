@@ -4,7 +4,8 @@
     (host)                      (per block)                   (promises)       (fetched when ready)
 
 The loop never waits for the newest block: frames are fetched when they are ready, or when more
-blocks than `in_flight` are under way.
+blocks than `in_flight` are under way. They leave the VAE in pieces, as many latents at a time as
+the model's settings say.
 """
 
 import time
@@ -148,6 +149,8 @@ class AvatarSession:
         mesh, self._vae_device = make_mesh(layout, devices)
         self._in_flight = in_flight
         self.block_frames = 4 * dit.config.frames_per_block
+        self._piece_latents = settings.piece_latents(dit.config.frames_per_block)
+        self.piece_frames = 4 * self._piece_latents
         self.speech = model.speech.config
 
         self._vae_params = jax.device_put(model.vae.params, self._vae_device)
@@ -191,7 +194,7 @@ class AvatarSession:
         self._samples = SampleQueue()
         self._samples.append(np.zeros(DROPPED_FRAMES * self.speech.samples_per_frame, np.float32))
         self._speech_state = self._recording = None
-        self._blocks_in = self._blocks_decoded = self._blocks_out = 0
+        self._blocks_in = self._pieces_decoded = self._pieces_out = 0
         self._num_samples = 0
         self._frames_out = 0
         self._pending: deque = deque()
@@ -201,6 +204,11 @@ class AvatarSession:
     def frame_size(self) -> tuple[int, int]:
         """Pixel height and width."""
         return self._size[2], self._size[3]
+
+    @property
+    def pieces_per_block(self) -> int:
+        """Pieces in which the frames of a block leave the VAE."""
+        return self.block_frames // self.piece_frames
 
     def shared_model(self) -> AvatarModel:
         """The model with its weights where this session put them, for more of its kind."""
@@ -280,16 +288,16 @@ class AvatarSession:
             samples: as for `push`; `samples_wanted` of them make one block.
 
         Returns:
-            How many blocks of frames can be fetched from now on, in addition to those before.
+            How many pieces can be fetched from now on, in addition to those before.
         """
         self._hear(samples)
-        before = self._blocks_decoded
+        before = self._pieces_decoded
         while self._take_block():
             pass
-        return self._blocks_decoded - before
+        return self._pieces_decoded - before
 
     def fetch(self) -> UInt8[np.ndarray, "T H W 3"]:
-        """Waits for the oldest block of frames that `feed` has promised."""
+        """Waits for the oldest piece that `feed` has promised: `piece_frames`, the first fewer."""
         return self._next_frames()
 
     @property
@@ -393,14 +401,17 @@ class AvatarSession:
     def _decode_all(self, latents: list) -> None:
         for latent in latents:
             latent = jax.device_put(latent, self._vae_device)
-            frames, self._vae_state = self._decode(self._vae_params, self._vae_state, latent)
-            frames.copy_to_host_async()
-            self._pending.append(frames)
-            self._blocks_decoded += 1
+            for start in range(0, latent.shape[1], self._piece_latents):
+                piece = latent[:, start : start + self._piece_latents]
+                frames, self._vae_state = self._decode(self._vae_params, self._vae_state, piece)
+                frames.copy_to_host_async()
+                self._pending.append(frames)
+                self._pieces_decoded += 1
 
     def _collect(self, in_flight: int, wanted: int | None = None) -> Iterator[np.ndarray]:
         """Fetches finished frames; waits only while more than `in_flight` blocks are pending."""
-        while self._pending and (len(self._pending) > in_flight or self._pending[0].is_ready()):
+        pieces = in_flight * self.pieces_per_block
+        while self._pending and (len(self._pending) > pieces or self._pending[0].is_ready()):
             frames = self._next_frames()
             if wanted is not None:
                 frames = frames[: max(0, wanted - self._frames_out)]
@@ -409,14 +420,15 @@ class AvatarSession:
                 yield frames
 
     def _next_frames(self) -> np.ndarray:
-        """Waits for the oldest pending block."""
+        """Waits for the oldest pending piece."""
         frames = np.asarray(self._pending.popleft())[0]
         now = time.perf_counter()
         self.times.first_frame = self.times.first_frame or now
         self.times.last_frame = now
-        self.times.blocks.append(now - self._submitted.popleft())
-        self._blocks_out += 1
-        return frames[DROPPED_FRAMES:] if self._blocks_out == 1 else frames
+        self._pieces_out += 1
+        if self._pieces_out % self.pieces_per_block == 0:
+            self.times.blocks.append(now - self._submitted.popleft())
+        return frames[DROPPED_FRAMES:] if self._pieces_out == 1 else frames
 
     def _conditions(self, portrait: np.ndarray, text: Array | None) -> Conditions:
         """What the stream is told of a portrait and a prompt; keeps the still portrait's latents.

@@ -13,10 +13,8 @@ from tests.nano import save_model
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory):
-    jax.config.update("jax_disable_most_optimizations", True)
     folder = save_model(tmp_path_factory.mktemp("model"), sigmas=[1.0, 0.6, 0.0])
-    yield BatchStream(load_model(folder))
-    jax.config.update("jax_disable_most_optimizations", False)
+    return BatchStream(load_model(folder))
 
 
 def test_the_weights_of_the_moment_are_streamed_scored_and_shown(stream, tmp_path):

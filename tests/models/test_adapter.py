@@ -28,14 +28,6 @@ FORMS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """Little is computed, much is compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def adapter(fresh=False):
     made = init_adapter(nano.make_dit(PLAIN)[1], RANK, jax.random.key(3))
     return made if fresh else jax.tree.map(lambda leaf: leaf + 0.1, made)

@@ -1,5 +1,4 @@
 import itertools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,6 @@ NANO = WanVAEConfig(
 )
 
 
-# Every shape runs a few times only: compiling is what takes the time.
-fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @pytest.fixture(scope="module")
 def weights():
     graphdef, params = abstract(lambda: WanVAE(NANO, rngs=nnx.Rngs(0)))
@@ -46,7 +41,7 @@ def vae(weights):
     graphdef, params = weights
 
     def bind(method):
-        call = fast_jit(lambda params, *rest: getattr(merge(graphdef, params), method)(*rest))
+        call = jax.jit(lambda params, *rest: getattr(merge(graphdef, params), method)(*rest))
         return lambda *rest: call(params, *rest)
 
     names = ("encode", "encode_moments", "encode_first", "encode_next")
@@ -137,7 +132,7 @@ def test_latents_are_the_normalised_posterior_mean(vae, video):
 def test_bfloat16_stays_close_and_gives_float32(weights, vae, latent):
     half = NANO.replace(dtype=jnp.bfloat16)
     graphdef, _ = abstract(lambda: WanVAE(half, rngs=nnx.Rngs(0)))
-    decode = fast_jit(lambda params, z: merge(graphdef, params).decode_first(z))
+    decode = jax.jit(lambda params, z: merge(graphdef, params).decode_first(z))
     decoded, state = decode(weights[1], latent[:, :2])
     assert decoded.dtype == jnp.float32
     assert {buffer.dtype for buffer in state.buffers} == {jnp.dtype(jnp.bfloat16)}

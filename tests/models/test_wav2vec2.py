@@ -52,8 +52,7 @@ def jitted(model, method, **options):
     def call(state, *arguments):
         return getattr(nnx.merge(graphdef, state), method)(*arguments)
 
-    few = {"xla_backend_optimization_level": 0}
-    return functools.partial(jax.jit(call, compiler_options=few, **options), state)
+    return functools.partial(jax.jit(call, **options), state)
 
 
 def hidden_states(model, wave, padding=None):

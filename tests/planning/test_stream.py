@@ -126,6 +126,22 @@ def test_wider_slices_hold_less_each(nano):
     assert one["weights"] / 2 < two["weights"] < one["weights"]
 
 
+def test_decoding_latent_by_latent_holds_less_for_the_same_arithmetic(nano):
+    settings = dataclasses.replace(nano.settings, decode_latents=1)
+    layout = parse_layout("5", 4)
+
+    def plan(model):
+        needs = plan_stream(model, GRID, layout, HARDWARE["h200"], parts=("decode",))
+        return needs.devices[-1].bytes["temporaries"].value, needs.figures
+
+    (whole, by_block), (piece, by_latent) = map(
+        plan, (nano, dataclasses.replace(nano, settings=settings))
+    )
+    assert piece < whole / 2
+    flop = [f["decode_flop_counted"].value for f in (by_block, by_latent)]
+    np.testing.assert_allclose(*flop, rtol=0.05)
+
+
 def test_xla_counts_what_the_layers_have(nano):
     """Where every layer injects audio nothing is estimated: the count is that of all layers."""
     config = nano.dit.config.replace(num_layers=4, audio_inject_layers=(0, 1, 2, 3), unroll=4)

@@ -11,7 +11,8 @@ from jax_avatar.streaming.live import Clock, LiveSession, LiveSettings
 from jax_avatar.streaming.session import AvatarSession
 from tests.streaming.live import FPS, PER_FRAME, RATE
 
-BLOCK, DROPPED, LOOKAHEAD = 12, 3, 280  # frames, frames, samples: as the small model has them
+# As the small model has them: frames, frames, frames, samples, seconds of a piece after the first.
+BLOCK, PIECE, DROPPED, LOOKAHEAD, DECODE_S = 12, 4, 3, 280, 0.012
 
 
 class _Selector(selectors.DefaultSelector):
@@ -63,14 +64,14 @@ class _Worker(concurrent.futures.Executor):
 
 
 class _Core(AvatarSession):
-    """Hears blocks of sound and makes black frames."""
+    """Hears blocks of sound and makes black frames, a piece after the other."""
 
     def __init__(self):
         self.model = SimpleNamespace(
             name="none", settings=SimpleNamespace(fps=FPS, audio_window="rolling")
         )
         self.speech = SimpleNamespace(sample_rate=RATE, samples_per_frame=PER_FRAME)
-        self.block_frames, self.blocks, self.fetched = BLOCK, 0, 0
+        self.block_frames, self.piece_frames, self.blocks, self.fetched = BLOCK, PIECE, 0, 0
 
     @property
     def samples_wanted(self):
@@ -80,18 +81,18 @@ class _Core(AvatarSession):
     def feed(self, samples):
         assert len(samples) == self.samples_wanted
         self.blocks += 1
-        return 1
+        return BLOCK // PIECE
 
     def fetch(self):
         self.fetched += 1
-        return np.zeros((BLOCK - (DROPPED if self.fetched == 1 else 0), 2, 2, 3), np.uint8)
+        return np.zeros((PIECE - (DROPPED if self.fetched == 1 else 0), 2, 2, 3), np.uint8)
 
 
 def simulated_session(block_seconds, **settings):
-    """A session whose blocks take `block_seconds()` each."""
-    live = LiveSession(
-        _Core(), LiveSettings(**settings), dispatch=_Worker(), clock=SimulatedClock()
-    )
+    """A session that waits `block_seconds()` for the first piece of each block."""
+    core = _Core()
+    live = LiveSession(core, LiveSettings(**settings), dispatch=_Worker(), clock=SimulatedClock())
     live._fetching.shutdown()
-    live._fetching = _Worker(block_seconds)
+    is_first = lambda: core.fetched % core.pieces_per_block == 1  # noqa: E731
+    live._fetching = _Worker(lambda: block_seconds() if is_first() else DECODE_S)
     return live

@@ -29,7 +29,8 @@ def sequential(folder, portrait):
 
 @pytest.fixture(scope="module")
 def pipelined(folder, portrait):
-    return AvatarSession(load_model(folder), portrait, parse_layout("5", 4))
+    model = load_model(folder, decode_latents=1)
+    return AvatarSession(model, portrait, parse_layout("5", 4))
 
 
 def voice(seconds, seed=1):
@@ -109,8 +110,21 @@ def test_frames_come_while_audio_still_comes(pipelined):
     pipelined.reset()
     early = [len(part) for _ in range(8) for part in pipelined.push(voice(0.75))]
     assert sum(early) >= 9
-    assert len(pipelined._pending) <= 2
+    assert len(pipelined._pending) <= 2 * pipelined.pieces_per_block
     list(pipelined.finish())
+
+
+def test_frames_leave_latent_by_latent(sequential, pipelined):
+    pipelined.reset()
+    pieces = [*pipelined.push(voice(3.0)), *pipelined.finish()]
+    assert [len(piece) for piece in pieces] == [1, *[4] * 11, 3]
+    assert {len(part) for part in sequential.push(voice(3.0))} <= {9, 12}
+    assert len(pipelined.times.blocks) == 5 and min(pipelined.times.blocks) > 0
+
+
+def test_latents_decoded_at_once_divide_a_block(folder, portrait):
+    with pytest.raises(ValueError, match="decode_latents 2 must divide the 3 latents of a block"):
+        AvatarSession(load_model(folder, decode_latents=2), portrait, parse_layout("1", 4))
 
 
 def test_a_file_holds_picture_and_sound(sequential, tmp_path):

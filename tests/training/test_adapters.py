@@ -31,14 +31,6 @@ LOOP = LoopConfig(num_steps=2, learning_rate=1e-2, warmup_steps=0, log_every=1, 
 KEY = jax.random.key(11)
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """Little is computed, much is compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def clips():
     return random_clips(3, 7, (4, 4), 4, (2, 6))

@@ -46,14 +46,6 @@ def make_task(settings=SETTINGS, clips=None, network=PortraitDiT, **changes):
     return ForcingTask(model, settings, clips, network=network, pose="reference")
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """Little is computed, much is compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_clips(count=4, frames=9, seed=0):
     rng = np.random.default_rng(seed)
     reference = rng.standard_normal((count, 1, 4, 4, 4))

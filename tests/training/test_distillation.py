@@ -32,14 +32,6 @@ LOOP = LoopConfig(
 KEY = jax.random.key(11)
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """Little is computed, much is compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_told(seed=0, b=2, grid=(4, 4), config=MODEL):
     keys = jax.random.split(jax.random.key(seed), 3)
     reference = jax.random.normal(keys[0], (b, 1, *grid, 4))

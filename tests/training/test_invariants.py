@@ -29,14 +29,6 @@ SETTINGS = RolloutConfig(sigmas=(1.0, 0.9, 0.6, 0.0), shift_max=1000)
 FRAMES = MODEL.frames_per_block
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """Little is computed, much is compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def network(config=MODEL):
     return nano.make_dit(config)

@@ -44,13 +44,11 @@ EVERY = [*LAYOUTS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MOR
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    """Little is computed, much is compiled; every weight is cut, however small."""
+def every_weight_is_cut():
+    """However small it is."""
     small = sharding.SMALL
-    jax.config.update("jax_disable_most_optimizations", True)
     sharding.SMALL = 1
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     sharding.SMALL = small
 
 

@@ -29,14 +29,6 @@ SETTINGS = RolloutConfig(sigmas=(1.0, 0.9, 0.6, 0.0), shift_max=40)
 GRID = (4, 4)
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """Little is computed, much is compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_clip(seed=0, blocks=BLOCKS, config=MODEL):
     keys = jax.random.split(jax.random.key(seed), 4)
     audio = (1, 1, 12 * blocks, config.audio_layers, config.audio_width)

@@ -3,7 +3,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 from tests import nano
@@ -12,14 +11,6 @@ MODEL = nano.CONFIG.replace(framepack=False, num_layers=1)
 KEYS = jax.random.split(jax.random.key(4), 2)
 REFERENCE = jax.random.normal(KEYS[0], (2, 1, 4, 4, 4))
 FEATURES = jax.random.normal(KEYS[1], (2, 1, 24, 2, 6))
-
-
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """Little is computed, much is compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
