@@ -94,9 +94,9 @@ def stream_device(stream: SequentialStream) -> jax.Device:
 
 def time_vae(model, session, repeats: int) -> dict:
     """A block's latents -> pixels on the host."""
-    vae, frames = model.vae, model.dit.config.frames_per_block
+    vae, pieces = model.vae, session.pieces_per_block
     params = jax.tree.map(jnp.asarray, vae.params)
-    latent = jnp.repeat(jnp.asarray(session.reference), frames, 1)
+    latent = jnp.repeat(jnp.asarray(session.reference), session.piece_frames // 4, 1)
     first = jax.jit(lambda p, x: merge(vae.graphdef, p).decode_first(x))
 
     @jax.jit
@@ -106,7 +106,7 @@ def time_vae(model, session, repeats: int) -> dict:
         return pixels.astype(jnp.uint8), state
 
     _, state = first(params, latent[:, :1])
-    call = lambda: np.asarray(decode(params, state, latent)[0])  # noqa: E731
+    call = lambda: [np.asarray(decode(params, state, latent)[0]) for _ in range(pieces)]  # noqa: E731
     call()
     return quantiles(measure(call, repeats))
 
@@ -175,7 +175,7 @@ def time_stream(session, voice: np.ndarray, seconds: float, progress: bool = Tru
         "audio_before_first_frame_s": round((heard or given) / rate, 3),
         "dispatch": quantiles(dispatches),
         "push": quantiles(pushes),
-        "between_blocks": quantiles(tick),
+        "between_pieces": quantiles(tick),
         "block_latency": quantiles(list(times.blocks)),
     }
 
