@@ -148,6 +148,8 @@ def _of_type(kind: Any, value: Any, name: str) -> Any:
         return float(value)
     if kind is int and is_number and float(value).is_integer():
         return int(value)
+    if kind is str and type(value) is int:  # --config.loop.mesh=2
+        return str(value)
     raise ValueError(f"{name}: {value!r} came, expected a value of type {kind.__name__}.")
 
 
