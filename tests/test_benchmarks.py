@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import audio_context, common, dit_step, live, long_stream, overlap, stream
+from benchmarks import audio_context, common, curves, dit_step, live, long_stream, overlap, stream
 from benchmarks.gpu import small_128
 from configs.sizes import SMALL_MODEL
 from jax_avatar.models.dit import DiT
@@ -62,6 +62,17 @@ def test_a_record_names_its_surroundings_and_is_one_line(tmp_path, capsys):
     assert record["cpus"] >= 1 and record["device"] and record["command"]
     assert {"jax", "flax", "python"} <= set(record["versions"])
     assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{12}\+?", record["commit"])
+
+
+def test_curves_of_a_run_are_drawn_from_its_log(tmp_path):
+    lines = [{"step": n, "loss": 1 / n} | ({"eval/lip_r": 0.5} if n == 4 else {}) for n in (2, 4)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert curves.series(curves.read_metrics(tmp_path), "loss") == ([2, 4], [0.5, 0.25])
+    assert curves.series(lines, "eval/lip_r") == ([4], [0.5])
+    curves.main([str(tmp_path), str(tmp_path / "metrics.jsonl"), "--out", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(FileNotFoundError, match="holds no metrics"):
+        curves.read_metrics(tmp_path / "nothing")
 
 
 def test_missing_weights_are_named(tmp_path):

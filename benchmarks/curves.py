@@ -1,0 +1,85 @@
+"""Training curves of runs side by side, from their `metrics.jsonl`.
+
+pip install ".[curves]"
+python benchmarks/curves.py runs/teacher runs/diffusion_forcing runs/dmd --out curves.png
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+
+PANELS = {
+    "losses": ("loss", "flow", "probe", "dmd_loss"),
+    "errors and monitors": ("mouth_error", "mouth_error_high", "monitor/gap", "monitor/motion"),
+    "sampled, held-out people": ("eval/lip_r", "eval/lip_amplitude", "eval/motion"),
+}
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="workdirs, or their metrics.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="picture to write")
+    return parser.parse_args(argv)
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's log.
+
+    Raises:
+        FileNotFoundError: there is no log, or it is empty.
+    """
+    path = run / "metrics.jsonl" if run.is_dir() else run
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if not lines:
+        raise FileNotFoundError(f"{run} holds no metrics.jsonl with lines; name a run's workdir.")
+    return [json.loads(line) for line in lines]
+
+
+def series(lines: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
+    """Steps at which a metric was written, and its values."""
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def draw(runs: Sequence[Path], out: Path) -> None:
+    """A column for each run, a row for each kind of metric."""
+    logs = [read_metrics(run) for run in runs]
+    size = (3.6 * len(runs), 2.2 * len(PANELS))
+    figure, axes = pyplot.subplots(
+        len(PANELS), len(runs), figsize=size, squeeze=False, sharex="col", layout="constrained"
+    )
+    for column, (run, lines) in enumerate(zip(runs, logs, strict=True)):
+        axes[0][column].set_title(run.name if run.is_dir() else run.stem)
+        axes[-1][column].set_xlabel("step")
+        for row, (title, names) in enumerate(PANELS.items()):
+            panel = axes[row][column]
+            for name in names:
+                steps, values = series(lines, name)
+                if steps:
+                    few = "o" if len(steps) < 8 else ""
+                    label = name.rpartition("/")[2].replace("_", " ")
+                    panel.plot(steps, values, marker=few, label=label, linewidth=1)
+            if panel.lines:
+                panel.legend(fontsize=7)
+            panel.margins(y=0.1)
+            panel.set_ylim(bottom=0)
+            if column == 0:
+                panel.set_ylabel(title)
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv=None) -> None:
+    arguments = parse_arguments(argv)
+    draw(arguments.runs, arguments.out)
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
