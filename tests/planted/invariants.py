@@ -83,7 +83,7 @@ INVARIANTS = (
             "guided = guide(cond, null_velocity, settings.guidance_scale)", "guided = cond",
             distillation("fresh_adapters_agree_with_the_teacher_only_without_guidance[4.0]")),
     Mistake(4, "the null condition hears the speech", "training/distillation.py",
-            "features=jnp.zeros_like(told.features)", "features=told.features",
+            "features=silence", "features=told.features",
             conditions("the_teacher_is_guided_away_from_silence_and_the_negative_prompt")),
     Mistake(4, "the null condition lacks the portrait", "training/distillation.py",
             "told, text=told.null_text,",
