@@ -1,7 +1,9 @@
 """Training curves of runs side by side, from their `metrics.jsonl`.
 
-pip install ".[curves]"
-python benchmarks/curves.py runs/teacher runs/diffusion_forcing runs/dmd --out curves.png
+    pip install ".[curves]"
+    python benchmarks/curves.py runs/teacher runs/diffusion_forcing runs/dmd --out curves.png
+
+A column for each run, a row for each kind of metric.
 """
 
 import argparse
@@ -48,7 +50,7 @@ def series(lines: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def draw(runs: Sequence[Path], out: Path) -> None:
-    """A column for each run, a row for each kind of metric."""
+    """Writes the picture."""
     logs = [read_metrics(run) for run in runs]
     size = (3.6 * len(runs), 2.2 * len(PANELS))
     figure, axes = pyplot.subplots(

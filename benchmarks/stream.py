@@ -37,7 +37,7 @@ from jax_avatar.models.params import merge
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import SMALL
 from jax_avatar.streaming.sampler import SequentialStream
-from jax_avatar.streaming.session import AvatarSession, num_slices
+from jax_avatar.streaming.session import AvatarSession, make_decode, num_slices
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -97,16 +97,15 @@ def time_vae(model, session, repeats: int) -> dict:
     vae, pieces = model.vae, session.pieces_per_block
     params = jax.tree.map(jnp.asarray, vae.params)
     latent = jnp.repeat(jnp.asarray(session.reference), session.piece_frames // 4, 1)
-    first = jax.jit(lambda p, x: merge(vae.graphdef, p).decode_first(x))
-
-    @jax.jit
-    def decode(params, state, latent):
-        video, state = merge(vae.graphdef, params).decode_next(state, latent)
-        pixels = jnp.round((jnp.clip(video.astype(jnp.float32), -1, 1) + 1) * 127.5)
-        return pixels.astype(jnp.uint8), state
-
+    first, following = make_decode(vae.graphdef)
     _, state = first(params, latent[:, :1])
-    call = lambda: [np.asarray(decode(params, state, latent)[0]) for _ in range(pieces)]  # noqa: E731
+
+    def call():
+        nonlocal state
+        for _ in range(pieces):
+            pixels, state = following(params, state, latent)
+            np.asarray(pixels)
+
     call()
     return quantiles(measure(call, repeats))
 

@@ -124,7 +124,8 @@ def test_the_average_follows_the_weights_at_first(tmp_path):
 def test_a_misspelt_setting_names_the_nearest():
     with pytest.raises(ValueError, match=r"config\.loop\.learning_rte.*'learning_rate'"):
         build_section(LoopConfig, {"num_steps": 3, "learning_rte": 1.0}, "loop")
-    assert (
-        build_section(LoopConfig, {"num_steps": 3, "warmup_steps": 0, "mesh": 2}, "loop").mesh
-        == "2"
-    )
+
+
+def test_a_number_may_stand_where_a_text_is_expected():
+    values = {"num_steps": 3, "warmup_steps": 0, "mesh": 2}
+    assert build_section(LoopConfig, values, "loop").mesh == "2"
