@@ -1,7 +1,7 @@
 """Sizes that the stages of training share, and how a config file chooses one.
 
 `tiny` runs from nothing on a laptop CPU in a minute or two, on drawn faces; its result talks to
-nobody. `small` is the model that ships. `wan_s2v_14b` has the paper's values.
+nobody. `small` is the recipe of the model that ships. `wan_s2v_14b` has the paper's values.
 """
 
 import difflib
@@ -34,7 +34,7 @@ def weights(model: str, **folders: str) -> dict:
 
 
 def tiny_dit() -> dict:
-    """A transformer of 0.3 million weights."""
+    """A transformer of 0.15 million weights."""
     return {
         **small_dit(),
         "width": 48,

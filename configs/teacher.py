@@ -3,8 +3,9 @@
     python launch/train.py --config=configs/teacher.py --workdir runs/teacher
     python launch/evaluate.py --checkpoint runs/teacher --sampler teacher --steps 40 --guidance 4
 
-Only where no teacher of the size exists; the 14B model is distilled from Wan2.2-S2V. `small` takes
-two CPU cores about an hour.
+Only where no teacher of the size exists; the 14B model is distilled from Wan2.2-S2V. `small` is
+the recipe of the model that ships (docs/small_model.md) and takes one CPU core 43 minutes;
+`--config.weights.start= --config.loop.num_steps=4000` begins with random weights instead.
 """
 
 from ml_collections import ConfigDict
@@ -32,6 +33,7 @@ def _tiny() -> dict:
         **_small(),
         "data": "",
         "latents": "",
+        "weights": weights(SMALL_MODEL),
         "model": tiny_dit(),
         "task": {**_clips(), "batch_size": 2, "latents": 9, "weight": "clean"},
         "sampler": {"num_steps": 4, "guidance": 4.0},
@@ -47,7 +49,7 @@ def _small() -> dict:
     return {
         "data": "data/people",
         "latents": "data/latents",
-        "weights": weights(SMALL_MODEL),
+        "weights": weights(SMALL_MODEL, start=SMALL_MODEL),
         "model": small_dit(),
         "task": {
             **_clips(),
@@ -63,10 +65,10 @@ def _small() -> dict:
         },
         "sampler": {"num_steps": 40, "guidance": 4.0},
         "loop": {
-            **adam(4000, 1e-3, 200, betas=[0.9, 0.95], ema_decay=0.999),
+            **adam(1500, 7e-4, 100, betas=[0.9, 0.95], ema_decay=0.999),
             "final_learning_rate": 0.05,
             "log_every": 20,
-            "evaluate_every": 1000,
+            "evaluate_every": 500,
             "checkpoint_every": 200,
         },
     }

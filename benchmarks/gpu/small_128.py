@@ -33,7 +33,9 @@ def get_config(stage: str = "dmd") -> ConfigDict:
         return config
     config.data = f"{WORK}/people"
     if stage == "vae":
-        config.task.update(batch_size=16, frames=25)
+        config.task.update(
+            batch_size=16, frames=25, square_weight=4.0, gradient_weight=0.5, motion_weight=2.0
+        )
         config.loop.update(
             num_steps=15_000, learning_rate=1e-3, warmup_steps=300, ema_decay=0.999,
             checkpoint_every=1000,
@@ -47,8 +49,8 @@ def get_config(stage: str = "dmd") -> ConfigDict:
         config.weights = {"model": f"{WORK}/diffusion_forcing", "teacher": f"{WORK}/teacher"}
         config.weights.student = f"{WORK}/diffusion_forcing"
         # As the student that ships, with the clips per update that one could not afford.
-        config.task.update(batch_size=32, guidance_scale=1.5, critic_learning_rate=4e-5)
-        config.loop.update(num_steps=1000, learning_rate=1.5e-5, evaluate_every=200)
+        config.task.update(batch_size=32, ema_start=200)
+        config.loop.update(num_steps=1000, warmup_steps=20, ema_decay=0.99, evaluate_every=200)
         return config
     start = f"{WORK}/teacher" if stage == "diffusion_forcing" else ""
     config.weights.update(speech=f"{WORK}/speech", vae=f"{WORK}/vae", start=start)
