@@ -38,10 +38,11 @@ FORCE = flags.DEFINE_bool("force", False, "resume although the settings differ")
 def evaluation_of(task, settings):
     """Streams held-out clips; set up when first needed, since fitting its probe takes a minute."""
     from jax_avatar.evaluation.in_training import make_evaluation
+    from jax_avatar.training.evaluation import AverageEvaluation
 
     folder = Path(WORKDIR.value) / "samples"
     ready = functools.cache(lambda: make_evaluation(settings, task, folder))
-    return lambda weights, step: ready()(task.whole(weights), step)
+    return AverageEvaluation(lambda weights, step: ready()(task.whole(weights), step))
 
 
 def check_workdir() -> None:
@@ -72,9 +73,14 @@ def run(overrides: dict[str, str]) -> None:
         return
     check_workdir()
     task = build_task()
-    if loop.evaluate_every and hasattr(task, "whole"):
-        task.evaluate = evaluation_of(task, settings)
-    state = train(task, loop, WORKDIR.value, settings=settings, force=FORCE.value)
+    state = train(
+        task,
+        loop,
+        WORKDIR.value,
+        evaluations=[evaluation_of(task, settings)] if hasattr(task, "whole") else [],
+        settings=settings,
+        force=FORCE.value,
+    )
     print(f"{WORKDIR.value}: step {int(state.step)} of {loop.num_steps}")
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run: what is kept, whether it fits, going on from it and going back to it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,71 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as managers
 
+from jax_avatar.io.checkpoint import load_json, save_json
 from jax_avatar.shapes import PyTree
 from jax_avatar.training.guards import TooManySkips, rolled_back
 from jax_avatar.training.journal import Journal, warn
 from jax_avatar.training.mesh import abstract_on, place_state
 from jax_avatar.training.state import TrainState, config_differences
 
-__all__ = ["check_settings", "open_manager", "restore", "restore_or_start", "roll_back", "save"]
+__all__ = [
+    "GoodSteps",
+    "check_settings",
+    "open_manager",
+    "restore",
+    "restore_or_start",
+    "roll_back",
+    "save",
+]
 
 _ITEMS = ("state", "settings", "pending")
 
 
-def open_manager(workdir: Path, *, keep: int, keep_every: int) -> ocp.CheckpointManager:
+class GoodSteps:
+    """Steps whose checkpoints a run in trouble may go back to, kept in `good_steps.json`.
+
+    A checkpoint is written before the evaluation that it has to pass, so its own metadata cannot
+    say that it is good.
+    """
+
+    def __init__(self, workdir: Path):
+        """Reads what an earlier part of the run has noted."""
+        self._path = Path(workdir) / "good_steps.json"
+        self._steps = set(load_json(self._path)["steps"]) if self._path.exists() else set()
+
+    def add(self, step: int) -> None:
+        """Notes a step; every host does."""
+        self._write(self._steps | {step})
+
+    def last(self, steps: Iterable[int]) -> int | None:
+        """The last good one of some steps, None if none of them is."""
+        return max(self._steps.intersection(steps), default=None)
+
+    def forget_after(self, step: int) -> None:
+        """Leaves the steps up to this one."""
+        self._write({good for good in self._steps if good <= step})
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which checkpoints to keep: the last good one."""
+        del context
+        last = self.last(checkpoint.step for checkpoint in checkpoints)
+        return [checkpoint.step == last for checkpoint in checkpoints]
+
+    def _write(self, steps: set[int]) -> None:
+        self._steps = steps
+        if jax.process_index() == 0:
+            save_json(self._path, {"steps": sorted(steps)})
+
+
+def open_manager(
+    workdir: Path, good: GoodSteps, *, keep: int, keep_every: int
+) -> ocp.CheckpointManager:
     """Checkpoints in `workdir`: keeps the latest, those of round steps, and the last good one."""
-
-    def goodness(metrics):
-        return metrics["good"]
-
-    policies = [managers.LatestN(keep), managers.BestN(get_metric_fn=goodness, n=1)]
+    policies = [managers.LatestN(keep), good]
     if keep_every:
         policies.append(managers.EveryNSteps(keep_every))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(policies),
-        best_fn=goodness,
         enable_async_checkpointing=True,
     )
     return ocp.CheckpointManager(workdir / "checkpoints", item_names=_ITEMS, options=options)
@@ -45,8 +87,6 @@ def save(
     state: PyTree,
     settings: Mapping[str, Any],
     pending: list[Mapping[str, Any]],
-    *,
-    is_good: bool,
 ) -> None:
     """Begins to write a checkpoint, unless there is one of this step.
 
@@ -56,7 +96,6 @@ def save(
         state: after it.
         settings: of the run.
         pending: metrics of steps that were not logged yet.
-        is_good: whether a run in trouble may go back to it.
     """
     if manager.latest_step() == step:
         return
@@ -68,7 +107,6 @@ def save(
             settings=ocp.args.JsonSave(settings),
             pending=ocp.args.JsonSave({"rows": rows}),
         ),
-        metrics={"good": step if is_good else -1},
     )
 
 
@@ -92,6 +130,7 @@ def restore_or_start(
 
 def roll_back(
     manager: ocp.CheckpointManager,
+    good: GoodSteps,
     start: Callable[[], PyTree],
     mesh: Mesh,
     journal: Journal,
@@ -99,14 +138,15 @@ def roll_back(
 ) -> tuple[PyTree, list]:
     """The last good checkpoint, or the start, with half the learning rates and other chance."""
     manager.wait_until_finished()
-    good = max((manager.metrics(step)["good"] for step in manager.all_steps()), default=-1)
+    last = good.last(manager.all_steps())
     for step in manager.all_steps():
-        if step > good:
+        if last is None or step > last:
             manager.delete(step)
-    state, pending = restore_or_start(manager, start, None if good < 0 else good, mesh)
+    good.forget_after(last or 0)
+    state, pending = restore_or_start(manager, start, last, mesh)
     rollbacks = trouble.rollbacks + 1
-    journal.turn_back(max(good, 0), rollbacks)
-    warn(f"{trouble}; back to step {max(good, 0)} with half the learning rates")
+    journal.turn_back(last or 0, rollbacks)
+    warn(f"{trouble}; back to step {last or 0} with half the learning rates")
     state = dataclasses.replace(state, guard=rolled_back(state.guard, rollbacks))
     # On the mesh throughout, or the step would be compiled, and might round, differently.
     return place_state(state, mesh), pending

@@ -98,6 +98,11 @@ class DistillState:
     guard: Any
     watch: Any
 
+    @property
+    def params(self) -> PyTree:
+        """What `ema` is the average of."""
+        return self.generator
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

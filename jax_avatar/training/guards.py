@@ -165,9 +165,9 @@ def check_skips(rows: Iterable[Mapping[str, Any]], step: int) -> None:
         raise TooManySkips(message, rollbacks)
 
 
-def is_passed(scores: Mapping[str, float] | None) -> bool:
-    """Whether an evaluation was made and all of its scores are finite."""
-    return scores is not None and all(math.isfinite(score) for score in scores.values())
+def is_passed(scores: Mapping[str, float]) -> bool:
+    """Whether all scores of an evaluation are finite."""
+    return all(math.isfinite(score) for score in scores.values())
 
 
 def rolled_back(guard: Guard, rollbacks: int) -> Guard:

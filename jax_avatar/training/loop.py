@@ -12,7 +12,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +24,17 @@ from tqdm import tqdm
 
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.checkpoints import (
+    GoodSteps,
     check_settings,
     open_manager,
     restore_or_start,
     roll_back,
     save,
 )
+from jax_avatar.training.evaluation import Evaluation, try_out
 from jax_avatar.training.guards import TooManySkips, check_skips, is_passed
 from jax_avatar.training.journal import Journal, NoJournal, mean_of
-from jax_avatar.training.mesh import fetched, gathered_values, local_rows, place_batch, shared
+from jax_avatar.training.mesh import fetched, gathered_values, local_rows, place_batch
 from jax_avatar.training.state import start_state
 from jax_avatar.training.step import (
     Batch,
@@ -53,6 +55,7 @@ def train(
     config: LoopConfig,
     workdir: str | Path,
     *,
+    evaluations: Sequence[Evaluation] = (),
     settings: Mapping[str, Any] | None = None,
     force: bool = False,
     progress: bool = True,
@@ -65,6 +68,7 @@ def train(
         task: the stage to train.
         config: optimiser and bookkeeping.
         workdir: folder for checkpoints, `metrics.jsonl`, TensorBoard events, exported weights.
+        evaluations: made every `evaluate_every` steps, with those of the task.
         settings: the run's whole config as plain values. It is stored, and a run that resumes
             with other settings is refused.
         force: resume although the settings differ.
@@ -74,8 +78,8 @@ def train(
         The last state, a `TrainState` or the task's own.
 
     Raises:
-        ValueError: the checkpoint was made with other settings, or too many steps were skipped
-            although the run went back twice.
+        ValueError: the checkpoint was made with other settings, an evaluation cannot be made, or
+            too many steps were skipped although the run went back twice.
     """
     workdir = Path(workdir).resolve()
     mesh = mesh_of(task, config)
@@ -84,20 +88,27 @@ def train(
         settings["data_hash"] = task.content_hash  # other data, another run
     settings = json.loads(json.dumps(settings))
     root, init_key = jax.random.split(jax.random.key(config.seed))
-    with open_manager(workdir, keep=config.keep, keep_every=config.keep_every) as manager:
+    good = GoodSteps(workdir)
+    with open_manager(workdir, good, keep=config.keep, keep_every=config.keep_every) as manager:
         check_settings(manager, settings, force=force)
         start, step_fn = lambda: _start(task, config, init_key), make_step(task, config, mesh)
         state, pending = restore_or_start(manager, start, manager.latest_step(), mesh)
+        evaluations = _evaluations(task, config, mesh, evaluations)
+        if int(state.step) < config.num_steps:
+            try_out(evaluations, state)
         try:
             make_journal = Journal if jax.process_index() == 0 else NoJournal
             with make_journal(workdir, int(state.step)) as journal, _until_interrupted() as is_over:
-                run = _Run(task, config, mesh, step_fn, root, manager, settings, journal, is_over)
+                run = _Run(
+                    *(task, config, mesh, step_fn, root, evaluations),
+                    *(manager, good, settings, journal, is_over),
+                )
                 while True:
                     try:
                         state = run.on(state, pending, progress)
                         break
                     except TooManySkips as trouble:
-                        state, pending = roll_back(manager, start, mesh, journal, trouble)
+                        state, pending = roll_back(manager, good, start, mesh, journal, trouble)
         finally:
             manager.wait_until_finished()
     if int(state.step) >= config.num_steps and hasattr(task, "export"):
@@ -122,7 +133,9 @@ class _Run:
     mesh: Mesh
     step_fn: Step
     root: Array
+    evaluations: Sequence[Evaluation]
     manager: Any
+    good: GoodSteps
     settings: Mapping[str, Any]
     journal: Journal | NoJournal
     is_over: Callable[[], bool]
@@ -144,8 +157,9 @@ class _Run:
                 step += 1
                 pending.append(metrics)
                 bar.update()
-                is_last, scores = step == config.num_steps, None
-                is_saved = step % config.checkpoint_every == 0 or is_last
+                is_last = step == config.num_steps
+                is_evaluated = bool(self.evaluations) and step % config.evaluate_every == 0
+                is_saved = step % config.checkpoint_every == 0 or is_last or is_evaluated
                 if is_logged := step % config.log_every == 0 or is_last:
                     values = mean_of(pending)
                     values["steps_per_s"] = (step - first) / (time.monotonic() - started)
@@ -155,21 +169,29 @@ class _Run:
                     check_skips(jax.device_get(pending), step)
                 if is_logged:
                     pending = []
-                if config.evaluate_every and step % config.evaluate_every == 0:
-                    scores = _evaluated(task, state.ema, step)
-                    journal.write(step, {f"eval/{k}": v for k, v in scores.items()})
-                if is_saved or is_passed(scores):
-                    is_good = not config.evaluate_every or is_passed(scores)
-                    is_good = is_good and not metrics["recent_skips"]
-                    save(self.manager, step, state, self.settings, pending, is_good=is_good)
+                if is_saved:
+                    save(self.manager, step, state, self.settings, pending)
+                # An evaluation that fails or is killed must cost no step.
+                has_passed = not self.evaluations or (is_evaluated and self._evaluate(state, step))
+                if is_saved and has_passed and not metrics["recent_skips"]:
+                    self.good.add(step)
                 minutes = (time.monotonic() - started) / 60
                 is_late = 0 < config.max_minutes < minutes
                 if _anywhere(is_late or self.is_over()):
                     break
         finally:
             bar.close()
-        save(self.manager, int(state.step), state, self.settings, pending, is_good=False)
+        save(self.manager, int(state.step), state, self.settings, pending)
         return state
+
+    def _evaluate(self, state: PyTree, step: int) -> bool:
+        """Logs the scores of all evaluations; returns whether all are finite."""
+        self.manager.wait_until_finished()
+        scores = {}
+        for evaluation in self.evaluations:
+            scores |= evaluation(state, step)
+        self.journal.write(step, {f"eval/{name}": value for name, value in scores.items()})
+        return is_passed(scores)
 
 
 @contextlib.contextmanager
@@ -196,12 +218,14 @@ def _until_interrupted() -> Iterator[Callable[[], bool]]:
             signal.signal(signal_number, handler)
 
 
-def _evaluated(task, weights, step):
-    """Scores, on every host those of the first."""
-    if jax.process_count() == 1:
-        return task.evaluate(weights, step)
-    weights = fetched(weights)
-    return shared(task.evaluate(weights, step) if jax.process_index() == 0 else None)
+def _evaluations(
+    task: Task | OwnStepTask, config: LoopConfig, mesh: Mesh, more: Sequence[Evaluation]
+) -> list[Evaluation]:
+    """Those of the task, then the others; none where none are asked for."""
+    if not config.evaluate_every:
+        return []
+    own = task.evaluations(config, mesh) if hasattr(task, "evaluations") else ()
+    return [*own, *more]
 
 
 def _anywhere(flag: bool) -> bool:

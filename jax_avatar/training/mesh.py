@@ -8,7 +8,7 @@ Weights, optimiser and average are spread by `models.sharding`, batches by their
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ __all__ = [
     "gathered_values",
     "local_rows",
     "make_training_mesh",
+    "on_first_host",
     "parse_training_mesh",
     "place_batch",
     "place_state",
@@ -180,6 +181,26 @@ def shared(content: Any) -> Any:
     size = max(gathered_values(len(text)))
     buffer = np.frombuffer(text.ljust(size), np.uint8)
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))))
+
+
+def on_first_host(make: Callable[[], Any]) -> Any:
+    """Plain values that the first host makes, on every host; what it raises, too.
+
+    Raises:
+        ValueError: `make` failed on the first host, where there are several.
+    """
+    if jax.process_count() == 1:
+        return make()
+    content = {}
+    if jax.process_index() == 0:
+        try:
+            content = {"made": make()}
+        except Exception as error:  # the other hosts wait, and must hear of it
+            content = {"failed": f"{type(error).__name__}: {error}"}
+    content = shared(content)
+    if "failed" in content:
+        raise ValueError(f"on the first host: {content['failed']}")
+    return content["made"]
 
 
 def _put(tree: PyTree, shardings: PyTree) -> PyTree:

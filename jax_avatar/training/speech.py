@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jax_avatar.data.talking_people import speech
 from jax_avatar.data.talking_people.speech import Phone, Utterance
@@ -22,6 +23,8 @@ from jax_avatar.io.checkpoint import save_weights
 from jax_avatar.models.audio import SpeechConfig, SpeechEncoder, log_mel
 from jax_avatar.models.params import abstract, merge, split
 from jax_avatar.shapes import Array, PyTree
+from jax_avatar.training.evaluation import AverageEvaluation
+from jax_avatar.training.step import LoopConfig
 
 __all__ = ["SpeechTask", "SpeechTaskConfig", "correlations", "load_corpus", "target_units"]
 
@@ -99,6 +102,11 @@ class SpeechTask:
         clips = [self._clip(rng) for _ in range(self.task.batch)]
         wave, units = (np.stack(parts)[:, None] for parts in zip(*clips, strict=True))
         return {"wave": wave, "units": units}
+
+    def evaluations(self, config: LoopConfig, mesh: Mesh) -> list[AverageEvaluation]:
+        """The one that `evaluate` makes."""
+        del config, mesh
+        return [AverageEvaluation(self.evaluate)]
 
     def evaluate(self, params: PyTree, step: int) -> dict[str, float]:
         """Pearson correlation per unit, on new sentences of known voices and of a new voice."""

@@ -43,12 +43,13 @@ Step = Callable[[Any, Batch, Array], tuple[Any, dict[str, Array]]]
 class Task(Protocol):
     """What a stage of training provides; the loop does the rest.
 
-    A task may also have `evaluate(params, step) -> {name: value}`, called with the EMA weights,
-    and `export(params, folder, metadata)`, called with them at the end. To run on several devices
-    it has `batch_size`, the clips of a batch, on the leading axis of all its arrays. With `by_clip`
-    true, the loss is asked for one clip at a time, with a key of that clip, and the mean is taken:
-    then no layout of devices and no accumulation changes it. What `frozen(mesh)` returns, weights
-    that are not trained, is the loss's fourth argument.
+    A task may also have `evaluations(config, mesh)`, which returns `Evaluation`s that the loop
+    makes every `evaluate_every` steps, and `export(params, folder, metadata)`, called with the EMA
+    weights at the end. To run on several devices it has `batch_size`, the clips of a batch, on the
+    leading axis of all its arrays. With `by_clip` true, the loss is asked for one clip at a time,
+    with a key of that clip, and the mean is taken: then no layout of devices and no accumulation
+    changes it. What `frozen(mesh)` returns, weights that are not trained, is the loss's fourth
+    argument.
     """
 
     name: str
@@ -70,8 +71,8 @@ class Task(Protocol):
 class OwnStepTask(Protocol):
     """A stage that trains more than one network: with a state and a step of its own.
 
-    The state has `step`, `ema` and `guard`, whatever else; `evaluate`, `export` and `batch_size`
-    are as for a `Task`.
+    The state has `step`, `params`, `ema` and `guard`, whatever else; `evaluations`, `export` and
+    `batch_size` are as for a `Task`.
     """
 
     name: str

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from jax_avatar.io.checkpoint import load_weights, save_weights
@@ -27,6 +28,8 @@ from jax_avatar.models.light_vae import (
 )
 from jax_avatar.models.params import merge, split
 from jax_avatar.shapes import Latent, Scalar, Video
+from jax_avatar.training.evaluation import AverageEvaluation
+from jax_avatar.training.step import LoopConfig
 
 __all__ = [
     "FaceWindows",
@@ -241,6 +244,11 @@ class VAETask:
             "psnr": 10 * jnp.log10(4.0 / jnp.mean(error**2)),
         }
         return total, metrics
+
+    def evaluations(self, config: LoopConfig, mesh: Mesh) -> list[AverageEvaluation]:
+        """The one that `evaluate` makes, where there are held-out windows."""
+        del config, mesh
+        return [AverageEvaluation(self.evaluate)] if self.held_out else []
 
     def evaluate(self, params: dict[str, Any], step: int) -> dict[str, float]:
         """PSNR of held-out windows, overall and in the mouth box, without noise."""

@@ -27,6 +27,7 @@ if int(hosts) > 1:
 import numpy as np
 from jax_avatar.io.checkpoint import save_weights
 from jax_avatar.models import sharding
+from jax_avatar.training.evaluation import AverageEvaluation
 from jax_avatar.training.loop import train
 from jax_avatar.training.step import LoopConfig
 
@@ -50,8 +51,11 @@ class Line:
         noise = 0.1 * jax.random.normal(key, batch["y"].shape)
         return ((batch["x"] @ params["line"]["kernel"] - batch["y"] + noise) ** 2).mean(), {}
 
-    def evaluate(self, params, step):
-        return {"size": float(abs(params["line"]["kernel"]).max())}
+    def evaluations(self, config, mesh):
+        def size(params, step):
+            return {"size": float(abs(params["line"]["kernel"]).max())}
+
+        return [AverageEvaluation(size)]
 
     def export(self, params, folder, metadata):
         save_weights(folder, "line", params, {}, metadata)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.training.checkpoints import restore
+from jax_avatar.training.evaluation import AverageEvaluation
 from jax_avatar.training.loop import train
 from jax_avatar.training.state import TrainState, build_section, start_state
 from jax_avatar.training.step import LoopConfig, make_optimiser, make_step
@@ -129,3 +130,36 @@ def test_a_misspelt_setting_names_the_nearest():
 def test_a_number_may_stand_where_a_text_is_expected():
     values = {"num_steps": 3, "warmup_steps": 0, "mesh": 2}
     assert build_section(LoopConfig, values, "loop").mesh == "2"
+
+
+def failing(at, made):
+    """An evaluation that notes its steps and fails at some of them."""
+
+    def score(params, step):
+        made.append(step)
+        if step in at:
+            raise KeyError("lips")
+        return {"score": 1.0}
+
+    return AverageEvaluation(score)
+
+
+def test_an_evaluation_that_fails_stops_the_run_before_its_first_step(tmp_path):
+    config, made = dataclasses.replace(CONFIG, evaluate_every=6), []
+    message = r"before the first step: KeyError: 'lips' .*--config\.loop\.evaluate_every=0"
+    with pytest.raises(ValueError, match=message):
+        train(LineTask(), config, tmp_path, evaluations=[failing({0}, made)], progress=False)
+    assert made == [0]
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        restore(tmp_path)
+
+
+def test_an_evaluation_that_fails_later_costs_no_step(tmp_path):
+    whole = train(LineTask(), CONFIG, tmp_path / "whole", progress=False)
+    config, made = dataclasses.replace(CONFIG, evaluate_every=6), []
+    with pytest.raises(KeyError):
+        train(LineTask(), config, tmp_path, evaluations=[failing({6}, made)], progress=False)
+    assert int(restore(tmp_path)[0].step) == 6
+    resumed = train(LineTask(), config, tmp_path, evaluations=[failing({}, made)], progress=False)
+    assert made == [0, 6, 6, 12]  # tried, failed; tried again on the same weights, made
+    assert_same(resumed, whole)
