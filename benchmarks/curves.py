@@ -27,7 +27,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="workdirs, or their metrics.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--clips_per_step", type=int, default=0, help="batch size: draws clips seen, not steps"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.clips_per_step < 0:
+        parser.error(f"--clips_per_step {arguments.clips_per_step} must be the size of a batch.")
+    return arguments
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -49,8 +55,8 @@ def series(lines: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def draw(runs: Sequence[Path], out: Path) -> None:
-    """Writes the picture."""
+def draw(runs: Sequence[Path], out: Path, clips_per_step: int = 0) -> pyplot.Figure:
+    """Writes the picture, over clips seen where their number per step is given."""
     logs = [read_metrics(run) for run in runs]
     size = (3.6 * len(runs), 2.2 * len(PANELS))
     figure, axes = pyplot.subplots(
@@ -58,7 +64,7 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     )
     for column, (run, lines) in enumerate(zip(runs, logs, strict=True)):
         axes[0][column].set_title(run.name if run.is_dir() else run.stem)
-        axes[-1][column].set_xlabel("step")
+        axes[-1][column].set_xlabel("clips seen" if clips_per_step else "step")
         for row, (title, names) in enumerate(PANELS.items()):
             panel = axes[row][column]
             for name in names:
@@ -66,7 +72,8 @@ def draw(runs: Sequence[Path], out: Path) -> None:
                 if steps:
                     few = "o" if len(steps) < 8 else ""
                     label = name.rpartition("/")[2].replace("_", " ")
-                    panel.plot(steps, values, marker=few, label=label, linewidth=1)
+                    seen = [step * (clips_per_step or 1) for step in steps]
+                    panel.plot(seen, values, marker=few, label=label, linewidth=1)
             if panel.lines:
                 panel.legend(fontsize=7)
             panel.margins(y=0.1)
@@ -75,11 +82,12 @@ def draw(runs: Sequence[Path], out: Path) -> None:
                 panel.set_ylabel(title)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
+    return figure
 
 
 def main(argv=None) -> None:
     arguments = parse_arguments(argv)
-    draw(arguments.runs, arguments.out)
+    draw(arguments.runs, arguments.out, arguments.clips_per_step)
     print(arguments.out)
 
 

@@ -70,6 +70,8 @@ def test_curves_of_a_run_are_drawn_from_its_log(tmp_path):
     assert curves.series(curves.read_metrics(tmp_path), "loss") == ([2, 4], [0.5, 0.25])
     assert curves.series(lines, "eval/lip_r") == ([4], [0.5])
     curves.main([str(tmp_path), str(tmp_path / "metrics.jsonl"), "--out", str(tmp_path / "a.png")])
+    panel = curves.draw([tmp_path], tmp_path / "b.png", clips_per_step=4).axes[0]
+    assert list(panel.lines[0].get_xdata()) == [8, 16]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(FileNotFoundError, match="holds no metrics"):
         curves.read_metrics(tmp_path / "nothing")
