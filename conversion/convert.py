@@ -35,6 +35,7 @@ from conversion.rules import Move, Report, plan
 from conversion.wan_dit import SCALING, MergedLora
 from jax_avatar.io.checkpoint import add_to_config
 from jax_avatar.io.slot_writer import SlotWriter
+from jax_avatar.io.whole_file import BrokenFile, unfinished_downloads
 from jax_avatar.models.lora import is_adapted
 from jax_avatar.models.quantise import quantise, quantised_leaves
 from jax_avatar.streaming.model import LIVE_AVATAR
@@ -243,16 +244,24 @@ def _convert_all(source: Path, out: Path, options: Options, *, merge: bool) -> d
     if not source.is_dir():
         raise ValueError(f"--src {source}: no such folder.")
     found: dict[str, Path] = {}
+    broken = []
     for path in weight_files(source, below=True):
-        kind, problem = recognise(path)
+        try:
+            kind, problem = recognise(path)
+        except BrokenFile as error:
+            broken.append(str(error))
+            continue
         if kind and kind.name not in found:
             found[kind.name] = path
         elif not kind:
             print(f"passed over {path}: {problem}")
+    if broken:
+        raise BrokenFile("\n".join(broken))
     if not found:
         raise ValueError(
             f"--src {source} holds no weights of {', '.join(NETWORKS)}; download them first "
             "(docs/weights.md)."
+            + "".join(f" Unfinished: {path}." for path in unfinished_downloads(source))
         )
     adapter = found.pop("live_avatar", None) if merge else None
     reports = {}
@@ -329,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, source in jobs:
             kind = NETWORKS[name]
             _tell(name, source, convert_network(kind, source, flags.out, options), flags.out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

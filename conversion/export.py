@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is meant here
     try:
         files, ignored = export_network(flags.folder, flags.out, shard_gb=flags.shard_gb)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
     for path in files:

@@ -20,6 +20,7 @@ from conversion.networks import NETWORKS, identify, plain_fields, weight_files
 from conversion.readers import SafetensorsFile, open_weights
 from conversion.rules import check
 from jax_avatar.io.checkpoint import StoredWeights, load_json
+from jax_avatar.io.whole_file import BrokenFile, unfinished_downloads
 
 __all__ = ["describe", "main"]
 
@@ -42,13 +43,16 @@ def describe(path: str | Path) -> Iterator[str]:
         yield from _model(path)
     else:
         files = [path] if path.is_file() else weight_files(path, below=True)
-        if not files:
+        unfinished = [] if path.is_file() else unfinished_downloads(path)
+        if not (files or unfinished):
             raise ValueError(
                 f"{path} holds neither weights (.safetensors, .pth, .bin) nor a model folder's "
                 "config.json."
             )
         for file in files:
-            yield from _download(file)
+            yield from _download(file) if file == path else _as_far_as_whole(_download(file))
+        for file in unfinished:
+            yield f"{file}: NOT USABLE: an unfinished download; repeat it to complete it"
 
 
 def _model(folder: Path) -> Iterator[str]:
@@ -57,15 +61,23 @@ def _model(folder: Path) -> Iterator[str]:
     for part in ("dit", "vae", "speech", "text", "lora"):
         file, orbax = folder / f"{part}.safetensors", folder / part
         if file.is_file():
-            yield from (f"  {line}" for line in _ours(SafetensorsFile(file), file))
+            yield from (f"  {line}" for line in _as_far_as_whole(_ours(file)))
         elif orbax.is_dir():
-            yield from (f"  {line}" for line in _stored(orbax))
+            yield from (f"  {line}" for line in _as_far_as_whole(_stored(orbax)))
         elif part in content:
             yield f"  {part}: named in config.json, but MISSING"
         elif part in ("dit", "vae", "speech"):
             yield f"  {part}: MISSING; convert it before streaming"
     for partial in sorted(folder.glob(".*.partial")):
         yield f"  {partial.name}: an interrupted conversion; repeat its command to go on"
+
+
+def _as_far_as_whole(lines: Iterator[str]) -> Iterator[str]:
+    """Lines about one file of several: where it is broken, the others are told of all the same."""
+    try:
+        yield from lines
+    except BrokenFile as error:
+        yield f"NOT USABLE: {error}"
 
 
 def _stored(folder: Path) -> Iterator[str]:
@@ -76,7 +88,8 @@ def _stored(folder: Path) -> Iterator[str]:
     yield from _history(stored.config, stored.metadata)
 
 
-def _ours(file: SafetensorsFile, path: Path) -> Iterator[str]:
+def _ours(path: Path) -> Iterator[str]:
+    file = SafetensorsFile(path)
     yield f"{path.name}: weights of this project; {_amount(file.shapes, file.dtypes)}"
 
 
@@ -137,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in describe(path):
                 print(line)
                 failed |= "NOT USABLE" in line or "MISSING" in line
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"inspect: {error}", file=sys.stderr)
             failed = True
     return 1 if failed else 0

@@ -4,7 +4,6 @@ files of a download --open--> official name -> array --table--> our flat path ->
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 from flax import nnx
 
 from conversion import umt5, wan_dit, wan_vae, wav2vec2
-from conversion.readers import open_weights
+from conversion.readers import is_shard, open_weights, read_index
 from conversion.rules import Table, infer_leaves
 from jax_avatar.io.checkpoint import load_json
+from jax_avatar.io.whole_file import BrokenFile, unfinished_downloads
 from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, flatten
@@ -120,12 +120,12 @@ def weight_files(folder: Path, *, below: bool = False) -> list[Path]:
     found = []
     for place in folders:
         indices = sorted(place.glob("*.safetensors.index.json"))
-        shards = {
-            shard
-            for index in indices
-            for shard in json.loads(index.read_text()).get("weight_map", {}).values()
-        }
-        single = [path for path in sorted(place.glob("*.safetensors")) if path.name not in shards]
+        single = sorted(place.glob("*.safetensors"))
+        try:
+            shards = {shard for index in indices for shard in read_index(index).values()}
+            single = [path for path in single if path.name not in shards]
+        except BrokenFile:  # the index stays in the list: whoever opens it is told
+            single = [path for path in single if not is_shard(path)]
         torch = [
             path for ending in ("pth", "pt", "bin") for path in sorted(place.glob(f"*.{ending}"))
         ]
@@ -134,9 +134,15 @@ def weight_files(folder: Path, *, below: bool = False) -> list[Path]:
 
 
 def recognise(path: Path) -> tuple[NetworkKind | None, str]:
-    """The network in a file, or None and why not; downloads hold other files too."""
+    """The network in a file, or None and why not; downloads hold other files too.
+
+    Raises:
+        BrokenFile: the file is not whole, so that nobody knows.
+    """
     try:
         kind = identify(open_weights(path).shapes)
+    except BrokenFile:
+        raise
     except (ValueError, OSError) as error:
         return None, str(error)
     return kind, "" if kind else "unknown tensors"
@@ -149,13 +155,19 @@ def find_weights(kind: NetworkKind, source: str | Path) -> Path:
 
     Raises:
         ValueError: there is none, or several equally good ones; the message says what is there.
+        BrokenFile: there is none, and a file of the folder is not whole.
     """
     source = Path(source)
     if source.is_file():
         return source
     if not source.is_dir():
         raise ValueError(f"--src {source}: no such file or folder.")
-    there = {path: recognise(path) for path in weight_files(source)}
+    there, broken = {}, []
+    for path in weight_files(source):
+        try:
+            there[path] = recognise(path)
+        except BrokenFile as error:
+            broken.append(error)
     found = [path for path, (what, _) in there.items() if what is kind]
     safe = [path for path in found if ".safetensors" in path.name]
     found = safe or found
@@ -166,9 +178,12 @@ def find_weights(kind: NetworkKind, source: str | Path) -> Path:
             f"--src {source} holds {len(found)} files of {kind.name}: "
             f"{[path.name for path in found]}; name the one to convert."
         )
+    if broken:
+        raise BrokenFile("\n".join(map(str, broken)))
     seen = [
         f"{path.name} ({what.name if what else problem})" for path, (what, problem) in there.items()
     ]
+    seen += [f"{path.name} (unfinished)" for path in unfinished_downloads(source)]
     raise ValueError(
         f"--src {source} holds no weights of {kind.name}; found: "
         f"{', '.join(seen) or 'no weights'}. Is the download complete?"

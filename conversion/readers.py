@@ -1,95 +1,65 @@
 """Weight files as lazy mappings: names and shapes at once, arrays when asked for."""
 
-import json
-import math
-import struct
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from conversion.torch_file import TorchFile
+from jax_avatar.io.safetensors_file import SAFETENSORS_NAMES, SafetensorsFile
+from jax_avatar.io.whole_file import BrokenFile, check_whole, read_object, unfinished_downloads
 
-__all__ = ["SAFETENSORS_NAMES", "SafetensorsFile", "ShardedSafetensors", "open_weights"]
+__all__ = [
+    "SAFETENSORS_NAMES",
+    "SafetensorsFile",
+    "ShardedSafetensors",
+    "is_shard",
+    "open_weights",
+    "read_index",
+]
 
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+_SHARD = re.compile(r"(.*)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
 
-SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-"""Type -> what safetensors calls it."""
+def read_index(index: str | Path) -> dict[str, str]:
+    """Where the tensors of a sharded checkpoint are: name -> file beside the index.
 
-
-class SafetensorsFile(Mapping):
-    """One safetensors file: name -> array, mapped from disk.
-
-    Attributes:
-        metadata: the header's strings.
-        shapes: name -> shape, without reading the tensor.
-        dtypes: name -> type, likewise.
-        files: that are read.
+    Raises:
+        BrokenFile: the index is a pointer, cut off or without places, or names a file that is
+            elsewhere or missing.
     """
+    index = Path(index)
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise BrokenFile(
+            f"{index} has no weight_map of tensors and their files; download it again."
+        )
+    strange = [name for name in places.values() if not _is_plain_name(name)]
+    if strange:
+        raise BrokenFile(
+            f"{index} names the shard {strange[0]!r}, expected a .safetensors file beside the "
+            "index; download it again."
+        )
+    shards = sorted(set(places.values()))
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        begun = len(unfinished_downloads(index.parent))
+        raise BrokenFile(
+            f"{index}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}"
+            + (f", and {begun} downloads are unfinished" if begun else "")
+            + "; download them."
+        )
+    return places
 
-    def __init__(self, path: str | Path):
-        """Reads the header.
 
-        Raises:
-            ValueError: the file is cut off or not safetensors.
-        """
-        self.path = Path(path)
-        self.files = [self.path]
-        size = self.path.stat().st_size
-        try:
-            with open(self.path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                if length > size - 8:
-                    raise ValueError("the header is longer than the file")
-                header = json.loads(file.read(length))
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            self._start = 8 + length
-            self._entries = {name: self._checked(entry, size) for name, entry in header.items()}
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.path} is not a readable safetensors file ({error}); copy it again."
-            ) from error
-        self.shapes = {name: shape for name, (_, shape, _) in self._entries.items()}
-        self.dtypes = {name: dtype for name, (dtype, _, _) in self._entries.items()}
-
-    def _checked(self, entry: dict, size: int) -> tuple[np.dtype, tuple[int, ...], int]:
-        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-        if end - begin != math.prod(shape) * dtype.itemsize or self._start + end > size:
-            raise ValueError(f"{shape} {dtype} does not fit bytes {begin}..{end}")
-        return dtype, shape, begin
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """The tensor, read-only; its pages are read when touched."""
-        dtype, shape, begin = self._entries[name]
-        if not math.prod(shape):
-            return np.zeros(shape, dtype)
-        return np.memmap(self.path, dtype, "r", self._start + begin, shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+def _is_plain_name(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and not set(name) & set("/\\\0")
+        and not name.startswith(".")
+    )
 
 
 class ShardedSafetensors(Mapping):
@@ -99,14 +69,15 @@ class ShardedSafetensors(Mapping):
         """Opens every shard that the index names.
 
         Raises:
-            ValueError: a shard lacks a tensor that the index promises, or is unreadable.
+            BrokenFile: as `read_index`; or a shard is not whole, or lacks a tensor that the index
+                promises.
         """
         index = Path(index)
-        places = json.loads(index.read_text())["weight_map"]
+        places = read_index(index)
         shards = {name: SafetensorsFile(index.parent / name) for name in set(places.values())}
         missing = sorted(name for name, shard in places.items() if name not in shards[shard])
         if missing:
-            raise ValueError(f"{index}: the shards lack {missing}; download them again.")
+            raise BrokenFile(f"{index}: the shards lack {missing}; download them again.")
         self._shards = {name: shards[shard] for name, shard in places.items()}
         self.files = [shards[name].path for name in sorted(shards)]
         self.shapes = {name: shard.shapes[name] for name, shard in self._shards.items()}
@@ -123,11 +94,17 @@ class ShardedSafetensors(Mapping):
         return len(self._shards)
 
 
+def is_shard(path: Path) -> bool:
+    """True for a file that its name tells to be a part of a checkpoint."""
+    found = _SHARD.fullmatch(path.name)
+    return bool(found) and int(found["count"]) > 1
+
+
 def open_weights(path: str | Path) -> SafetensorsFile | ShardedSafetensors | TorchFile:
     """Opens a checkpoint: a safetensors file, its index, a folder that holds one, or a `.pth`.
 
     Raises:
-        ValueError: none of these, or more than one in the folder.
+        ValueError: none of these, or more than one in the folder; `BrokenFile` if it is not whole.
     """
     path = Path(path)
     if path.is_dir():
@@ -140,6 +117,13 @@ def open_weights(path: str | Path) -> SafetensorsFile | ShardedSafetensors | Tor
         path = found[0]
     if path.name.endswith(".index.json"):
         return ShardedSafetensors(path)
+    if is_shard(path):
+        raise BrokenFile(
+            f"{path} is one shard of several; name their index, "
+            f"{_SHARD.fullmatch(path.name)[1]}.safetensors.index.json, and download it if it is "
+            "missing."
+        )
+    check_whole(path)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in (".pth", ".pt", ".bin"):

@@ -29,6 +29,7 @@ from conversion.cases_text import PromptCleaning, TextCases, TextManifests
 from conversion.cases_training import TrainingCases
 from conversion.cases_vae import VAECases, VAEManifests
 from conversion.readers import SafetensorsFile
+from jax_avatar.io.whole_file import check_whole
 
 __all__ = ["CASES", "main", "verify"]
 
@@ -99,6 +100,7 @@ def _find(folder: Path, emit: Emit) -> list[tuple[Kind, Case]]:
     for path in files:
         try:
             if path.suffix == ".json":
+                check_whole(path, is_text=True)
                 json.loads(path.read_text())
             else:
                 SafetensorsFile(path)

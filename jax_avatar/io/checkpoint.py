@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jax_avatar.io.safetensors_file import SafetensorsFile
+from jax_avatar.io.whole_file import BrokenFile, read_object
 from jax_avatar.shapes import PyTree
 
 __all__ = [
@@ -119,11 +120,9 @@ def load_weights(
     if path.is_dir():
         stored = StoredWeights(path)
         return stored.restore(), stored.config, stored.metadata
-    with _open_safetensors(path) as file:
-        config, metadata = _parse_header(path, file.metadata())
-        # bfloat16 is not a NumPy type of its own; ml_dtypes makes it one.
-        tensors = ((key, file.get_tensor(key)) for key in file.keys())
-        flat = {key: _widened(array) if widen else array for key, array in tensors}
+    file = SafetensorsFile(path)
+    config, metadata = _parse_header(file)
+    flat = {key: _widened(array) if widen else np.array(array) for key, array in file.items()}
     return traverse_util.unflatten_dict(flat, sep="/"), config, metadata
 
 
@@ -147,8 +146,7 @@ def load_header(folder: str | Path, name: str) -> tuple[dict[str, Any], dict[str
     if path.is_dir():
         stored = StoredWeights(path)
         return stored.config, stored.metadata
-    with _open_safetensors(path) as file:
-        return _parse_header(path, file.metadata())
+    return _parse_header(SafetensorsFile(path))
 
 
 def fingerprint(folder: str | Path, name: str) -> str:
@@ -183,25 +181,21 @@ def _find_weights(folder: Path, name: str) -> Path:
     )
 
 
-@contextlib.contextmanager
-def _open_safetensors(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "np") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
+def _parse_header(file: SafetensorsFile) -> tuple[dict[str, Any], dict[str, Any]]:
+    if "config" not in file.metadata:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); copy or convert it again."
-        ) from error
-
-
-def _parse_header(path: Path, header: dict | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    header = header or {}
-    if "config" not in header:
-        raise ValueError(
-            f"{path} has no config in its header, so it was not written by this project; convert "
-            "foreign weights first (python -m conversion.convert --help)."
+            f"{file.path} has no config in its header, so it was not written by this project; "
+            "convert foreign weights first (python -m conversion.convert --help)."
         )
-    return json.loads(header["config"]), json.loads(header.get("metadata", "{}"))
+    try:
+        parts = [json.loads(file.metadata.get(key, "{}")) for key in ("config", "metadata")]
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(
+            f"{file.path}: config or history in its header is damaged ({error}); copy it again."
+        ) from error
+    if not all(isinstance(part, dict) for part in parts):
+        raise BrokenFile(f"{file.path}: config in its header is no JSON object; copy it again.")
+    return tuple(parts)
 
 
 def save_orbax(
@@ -295,8 +289,7 @@ class StoredWeights:
         path = self.folder / KEPT_FILE
         if not path.exists():
             return {}
-        with _open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: np.array(array) for name, array in SafetensorsFile(path).items()}
 
     def restore(
         self, shardings: PyTree | None = None, *, only: Collection[str] | None = None
@@ -399,16 +392,9 @@ def load_json(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, or it is not a JSON object.
     """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected a JSON object.")
-    return content
+    return read_object(path)
 
 
 def _widened(array: np.ndarray) -> np.ndarray:
     is_half = array.dtype in (np.float16, ml_dtypes.bfloat16)
-    return array.astype(np.float32) if is_half else array
+    return array.astype(np.float32) if is_half else np.array(array)
