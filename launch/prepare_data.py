@@ -8,8 +8,9 @@
 `python launch/prepare_data.py portraits --out jax_avatar/assets/portraits` draws the portraits that
 come with the package; none of these people is in the training data.
 
-The default set of people (320 people, 714 clips of three seconds at 96x96) is that of the model that
-ships and takes ten minutes on one CPU core. A command that was stopped goes on where it was when it is repeated.
+The default set of people (320 people, 714 clips of three seconds at 96x96) is that of the model
+that ships and takes ten minutes on one CPU core. A command that was stopped goes on where it was
+when it is repeated.
 """
 
 import argparse
