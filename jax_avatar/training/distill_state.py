@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_avatar.shapes import PyTree
 from jax_avatar.training.adapters import AdapterConfig
@@ -30,6 +31,9 @@ class DistillConfig(AdapterConfig):
         normalizer: "clip" or "block", see `generator_gradient`.
         gradient_limit: largest element of the gradient.
         clean_limit: updates on clips with larger values are skipped; well above the data's.
+        replay_limit: largest difference between the clips of Algorithm 2's two passes, in latent
+            units; a larger one stops the run. 0 takes 1e-2 for a `dtype` of bfloat16, and 1e-3
+            for float32, where rounding alone gives about 1e-5.
         ema_start: step at which averaging starts; before, the average is the weights.
         monitor_every: steps between reviews of the monitors.
         max_critic_steps: most updates of the critic per step, reached by doubling while it lags
@@ -46,6 +50,7 @@ class DistillConfig(AdapterConfig):
     normalizer: str = "clip"
     gradient_limit: float = 10.0
     clean_limit: float = 20.0
+    replay_limit: float = 0.0
     ema_start: int = 200
     monitor_every: int = 50
     max_critic_steps: int = 10
@@ -65,6 +70,14 @@ class DistillConfig(AdapterConfig):
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"task.{name} {getattr(self, name)} must be at least 1.")
+        if not self.replay_limit >= 0:
+            raise ValueError(
+                f"task.replay_limit {self.replay_limit} must not be negative; 0 takes the dtype's."
+            )
+
+    def replay_limit_for(self, dtype: jnp.dtype) -> float:
+        """The limit of `replay_error` for a compute type."""
+        return self.replay_limit or (1e-3 if dtype == jnp.float32 else 1e-2)
 
 
 @jax.tree_util.register_dataclass

@@ -195,8 +195,13 @@ class Distiller:
 
         grads, metrics, each = accumulated(measure, told, self.loop.accumulate)
         made, scores = each.pop("made"), each.pop("scores")
+        largest = jax.tree.map(jnp.max, each)
+        limit = self.settings.replay_limit_for(self.generator.config.dtype)
+        is_replayed = largest.get("replay_error", 0.0) <= limit
         optimiser, _ = self._optimisers()
-        cause, norm = judge(metrics["dmd_loss"], grads, made, self.settings.clean_limit)
+        cause, norm = judge(
+            metrics["dmd_loss"], grads, made, self.settings.clean_limit, is_replayed=is_replayed
+        )
         moments, is_good = state.generator_optimiser, cause == 0
         new, moved = _stepped(optimiser, grads, moments, state.generator, cause, state.guard)
         starts = is_good & (state.step + 1 >= self.settings.ema_start)
@@ -217,7 +222,7 @@ class Distiller:
             "generator_exit": exit_step + 1,
             "largest_clean": jnp.max(jnp.abs(made)),
         }
-        return constrain_params(state), metrics | jax.tree.map(jnp.max, each)
+        return constrain_params(state), metrics | largest
 
     def update_critic(
         self, state: DistillState, told: Told, key: Array, base: PyTree

@@ -101,6 +101,7 @@ class DistillTask:
         self.model, self.settings, self.weights = model, settings, weights
         self.clips, self.seed, self._content = clips, seed, content
         self.batch_size, self.content_hash = settings.batch_size, clips.content_hash
+        self.replay_limit = settings.replay_limit_for(model.dtype)
         self._windows = {
             role: Windows(
                 clips,

@@ -3,6 +3,7 @@
     generated clip, loss, gradient --judge--> taken, or skipped and counted by its cause
     more than 20 skips in 100 steps --------> the last good checkpoint, other chance, half the rates
     the third time -------------------------> the run stops
+    a replay that differs from its rollout -> the update is skipped, the run saves and stops
 
 All counts are part of the saved state, so that a resumed run does what the uninterrupted one would.
 """
@@ -24,6 +25,7 @@ __all__ = [
     "Guard",
     "TooManySkips",
     "check_skips",
+    "find_strayed_replay",
     "is_passed",
     "judge",
     "new_guard",
@@ -35,7 +37,8 @@ __all__ = [
 
 CAUSES = ("clean", "loss", "gradient")
 """Why an update is skipped: a generated value, the loss, or the gradient's norm was not finite or
-too large. One explains those after it, so the first is counted."""
+too large; the gradient is also to blame where Algorithm 2's replay differs from its rollout. One
+explains those after it, so the first is counted."""
 
 _LARGEST_NORM = 1e4
 _MAX_SKIPS, _WINDOW, _MAX_ROLLBACKS = 20, 100, 2
@@ -83,7 +86,12 @@ def new_guard() -> Guard:
 
 
 def judge(
-    loss: Scalar, grads: PyTree, made: Latent | None = None, clean_limit: float = 20.0
+    loss: Scalar,
+    grads: PyTree,
+    made: Latent | None = None,
+    clean_limit: float = 20.0,
+    *,
+    is_replayed: Array | bool = True,
 ) -> tuple[Array, Array]:
     """Whether an update may be made, and the norm of its gradient.
 
@@ -92,6 +100,7 @@ def judge(
         grads: before clipping.
         made: clips that the generator made, where it did.
         clean_limit: what every value of them must stay below.
+        is_replayed: True if the clips of the gradient are those of the rollout.
 
     Returns:
         The cause to skip it, 1 for the first of `CAUSES`, 0 for none; and the norm.
@@ -99,7 +108,8 @@ def judge(
     norm = optax.global_norm(grads)
     # Comparisons with what is not a number are false.
     is_small = True if made is None else jnp.max(jnp.abs(made)) < clean_limit
-    is_fine = jnp.stack([jnp.asarray(is_small), jnp.isfinite(loss), norm < _LARGEST_NORM])
+    is_right = (norm < _LARGEST_NORM) & is_replayed
+    is_fine = jnp.stack([jnp.asarray(is_small), jnp.isfinite(loss), is_right])
     return jnp.where(is_fine.all(), 0, 1 + jnp.argmin(is_fine)).astype(jnp.int32), norm
 
 
@@ -163,6 +173,28 @@ def check_skips(rows: Iterable[Mapping[str, Any]], step: int) -> None:
                 "clips, lower the learning rates, or give a larger batch."
             )
         raise TooManySkips(message, rollbacks)
+
+
+def find_strayed_replay(rows: Iterable[Mapping[str, Any]], step: int, limit: float) -> str:
+    """Tells of a replay that differed from its rollout, in the metrics of some steps, or "".
+
+    Args:
+        rows: of every step since the last look.
+        step: the last one.
+        limit: what `replay_error` must not exceed.
+    """
+    errors = (row.get("replay_error", 0.0) for row in rows)
+    worst = max((error for error in errors if error > limit), default=None)
+    if worst is None:
+        return ""
+    return (
+        f"by step {step} Algorithm 2's second pass differed from the first by {worst:.2g}, more "
+        f"than {limit:g} (task.replay_limit): its gradient would be another clip's. The usual "
+        "causes are kernels that are not deterministic and other kernels or another sharding in "
+        "the second pass; set XLA_FLAGS=--xla_gpu_deterministic_ops=true or try another "
+        "model.attention or loop.mesh. No such update was made, the state is saved, and the same "
+        "command continues. To accept such differences, raise task.replay_limit and pass --force."
+    )
 
 
 def is_passed(scores: Mapping[str, float]) -> bool:

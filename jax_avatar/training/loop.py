@@ -9,6 +9,7 @@ interrupted one bit by bit.
 import contextlib
 import itertools
 import json
+import math
 import signal
 import threading
 import time
@@ -32,7 +33,12 @@ from jax_avatar.training.checkpoints import (
     save,
 )
 from jax_avatar.training.evaluation import Evaluation, try_out
-from jax_avatar.training.guards import TooManySkips, check_skips, is_passed
+from jax_avatar.training.guards import (
+    TooManySkips,
+    check_skips,
+    find_strayed_replay,
+    is_passed,
+)
 from jax_avatar.training.journal import Journal, NoJournal, mean_of
 from jax_avatar.training.mesh import fetched, gathered_values, local_rows, place_batch
 from jax_avatar.training.state import start_state
@@ -78,8 +84,9 @@ def train(
         The last state, a `TrainState` or the task's own.
 
     Raises:
-        ValueError: the checkpoint was made with other settings, an evaluation cannot be made, or
-            too many steps were skipped although the run went back twice.
+        ValueError: the checkpoint was made with other settings, an evaluation cannot be made, too
+            many steps were skipped although the run went back twice, or a replay strayed beyond
+            the task's `replay_limit`.
     """
     workdir = Path(workdir).resolve()
     mesh = mesh_of(task, config)
@@ -166,7 +173,7 @@ class _Run:
                     journal.write(step, values)
                     bar.set_postfix(loss=f"{values['loss']:.4f}", **journal.alarming, refresh=False)
                 if is_logged or is_saved:
-                    check_skips(jax.device_get(pending), step)
+                    self._check(jax.device_get(pending), step, state, is_logged)
                 if is_logged:
                     pending = []
                 if is_saved:
@@ -192,6 +199,18 @@ class _Run:
             scores |= evaluation(state, step)
         self.journal.write(step, {f"eval/{name}": value for name, value in scores.items()})
         return is_passed(scores)
+
+
+    def _check(self, rows: list, step: int, state: PyTree, is_logged: bool) -> None:
+        """Looks for trouble in the metrics of the latest steps."""
+        check_skips(rows, step)
+        limit = getattr(self.task, "replay_limit", math.inf)
+        if trouble := find_strayed_replay(rows, step, limit):
+            if not is_logged:
+                self.journal.write(step, mean_of(rows))
+            # All is told, so that the run that continues does not stop at the same rows again.
+            save(self.manager, step, state, self.settings, [])
+            raise ValueError(trouble)
 
 
 @contextlib.contextmanager

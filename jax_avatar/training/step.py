@@ -72,7 +72,8 @@ class OwnStepTask(Protocol):
     """A stage that trains more than one network: with a state and a step of its own.
 
     The state has `step`, `params`, `ema` and `guard`, whatever else; `evaluations`, `export` and
-    `batch_size` are as for a `Task`.
+    `batch_size` are as for a `Task`. With `replay_limit`, a run stops where the metric
+    `replay_error` exceeds it; such a step must have left its update out.
     """
 
     name: str

@@ -10,6 +10,7 @@ from jax_avatar.io.checkpoint import load_json, save_json
 from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.params import flatten
 from jax_avatar.streaming.model import load_model
+from jax_avatar.training import distillation
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
@@ -123,6 +124,35 @@ def test_what_is_not_finite_is_counted_and_changes_nothing(role):
     for name in ("generator", "critic", "ema", "generator_optimiser", "critic_optimiser"):
         assert_same(getattr(after, name), getattr(state, name))
     assert int(after.generator_updates) == int(after.critic_updates) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit", "error", "is_taken"),
+    [
+        (jnp.float32, 0.0, 0.9e-3, True),
+        (jnp.float32, 0.0, 1.1e-3, False),
+        (jnp.bfloat16, 0.0, 0.9e-2, True),
+        (jnp.bfloat16, 0.0, 1.1e-2, False),
+        (jnp.float32, 0.2, 0.19, True),
+        (jnp.bfloat16, 1e-4, 2e-4, False),
+    ],
+)
+def test_a_replay_that_strays_changes_nothing(monkeypatch, dtype, limit, error, is_taken):
+    made, base = distiller()
+    settings = dataclasses.replace(SETTINGS, replay_limit=limit)
+    generator = dataclasses.replace(made.generator, config=MODEL.replace(dtype=dtype))
+    made, state = dataclasses.replace(made, settings=settings, generator=generator), start()
+
+    def clip_gradient(generator, bind, weights, *_):
+        scores = {name: jnp.ones(2) for name in ("sigma", "critic", "teacher")}
+        metrics = {"dmd_loss": jnp.float32(1), "scores": scores, "replay_error": jnp.float32(error)}
+        return jax.tree.map(jnp.ones_like, weights), jnp.zeros((2, 6, 4, 4, 4)), metrics
+
+    monkeypatch.setattr(distillation, "clip_gradient", clip_gradient)
+    after, metrics = made.update_generator(state, make_told(), KEY, base)
+    assert float(metrics["replay_error"]) == np.float32(error)
+    assert is_same(after.generator, state.generator) != is_taken
+    assert after.guard.skipped.tolist() == [0, 0, 0 if is_taken else 1]
 
 
 @pytest.mark.slow

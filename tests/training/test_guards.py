@@ -14,6 +14,7 @@ from jax_avatar.training.guards import (
     CAUSES,
     TooManySkips,
     check_skips,
+    find_strayed_replay,
     is_passed,
     judge,
     new_guard,
@@ -176,6 +177,41 @@ def test_the_third_time_stops_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"by step 28 .*loss 21.* third time"):
         train(task, CONFIG, tmp_path, progress=False)
     assert task.asked.count(0) == 3
+
+
+class StrayingTask(StumblingTask):
+    """In one step, the second pass makes another clip than the first."""
+
+    replay_limit = 1e-3
+
+    def __init__(self, strays_at):
+        super().__init__(bad=(0, 0))
+        self.strays_at = strays_at
+
+    def loss(self, params, batch, key):
+        loss, metrics = super().loss(params, batch, key)
+        return loss, metrics | {"replay_error": jnp.where(batch["strays"], 0.5, 1e-4)}
+
+    def batches(self, step):
+        return super().batches(step) | {"strays": np.array(step == self.strays_at)}
+
+
+@pytest.mark.parametrize(("strays_at", "seen_at"), [(30, 35), (58, 60)])
+def test_a_replay_that_strays_stops_the_run_and_keeps_its_state(tmp_path, strays_at, seen_at):
+    """At the next line of the log, or checkpoint; the continued run stops at nothing old."""
+    with pytest.raises(ValueError, match=rf"by step {seen_at} .* by 0\.5, more than 0\.001 .*XLA_"):
+        train(StrayingTask(strays_at), CONFIG, tmp_path, progress=False)
+    kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert max(kept) == seen_at and lines(tmp_path)[-1]["step"] == seen_at
+    task = StrayingTask(None)
+    state = train(task, CONFIG, tmp_path, progress=False)
+    assert task.asked[0] == seen_at and int(state.step) == CONFIG.num_steps
+
+
+def test_a_replay_within_its_limit_is_nothing_to_tell():
+    rows = [{"replay_error": error} for error in (1e-5, np.nan, 1e-3)] + [{"loss": 1.0}]
+    assert find_strayed_replay(rows, 4, 1e-3) == "" and find_strayed_replay([], 4, 0.0) == ""
+    assert "by 0.001" in find_strayed_replay(rows, 4, 0.9e-3)
 
 
 def test_the_latest_the_round_and_the_last_good_checkpoint_stay(tmp_path):
