@@ -37,7 +37,7 @@ class DistillConfig(AdapterConfig):
         ema_start: step at which averaging starts; before, the average is the weights.
         monitor_every: steps between reviews of the monitors.
         max_critic_steps: most updates of the critic per step, reached by doubling while it lags
-            behind the generator; 1 for no more than one.
+            behind the generator; 1, as in Algorithm 1, for always one.
     """
 
     batch_size: int = 1
@@ -53,7 +53,7 @@ class DistillConfig(AdapterConfig):
     replay_limit: float = 0.0
     ema_start: int = 200
     monitor_every: int = 50
-    max_critic_steps: int = 10
+    max_critic_steps: int = 1
 
     def __post_init__(self):
         super().__post_init__()

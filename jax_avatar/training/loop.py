@@ -200,7 +200,6 @@ class _Run:
         self.journal.write(step, {f"eval/{name}": value for name, value in scores.items()})
         return is_passed(scores)
 
-
     def _check(self, rows: list, step: int, state: PyTree, is_logged: bool) -> None:
         """Looks for trouble in the metrics of the latest steps."""
         check_skips(rows, step)

@@ -56,6 +56,7 @@ def test_the_published_values_are_the_papers():
     assert (task.shift_max, task.reference_frames) == (1003, (22, 30))
     assert (task.audio_dropout, task.text_dropout) == (0.15, 0.1)
     student = read_sections(get("dmd", "wan_s2v_14b"))[0]["task"]  # goes on with the adapter
+    assert (student.generator_every, student.max_critic_steps) == (5, 1)
     assert task.adapter_fields == student.adapter_fields == {"rank": 128, "scaling": 0.5}
     sections, loop = read_sections(get("teacher", "wan_s2v_14b"))
     task = sections["task"]

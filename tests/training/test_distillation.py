@@ -155,10 +155,34 @@ def test_a_replay_that_strays_changes_nothing(monkeypatch, dtype, limit, error, 
     assert after.guard.skipped.tolist() == [0, 0, 0 if is_taken else 1]
 
 
+def behind(state):
+    """As after reviews that saw the critic lag."""
+    return dataclasses.replace(state, watch=dataclasses.replace(state.watch, critic_steps=3))
+
+
+@pytest.mark.parametrize(("settings", "count"), [({}, 1), ({"max_critic_steps": 10}, 3)])
+def test_the_critic_learns_more_than_once_only_where_it_may(monkeypatch, settings, count):
+    made, base = distiller()
+    made = dataclasses.replace(made, settings=dataclasses.replace(SETTINGS, **settings))
+
+    def learn(self, state, *_):
+        return dataclasses.replace(state, critic_updates=state.critic_updates + 1), {}
+
+    monkeypatch.setattr(Distiller, "_teach_critic", learn)
+    state, _ = made.update_critic(behind(start()), make_told(), KEY, base)
+    assert (int(state.critic_updates), int(state.step)) == (count, 1)
+
+
 @pytest.mark.slow
 def test_a_critic_that_lags_learns_several_times_in_a_step_on_other_clips():
-    state = start()
-    lagging = dataclasses.replace(state, watch=dataclasses.replace(state.watch, critic_steps=3))
+    state, lagging = start(), behind(start())
+    made, base = distiller()
+    settings = dataclasses.replace(SETTINGS, max_critic_steps=10)
+    patient = jax.jit(dataclasses.replace(made, settings=settings).update_critic)
+
+    def update(role, state):
+        return patient(state, make_told(), KEY, base)
+
     once, first = update("critic", state)
     thrice, last = update("critic", lagging)
     assert (int(thrice.critic_updates), int(thrice.step)) == (3, 1)
