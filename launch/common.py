@@ -13,6 +13,11 @@ from jax_avatar.io.image import fit_size
 def prepare_jax(num_devices: int) -> None:
     """Gives a CPU that many devices (others do not look at it), and keeps what is compiled."""
     jax.config.update("jax_num_cpu_devices", num_devices)
+    keep_compiled()
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs on disk: in `JAX_COMPILATION_CACHE_DIR`, or in the home folder."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/jax_avatar")
     jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

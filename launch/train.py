@@ -58,6 +58,9 @@ def check_workdir() -> None:
 
 def run(overrides: dict[str, str]) -> None:
     # Late, so that --help and misspelt flags answer at once.
+    from launch.common import keep_compiled
+
+    keep_compiled()
     join_hosts(MULTIHOST.value, COORDINATOR.value, HOSTS.value, HOST.value)
     from jax_avatar.training.loop import train
     from jax_avatar.training.stages import build_stage

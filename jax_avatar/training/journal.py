@@ -1,13 +1,10 @@
-"""What a run tells while it goes: lines of metrics, event files, alarms.
+"""Metrics of a run while it goes, and alarms.
 
-metrics of steps --mean--> `metrics.jsonl`, TensorBoard, warnings
+metrics of steps --mean--> loggers (`metrics.jsonl`, TensorBoard, W&B), warnings
 """
 
 import contextlib
-import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jax_avatar.training.loggers import JsonLines, Logger, TensorBoard, WeightsAndBiases
 from jax_avatar.training.monitors import PREFIX, find_alarms
 
 __all__ = ["Journal", "NoJournal", "mean_of", "warn"]
@@ -47,27 +45,42 @@ def mean_of(pending: list[Mapping[str, Any]]) -> dict[str, float]:
 
 
 class Journal:
-    """Appends to `metrics.jsonl` and, where tensorboardX is installed, to event files."""
+    """Writes to every logger of the run, and warns of what has become alarming."""
 
-    def __init__(self, workdir: Path, first_step: int):
+    def __init__(
+        self,
+        workdir: Path,
+        first_step: int,
+        wandb: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ):
+        """Opens the loggers: `metrics.jsonl`, TensorBoard if it is installed, W&B if asked for.
+
+        Args:
+            workdir: folder of the run.
+            first_step: of the checkpoint that it goes on from, or 0.
+            wandb: project of W&B, or "".
+            settings: of the run, for W&B.
+        """
         workdir.mkdir(parents=True, exist_ok=True)
-        self._path = workdir / "metrics.jsonl"
         self._alarms: dict[str, str] = {}
-        self._drop_after(first_step)
+        self._loggers: list[Logger] = [JsonLines(workdir, first_step)]
         try:
-            from tensorboardX import SummaryWriter
-
-            # What was written after that step, before a kill, is not shown.
-            self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1)
+            self._loggers.append(TensorBoard(workdir, first_step))
         except ImportError:
-            self._events = None
+            warn(
+                "tensorboardX is not installed: no event files, metrics.jsonl only; install the "
+                'extra `train` for them: pip install "jax_avatar[train]"'
+            )
+        if wandb:
+            self._loggers.append(WeightsAndBiases(workdir, wandb, settings or {}))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self._events:
-            self._events.close()
+        for logger in self._loggers:
+            logger.close()
 
     @property
     def alarming(self) -> dict[str, str]:
@@ -83,33 +96,13 @@ class Journal:
                 warn(f"step {step}: {text}")
         self._alarms |= found
         values = {**values, **{f"alarm/{name}": float(bool(text)) for name, text in found.items()}}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._events:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+        for logger in self._loggers:
+            logger.write(step, values)
 
     def turn_back(self, step: int, rollbacks: int) -> None:
-        """Puts the lines aside as `metrics_abandoned_1.jsonl` and forgets those after `step`."""
-        if self._path.exists():
-            aside = self._path.with_name(f"{self._path.stem}_abandoned_{rollbacks}.jsonl")
-            shutil.copy(self._path, aside)
-        self._drop_after(step)
-
-    def _drop_after(self, step: int) -> None:
-        """Forgets lines written after the checkpoint that the run continues from."""
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text().splitlines(keepends=True):
-            # A kill may have cut the last line short.
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-        # In one piece, since this run may be killed, too.
-        whole = self._path.with_suffix(".tmp")
-        whole.write_text("".join(kept))
-        os.replace(whole, self._path)
+        """Tells the loggers that the run went back to `step`."""
+        for logger in self._loggers:
+            logger.turn_back(step, rollbacks)
 
 
 class NoJournal(contextlib.AbstractContextManager):
@@ -117,8 +110,8 @@ class NoJournal(contextlib.AbstractContextManager):
 
     alarming: Mapping[str, str] = {}
 
-    def __init__(self, workdir: Path, first_step: int):
-        del workdir, first_step
+    def __init__(self, *_: Any):
+        pass
 
     def __exit__(self, *_):
         pass

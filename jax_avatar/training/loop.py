@@ -7,6 +7,7 @@ interrupted one bit by bit.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -40,7 +41,9 @@ from jax_avatar.training.guards import (
     is_passed,
 )
 from jax_avatar.training.journal import Journal, NoJournal, mean_of
+from jax_avatar.training.loggers import check_installed
 from jax_avatar.training.mesh import fetched, gathered_values, local_rows, place_batch
+from jax_avatar.training.run_record import add_run_record, run_record
 from jax_avatar.training.state import start_state
 from jax_avatar.training.step import (
     Batch,
@@ -73,7 +76,8 @@ def train(
     Args:
         task: the stage to train.
         config: optimiser and bookkeeping.
-        workdir: folder for checkpoints, `metrics.jsonl`, TensorBoard events, exported weights.
+        workdir: folder for checkpoints, `metrics.jsonl`, `runs.jsonl` (what every start was
+            given), TensorBoard events, exported weights.
         evaluations: made every `evaluate_every` steps, with those of the task.
         settings: the run's whole config as plain values. It is stored, and a run that resumes
             with other settings is refused.
@@ -89,10 +93,13 @@ def train(
             the task's `replay_limit`.
     """
     workdir = Path(workdir).resolve()
+    check_installed(config.wandb)
     mesh = mesh_of(task, config)
+    whole = {**(settings or {}), "loop": dataclasses.asdict(config)}
     settings = _semantic(settings or {}, config)
     if getattr(task, "content_hash", ""):
         settings["data_hash"] = task.content_hash  # other data, another run
+        whole["data_hash"] = task.content_hash
     settings = json.loads(json.dumps(settings))
     root, init_key = jax.random.split(jax.random.key(config.seed))
     good = GoodSteps(workdir)
@@ -104,8 +111,8 @@ def train(
         if int(state.step) < config.num_steps:
             try_out(evaluations, state)
         try:
-            make_journal = Journal if jax.process_index() == 0 else NoJournal
-            with make_journal(workdir, int(state.step)) as journal, _until_interrupted() as is_over:
+            journal = _open_journal(workdir, int(state.step), config, whole)
+            with journal, _until_interrupted() as is_over:
                 run = _Run(
                     *(task, config, mesh, step_fn, root, evaluations),
                     *(manager, good, settings, journal, is_over),
@@ -123,6 +130,17 @@ def train(
         if jax.process_index() == 0:
             task.export(weights, workdir, {"step": int(state.step), "skipped": skipped})
     return state
+
+
+def _open_journal(
+    workdir: Path, first_step: int, config: LoopConfig, settings: Mapping[str, Any]
+) -> Journal | NoJournal:
+    """The journal of a start, which is recorded; of other hosts than the first, none."""
+    if jax.process_index() > 0:
+        return NoJournal()
+    journal = Journal(workdir, first_step, config.wandb, settings)
+    add_run_record(workdir, run_record(settings, first_step))
+    return journal
 
 
 def _start(task: Task | OwnStepTask, config: LoopConfig, key: Array) -> PyTree:

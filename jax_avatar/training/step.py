@@ -18,6 +18,7 @@ from jax_avatar.models.sharding import constrain_params
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.accumulate import accumulated, clip_keys
 from jax_avatar.training.guards import judge, rate_factor, report
+from jax_avatar.training.loggers import check_project
 from jax_avatar.training.mesh import make_training_mesh, parse_training_mesh
 from jax_avatar.training.state import update_state
 
@@ -114,6 +115,7 @@ class LoopConfig:
             was skipped, and where there are evaluations, it passed one.
         keep_every: checkpoints of steps that this divides stay for good; 0 for none.
         max_minutes: stop (and save) after so long, to resume later; 0 for no limit.
+        wandb: project of Weights & Biases that metrics go to, too; "" for none.
     """
 
     num_steps: int
@@ -133,11 +135,13 @@ class LoopConfig:
     keep: int = 3
     keep_every: int = 500
     max_minutes: float = 0.0
+    wandb: str = ""
 
     # Free to change between the parts of a run.
     BOOKKEEPING = (
         *("accumulate", "mesh"),
         *("log_every", "evaluate_every", "checkpoint_every", "keep", "keep_every", "max_minutes"),
+        "wandb",
     )
 
     def __post_init__(self):
@@ -153,6 +157,7 @@ class LoopConfig:
             raise ValueError(f"loop.accumulate {self.accumulate} must be at least 1.")
         if self.log_every < 1 or self.checkpoint_every < 1 or self.keep < 1:
             raise ValueError("log_every, checkpoint_every and keep must be at least 1")
+        check_project(self.wandb)
 
 
 def learning_rate(config: LoopConfig) -> optax.Schedule:

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from absl import flags
 
 from jax_avatar.io.video import read_video
 from jax_avatar.planning.run import plan_run
+from launch import train
 from launch.overrides import read_config, split_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +67,24 @@ def run(*arguments, script="train"):
     environment.pop("XLA_FLAGS", None)  # one device, as users have
     command = [sys.executable, f"launch/{script}.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def compiled():
+    """Where compiled programs were kept before; set back afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_training_keeps_what_it_compiles(tmp_path, monkeypatch, compiled):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "kept"))
+    flags.FLAGS(["train.py", "--config=nowhere.py"])
+    assert train.main(["train.py"], {}) == 1
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept")
+    assert jax.config.jax_persistent_cache_min_compile_time_secs < 1
 
 
 @pytest.mark.slow

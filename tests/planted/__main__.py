@@ -28,11 +28,12 @@ from tqdm import tqdm
 from tests.planted.inputs import INPUTS
 from tests.planted.invariants import INVARIANTS
 from tests.planted.mistake import Mistake
+from tests.planted.operations import OPERATIONS
 
 __all__ = ["MISTAKES", "Outcome", "judge"]
 
 ROOT = Path(__file__).parents[2]
-MISTAKES = (*INVARIANTS, *INPUTS)
+MISTAKES = (*INVARIANTS, *INPUTS, *OPERATIONS)
 COPIED = ("jax_avatar", "tests", "configs", "conversion", "launch", "pyproject.toml")
 LINKED = ("jax_avatar/assets", "tests/golden")  # large, and nobody writes there
 TIMEOUT_S = 1800
@@ -143,7 +144,9 @@ def _table(mistakes: Sequence[Mistake], outcomes: Sequence[Outcome]) -> Iterator
 def _chosen(numbers: Sequence[str], slow: bool) -> list[Mistake]:
     known = {str(mistake.number) for mistake in MISTAKES}
     if unknown := sorted(set(numbers) - known):
-        raise ValueError(f"no mistakes are numbered {', '.join(unknown)}; give 1 to 21, or input.")
+        raise ValueError(
+            f"no mistakes are numbered {', '.join(unknown)}; give 1 to 21, input or run."
+        )
     return [m for m in MISTAKES if m.slow == slow and (not numbers or str(m.number) in numbers)]
 
 
@@ -151,7 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "tests.planted", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("numbers", nargs="*", help="invariants 1 to 21, or input; all if not given")
+    parser.add_argument(
+        "numbers", nargs="*", help="invariants 1 to 21, input or run; all if not given"
+    )
     parser.add_argument("--slow", action="store_true", help="those whose tests take minutes")
     parser.add_argument("--jobs", type=int, default=1, help="mistakes tried at the same time")
     options = parser.parse_args(argv)

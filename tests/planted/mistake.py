@@ -12,9 +12,10 @@ class Mistake:
     """A replacement in one file.
 
     Attributes:
-        number: invariant that it breaks, or "input", what is refused before compiling.
+        number: invariant that it breaks; "input", what is refused before compiling; or "run", what
+            a run tells and leaves behind.
         what: the mistake in words.
-        file: to change; in `jax_avatar` if it is not in `configs`.
+        file: to change; in `jax_avatar` if it is not in `configs` or `launch`.
         old: text that is there exactly once.
         new: what it becomes.
         tests: ids, as pytest takes them; of each, at least one case must fail.
@@ -35,7 +36,8 @@ class Mistake:
         Raises:
             ValueError: the text to replace is not there exactly once.
         """
-        path = root / ("" if self.file.startswith("configs/") else "jax_avatar") / self.file
+        is_inside = not self.file.startswith(("configs/", "launch/"))
+        path = root / ("jax_avatar" if is_inside else "") / self.file
         source = path.read_text()
         if (count := source.count(self.old)) != 1:
             raise ValueError(
