@@ -98,8 +98,18 @@ def _schedule(stage: str, sections: Mapping[str, Any], loop: LoopConfig) -> Iter
     yield (
         f"generator updates: {loop.num_steps // task.generator_every:,}, one in "
         f"{task.generator_every} steps; critic's learning rate {task.critic_learning_rate:g}; "
-        f"guidance {task.guidance_scale:g}; adapters of rank {task.adapter_rank}"
+        f"{_guidance(task)}; adapters of rank {task.adapter_rank}"
     )
+
+
+def _guidance(task) -> str:
+    """How the teacher is guided."""
+    scale, prompt = task.guidance_scale, task.text_guidance_scale
+    text = (
+        f"guidance {scale:g} by speech, {prompt:g} by prompt" if prompt else f"guidance {scale:g}"
+    )
+    low, high = task.guidance_bounds
+    return text if (low, high) == (0, 1) else f"{text}, at levels {low:g} to {high:g}"
 
 
 def _level(task, share: float) -> float:

@@ -26,6 +26,9 @@ class DistillConfig(AdapterConfig):
         generator_every: steps per update of the generator; the critic learns in each.
         critic_learning_rate: the generator's is the loop's.
         guidance_scale: of the teacher, in the standard form: 1 is no guidance.
+        text_guidance_scale: of the prompt alone; `guidance_scale` is then of the speech alone, and
+            the teacher is asked once more. 0 guides by both together, with `guidance_scale`.
+        guidance_bounds: noise levels, both included, outside of which nothing is guided.
         timestep_shift: of the scores' noise levels, toward noise.
         sigma_bounds: they are clamped to these.
         normalizer: "clip" or "block", see `generator_gradient`.
@@ -45,6 +48,8 @@ class DistillConfig(AdapterConfig):
     generator_every: int = 5
     critic_learning_rate: float = 2e-6
     guidance_scale: float = 4.0
+    text_guidance_scale: float = 0.0
+    guidance_bounds: Sequence[float] = (0.0, 1.0)
     timestep_shift: float = 5.0
     sigma_bounds: Sequence[float] = (0.02, 0.98)
     normalizer: str = "clip"
@@ -57,7 +62,8 @@ class DistillConfig(AdapterConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "sigma_bounds", tuple(self.sigma_bounds))
+        for name in ("sigma_bounds", "guidance_bounds"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.normalizer not in NORMALIZERS:
             raise ValueError(
                 f"task.normalizer {self.normalizer!r} must be one of {', '.join(NORMALIZERS)}."
@@ -66,6 +72,17 @@ class DistillConfig(AdapterConfig):
         if not 0 < low < high < 1:
             raise ValueError(
                 f"task.sigma_bounds {self.sigma_bounds} must rise within 0..1, both ends excluded."
+            )
+        bottom, top = self.guidance_bounds
+        if not (0 <= bottom < top <= 1 and bottom <= high and low <= top):
+            raise ValueError(
+                f"task.guidance_bounds {self.guidance_bounds} must rise within 0..1 and meet "
+                f"task.sigma_bounds {self.sigma_bounds}; for no guidance set task.guidance_scale=1."
+            )
+        if not self.text_guidance_scale >= 0:
+            raise ValueError(
+                f"task.text_guidance_scale {self.text_guidance_scale} must not be negative; 0 "
+                "guides by prompt and speech together, 1 does not guide by the prompt."
             )
         for name in _COUNTS:
             if getattr(self, name) < 1:

@@ -34,6 +34,7 @@ from jax_avatar.training.dmd import (
     draw_level,
     generator_gradient,
     guide,
+    guide_apart,
 )
 from jax_avatar.training.guards import judge, new_guard, note, report
 from jax_avatar.training.monitors import (
@@ -139,18 +140,12 @@ class Distiller:
             told: what they were told.
             key: of the noise and its level.
         """
-        settings, teacher = self.settings, self.teacher
+        settings = self.settings
         noise, sigma = self._noise(key, made, told.row)
         noisy = add_noise(made, noise, sigma)
         fake = _score(self.generator.graphdef, critic, noisy, sigma, told)
-        cond = _score(teacher, base, noisy, sigma, told)
-        guided = cond
-        if settings.guidance_scale != 1:
-            # With the place of these zeros left open, jax 0.11 has the velocity wrong on 4x2 CPUs.
-            silence = constrain(jnp.zeros_like(told.features), "data")
-            null = dataclasses.replace(told, text=told.null_text, features=silence)
-            null_velocity = _score(teacher, base, noisy, sigma, null)
-            guided = guide(cond, null_velocity, settings.guidance_scale)
+        cond = _score(self.teacher, base, noisy, sigma, told)
+        guided = self._guided(base, cond, noisy, sigma, told)
         real = clean_from_velocity(noisy, guided, sigma)
         gradient = generator_gradient(
             made,
@@ -172,6 +167,33 @@ class Distiller:
             },
         }
         return slope, metrics
+
+    def _guided(self, base, cond, noisy, sigma, told):
+        """The teacher's velocity, guided where the settings say so."""
+        settings = self.settings
+        scale, text_scale = settings.guidance_scale, settings.text_guidance_scale
+        if scale == 1 and text_scale in (0, 1):
+            return cond
+        # With the place of these zeros left open, jax 0.11 has the velocity wrong on 4x2 CPUs.
+        silence = constrain(jnp.zeros_like(told.features), "data")
+
+        def ask(**changes):
+            without = dataclasses.replace(told, features=silence, **changes)
+            return _score(self.teacher, base, noisy, sigma, without)
+
+        def guided():
+            if text_scale == 0:
+                return guide(cond, ask(text=told.null_text), scale)
+            silent = ask()
+            null = silent if text_scale == 1 else ask(text=told.null_text)
+            return guide_apart(cond, silent, null, speech_scale=scale, text_scale=text_scale)
+
+        low, high = settings.guidance_bounds
+        if (low, high) == (0, 1):
+            return guided()
+        is_guided = (low <= sigma) & (sigma <= high)
+        # Without a clip in the band, the teacher is not asked.
+        return jnp.where(is_guided, jax.lax.cond(is_guided.any(), guided, lambda: cond), cond)
 
     def update_generator(
         self, state: DistillState, told: Told, key: Array, base: PyTree

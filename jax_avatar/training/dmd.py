@@ -23,6 +23,7 @@ __all__ = [
     "draw_level",
     "generator_gradient",
     "guide",
+    "guide_apart",
     "score_level",
 ]
 
@@ -60,6 +61,26 @@ def guide(cond: Latent, null: Latent, scale: float) -> Latent:
     The Self-Forcing code counts from 0 instead: its `guidance_scale` 3 is 4 here.
     """
     return cond + (scale - 1) * (cond - null)
+
+
+def guide_apart(
+    cond: Latent, silent: Latent, null: Latent, *, speech_scale: float, text_scale: float
+) -> Latent:
+    """Guidance by prompt and by speech, each in the standard scale.
+
+    `null + text_scale (silent - null) + speech_scale (cond - silent)`, summed from `cond`, so that
+    scales of 1 give exactly `cond`.
+
+    Args:
+        cond: velocity with prompt and speech.
+        silent: with the prompt, without speech.
+        null: without either.
+        speech_scale: of the difference that speech makes.
+        text_scale: of the difference that the prompt makes.
+
+    Source: LiveTalk (arXiv 2512.23576).
+    """
+    return cond + (speech_scale - 1) * (cond - silent) + (text_scale - 1) * (silent - null)
 
 
 def generator_gradient(
