@@ -1,8 +1,9 @@
 """Plants mistakes in copies of the code, one by one, and sees that tests notice them.
 
-    python -m tests.planted              all that take seconds
-    python -m tests.planted 3 16 input   some of them
-    python -m tests.planted --slow       only those that take minutes
+    python -m tests.planted                all that take seconds
+    python -m tests.planted 3 16 input     some of them
+    python -m tests.planted --what "clip"  those whose words match a pattern
+    python -m tests.planted --slow         only those that take minutes
 
 A mistake is noticed where each test named in its row fails: not by being missing, and not because
 the changed code cannot run at all. Ends with 1 if some mistake was not noticed.
@@ -29,11 +30,13 @@ from tests.planted.inputs import INPUTS
 from tests.planted.invariants import INVARIANTS
 from tests.planted.mistake import Mistake
 from tests.planted.operations import OPERATIONS
+from tests.planted.settings import SETTINGS
 
 __all__ = ["MISTAKES", "Outcome", "judge"]
 
 ROOT = Path(__file__).parents[2]
-MISTAKES = (*INVARIANTS, *INPUTS, *OPERATIONS)
+MISTAKES = (*INVARIANTS, *INPUTS, *OPERATIONS, *SETTINGS)
+KINDS = "1 to 21, input, run or setting"
 COPIED = ("jax_avatar", "tests", "configs", "conversion", "launch", "pyproject.toml")
 LINKED = ("jax_avatar/assets", "tests/golden")  # large, and nobody writes there
 TIMEOUT_S = 1800
@@ -141,31 +144,29 @@ def _table(mistakes: Sequence[Mistake], outcomes: Sequence[Outcome]) -> Iterator
         yield f"{row}  {said}"
 
 
-def _chosen(numbers: Sequence[str], slow: bool) -> list[Mistake]:
+def _chosen(numbers: Sequence[str], what: str, slow: bool) -> list[Mistake]:
     known = {str(mistake.number) for mistake in MISTAKES}
     if unknown := sorted(set(numbers) - known):
-        raise ValueError(
-            f"no mistakes are numbered {', '.join(unknown)}; give 1 to 21, input or run."
-        )
-    return [m for m in MISTAKES if m.slow == slow and (not numbers or str(m.number) in numbers)]
+        raise ValueError(f"no mistakes are numbered {', '.join(unknown)}; give {KINDS}.")
+    numbered = [m for m in MISTAKES if m.slow == slow and (not numbers or str(m.number) in numbers)]
+    return [m for m in numbered if re.search(what, m.what)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "tests.planted", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "numbers", nargs="*", help="invariants 1 to 21, input or run; all if not given"
-    )
+    parser.add_argument("numbers", nargs="*", help=f"invariants {KINDS}; all if not given")
+    parser.add_argument("--what", default="", help="pattern that their words must match")
     parser.add_argument("--slow", action="store_true", help="those whose tests take minutes")
     parser.add_argument("--jobs", type=int, default=1, help="mistakes tried at the same time")
     options = parser.parse_args(argv)
     try:
-        mistakes = _chosen(options.numbers, options.slow)
+        mistakes = _chosen(options.numbers, options.what, options.slow)
     except ValueError as error:
         parser.error(str(error))
     if not mistakes:
-        parser.error("no such mistakes; with or without --slow there are others.")
+        parser.error("no such mistakes; with or without --slow or --what there are others.")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         base = Path(folder) / "code"

@@ -12,8 +12,8 @@ class Mistake:
     """A replacement in one file.
 
     Attributes:
-        number: invariant that it breaks; "input", what is refused before compiling; or "run", what
-            a run tells and leaves behind.
+        number: invariant that it breaks; "input", what is refused before compiling; "run", what
+            a run tells and leaves behind; or "setting", one that is ignored or mixed up.
         what: the mistake in words.
         file: to change; in `jax_avatar` if it is not in `configs` or `launch`.
         old: text that is there exactly once.

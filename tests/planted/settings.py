@@ -1,0 +1,43 @@
+"""Mistakes that hide where tests leave settings equal or at their defaults."""
+
+from tests.planted.mistake import Mistake, tests_in
+
+__all__ = ["SETTINGS"]
+
+conditions = tests_in("training/test_conditions")
+distill = tests_in("training/test_distill_settings")
+forcing = tests_in("training/test_diffusion_forcing")
+
+CHANCE = distill("nothing_that_is_drawn_shares_a_key")
+LEVELS = distill("noise_levels_are_drawn_per_clip_within_their_bounds")
+PULLED = distill("the_generator_is_pulled_from_the_critic_to_the_guided_teacher")
+RATES = distill("both_networks_learn_at_their_own_rate_and_warm_up_in_outer_steps")
+
+# fmt: off
+SETTINGS = tuple(Mistake("setting", *row) for row in (
+    ("the critic learns from clips of the averaged generator", "training/distillation.py",
+     "params, exit_step = bind(state.generator),", "params, exit_step = bind(state.ema),",
+     distill("the_critic_learns_from_the_generator_not_from_its_average")),
+    ("noise and level of the scores share the key of the rollout", "training/distillation.py",
+     "made, told, keys[1])", "made, told, keys[0])", CHANCE),
+    ("the exit is never the first step", "training/distillation.py",
+     "randint(key, (), 0, self", "randint(key, (), 1, self",
+     distill("every_exit_occurs_in_the_rollouts_of_both")),
+    ("bounds of the scores' levels are ignored", "training/distillation.py",
+     "settings.timestep_shift, settings.sigma_bounds)", "settings.timestep_shift)", LEVELS),
+    ("the critic learns at the generator's rate", "training/distillation.py",
+     "learning_rate=self.settings.critic_learning_rate", "learning_rate=loop.learning_rate",
+     RATES),
+    ("the generator's warm-up counts its own updates", "training/distillation.py",
+     "rate(count * every + every - 1)", "rate(count)", RATES),
+    ("stage 1's window is a block longer than the stream's", "training/diffusion_forcing.py",
+     "past_blocks=model.ring_blocks - 1", "past_blocks=model.ring_blocks",
+     forcing("a_block_sees_a_window_of_the_past_and_a_teacher_everything")),
+    ("the velocity without conditions is the critic's", "training/distillation.py",
+     "self._guided(base, cond,", "self._guided(critic, cond,", PULLED),
+    ("the velocity without conditions keeps the prompt", "training/distillation.py",
+     "guide(cond, ask(text=told.null_text), scale)", "guide(cond, ask(), scale)",
+     (*PULLED, *conditions(
+         "the_teacher_is_guided_away_from_silence_and_the_negative_prompt"))),
+))
+# fmt: on
