@@ -78,7 +78,7 @@ def adam(num_steps: int, learning_rate: float, warmup_steps: int, **changes) -> 
     return {
         "num_steps": num_steps,
         "learning_rate": learning_rate,
-        "final_learning_rate": 1.0,
+        "schedule": "constant",
         "warmup_steps": warmup_steps,
         "weight_decay": 0.01,
         **changes,

@@ -66,7 +66,7 @@ def _small() -> dict:
         "sampler": {"num_steps": 40, "guidance": 4.0},
         "loop": {
             **adam(1500, 7e-4, 100, betas=[0.9, 0.95], ema_decay=0.999),
-            "final_learning_rate": 0.05,
+            "schedule": "cosine",
             "log_every": 20,
             "evaluate_every": 500,
             "checkpoint_every": 200,

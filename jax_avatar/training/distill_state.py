@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax_avatar.shapes import PyTree
 from jax_avatar.training.adapters import AdapterConfig
 from jax_avatar.training.dmd import NORMALIZERS
+from jax_avatar.training.step import SCHEDULES
 
 __all__ = ["DistillConfig", "DistillState", "Told"]
 
@@ -25,6 +26,8 @@ class DistillConfig(AdapterConfig):
         latents: latent frames per clip, whole blocks.
         generator_every: steps per update of the generator; the critic learns in each.
         critic_learning_rate: the generator's is the loop's.
+        critic_schedule: of the critic's learning rate, "cosine" or "constant"; "" is the loop's.
+            Warm-up, length and final share are the loop's, in outer steps, for both networks.
         guidance_scale: of the teacher, in the standard form: 1 is no guidance.
         text_guidance_scale: of the prompt alone; `guidance_scale` is then of the speech alone, and
             the teacher is asked once more. 0 guides by both together, with `guidance_scale`.
@@ -47,6 +50,7 @@ class DistillConfig(AdapterConfig):
     latents: int = 21
     generator_every: int = 5
     critic_learning_rate: float = 2e-6
+    critic_schedule: str = ""
     guidance_scale: float = 4.0
     text_guidance_scale: float = 0.0
     guidance_bounds: Sequence[float] = (0.0, 1.0)
@@ -67,6 +71,11 @@ class DistillConfig(AdapterConfig):
         if self.normalizer not in NORMALIZERS:
             raise ValueError(
                 f"task.normalizer {self.normalizer!r} must be one of {', '.join(NORMALIZERS)}."
+            )
+        if self.critic_schedule not in ("", *SCHEDULES):
+            raise ValueError(
+                f"task.critic_schedule {self.critic_schedule!r} must be one of "
+                f"{', '.join(SCHEDULES)}, or '' for the loop's."
             )
         low, high = self.sigma_bounds
         if not 0 < low < high < 1:

@@ -25,7 +25,7 @@ from jax_avatar.diffusion.flow import add_noise, clean_from_velocity
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.models.sharding import constrain, constrain_params
-from jax_avatar.shapes import Array, Latent, PyTree
+from jax_avatar.shapes import Array, IntScalar, Latent, PyTree
 from jax_avatar.training.accumulate import accumulated, clip_keys
 from jax_avatar.training.distill_state import DistillConfig, DistillState, Told
 from jax_avatar.training.dmd import (
@@ -36,7 +36,7 @@ from jax_avatar.training.dmd import (
     guide,
     guide_apart,
 )
-from jax_avatar.training.guards import judge, new_guard, note, report
+from jax_avatar.training.guards import judge, new_guard, note, rate_factor, report
 from jax_avatar.training.monitors import (
     ClipFigures,
     bin_shares,
@@ -87,7 +87,7 @@ class Distiller:
             jax.tree.map(lambda p: jnp.array(p, jnp.float32), tree)
             for tree in (generator, critic, generator)
         )
-        for_generator, for_critic = self._optimisers()
+        for_generator, for_critic = self._optimisers(0)
         return DistillState(
             step=jnp.int32(0),
             generator=generator,
@@ -220,7 +220,7 @@ class Distiller:
         largest = jax.tree.map(jnp.max, each)
         limit = self.settings.replay_limit_for(self.generator.config.dtype)
         is_replayed = largest.get("replay_error", 0.0) <= limit
-        optimiser, _ = self._optimisers()
+        optimiser, _ = self._optimisers(state.step)
         cause, norm = judge(
             metrics["dmd_loss"], grads, made, self.settings.clean_limit, is_replayed=is_replayed
         )
@@ -241,6 +241,7 @@ class Distiller:
         )
         metrics |= {
             "generator_norm": norm,
+            "generator_rate": _rate(self.loop, state),
             "generator_exit": exit_step + 1,
             "largest_clean": jnp.max(jnp.abs(made)),
         }
@@ -295,7 +296,7 @@ class Distiller:
 
         grads, means, (made, sigma) = accumulated(measure, told, self.loop.accumulate)
         value = means["loss"]
-        _, optimiser = self._optimisers()
+        _, optimiser = self._optimisers(state.step)
         cause, norm = judge(value, grads, made, self.settings.clean_limit)
         moments, is_good = state.critic_optimiser, cause == 0
         new, moved = _stepped(optimiser, grads, moments, state.critic, cause, state.guard)
@@ -309,17 +310,29 @@ class Distiller:
             guard=note(state.guard, state.step, cause),
             watch=watch_clips(state.watch, made, is_final & is_good, frames),
         )
-        metrics = {"loss": value, "critic_norm": norm, "critic_exit": exit_step + 1}
+        metrics = {
+            "loss": value,
+            "critic_norm": norm,
+            "critic_rate": _rate(self._critic_loop, state),
+            "critic_exit": exit_step + 1,
+        }
         shares = bin_shares(sigma, settings.timestep_shift)
         return constrain_params(state), metrics | shares
 
-    def _optimisers(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-        every, loop = self.settings.generator_every, self.loop
-        critic = dataclasses.replace(loop, learning_rate=self.settings.critic_learning_rate)
-        rate = learning_rate(loop)
-        # The generator's n-th update comes at outer step n * every.
-        for_generator = make_optimiser(loop, lambda count: rate(count * every + every - 1))
-        return for_generator, make_optimiser(critic)
+    @property
+    def _critic_loop(self) -> LoopConfig:
+        settings, loop = self.settings, self.loop
+        return dataclasses.replace(
+            loop,
+            learning_rate=settings.critic_learning_rate,
+            schedule=settings.critic_schedule or loop.schedule,
+        )
+
+    def _optimisers(
+        self, step: IntScalar
+    ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+        """Of generator and critic, at their rates in an outer step."""
+        return make_optimiser(self.loop, step), make_optimiser(self._critic_loop, step)
 
     def _clips(self, told: Told, key: Array):
         """Conditions and chance, with a leading axis of clips before batches of one."""
@@ -387,6 +400,11 @@ def _score(graphdef, params, noisy, sigma, told):
     timestep = jnp.broadcast_to(1000 * sigma[:, :, 0, 0, 0], (b, t))
     dit = merge(graphdef, params)
     return dit.bidirectional(noisy, timestep, told.text, told.reference, None, pose, told.features)
+
+
+def _rate(loop, state):
+    """Learning rate of the step, as it is applied."""
+    return jnp.float32(learning_rate(loop)(state.step)) * rate_factor(state.guard)
 
 
 def _keys(key, step, role):

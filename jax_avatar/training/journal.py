@@ -18,7 +18,10 @@ from jax_avatar.training.monitors import PREFIX, find_alarms
 
 __all__ = ["Journal", "NoJournal", "mean_of", "warn"]
 
-_AS_THEY_STAND = ("recent_skips", "rollbacks", "generator_updates", "learning_rate")
+_AS_THEY_STAND = (
+    *("recent_skips", "rollbacks", "generator_updates"),
+    *("learning_rate", "generator_rate", "critic_rate"),
+)
 _logger = logging.getLogger(__name__)
 
 

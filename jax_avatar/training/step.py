@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from jax_avatar.models.sharding import constrain_params
-from jax_avatar.shapes import Array, PyTree
+from jax_avatar.shapes import Array, IntScalar, PyTree
 from jax_avatar.training.accumulate import accumulated, clip_keys
 from jax_avatar.training.guards import judge, rate_factor, report
 from jax_avatar.training.loggers import check_project
@@ -23,6 +23,7 @@ from jax_avatar.training.mesh import make_training_mesh, parse_training_mesh
 from jax_avatar.training.state import update_state
 
 __all__ = [
+    "SCHEDULES",
     "Batch",
     "LoopConfig",
     "OwnStepTask",
@@ -35,6 +36,9 @@ __all__ = [
     "mesh_of",
     "on_mesh",
 ]
+
+SCHEDULES = ("cosine", "constant")
+"""What the learning rate does after its warm-up."""
 
 Batch = Mapping[str, Any]
 Step = Callable[[Any, Batch, Array], tuple[Any, dict[str, Array]]]
@@ -97,8 +101,9 @@ class LoopConfig:
     """Optimiser, length and bookkeeping of a run.
 
     Attributes:
-        num_steps: optimiser steps; the cosine ends there.
+        num_steps: optimiser steps, in stage 2 outer steps; schedules end there.
         learning_rate: after the warm-up.
+        schedule: of the learning rate after the warm-up, "cosine" or "constant".
         final_learning_rate: share of `learning_rate` left at the end of the cosine.
         warmup_steps: linear warm-up.
         weight_decay: decoupled, of AdamW, on arrays with two or more axes.
@@ -120,6 +125,7 @@ class LoopConfig:
 
     num_steps: int
     learning_rate: float = 1e-3
+    schedule: str = "cosine"
     final_learning_rate: float = 0.05
     warmup_steps: int = 100
     weight_decay: float = 0.01
@@ -151,6 +157,10 @@ class LoopConfig:
                 f"num_steps {self.num_steps} with warmup_steps {self.warmup_steps}: at least one "
                 "step and a shorter warm-up are expected."
             )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"loop.schedule {self.schedule!r} must be one of {', '.join(SCHEDULES)}."
+            )
         if self.mesh:
             parse_training_mesh(self.mesh)
         if self.accumulate < 1:
@@ -161,29 +171,33 @@ class LoopConfig:
 
 
 def learning_rate(config: LoopConfig) -> optax.Schedule:
-    """Linear warm-up, then a cosine."""
+    """Linear warm-up, then constant or a cosine; a function of the step's number."""
+    share = config.final_learning_rate if config.schedule == "cosine" else 1.0
     return optax.warmup_cosine_decay_schedule(
         0.0 if config.warmup_steps else config.learning_rate,
         config.learning_rate,
         max(1, config.warmup_steps),
         config.num_steps,
-        config.learning_rate * config.final_learning_rate,
+        config.learning_rate * share,
     )
 
 
 def make_optimiser(
-    config: LoopConfig, schedule: optax.Schedule | None = None
+    config: LoopConfig, step: IntScalar | None = None
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW.
 
     Args:
         config: of the run.
-        schedule: learning rate after so many updates; `learning_rate` if not given.
+        step: number of the run's step, from 0, which decides the learning rate; updates that were
+            skipped, and several updates in a step, do not move it. The optimiser's own count of
+            updates if not given.
     """
+    schedule = learning_rate(config)
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
-            schedule or learning_rate(config),
+            schedule if step is None else lambda count: schedule(step),
             *config.betas,
             weight_decay=config.weight_decay,
             mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
@@ -205,7 +219,7 @@ def make_step(task: Task | OwnStepTask, config: LoopConfig, mesh: Mesh | None = 
 
 def compiled_step(task: Task, config: LoopConfig, mesh: Mesh | None = None) -> Callable:
     """The step of a `Task` as one program: `(state, batch, key, frozen) -> (state, metrics)`."""
-    optimiser, schedule = make_optimiser(config), learning_rate(config)
+    schedule = learning_rate(config)
 
     def step(state, batch, key, frozen):
         key = jax.random.fold_in(key, state.step)
@@ -222,6 +236,7 @@ def compiled_step(task: Task, config: LoopConfig, mesh: Mesh | None = None) -> C
         cause, norm = judge(loss, grads)
         rate = jnp.asarray(schedule(state.step), jnp.float32) * rate_factor(state.guard)
         extra = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+        optimiser = make_optimiser(config, state.step)
         state = update_state(state, grads, cause, optimiser, config.ema_decay)
         metrics = {**metrics, **extra, **report(state.guard, state.step - 1)}
         return constrain_params(state), metrics

@@ -7,6 +7,7 @@ __all__ = ["SETTINGS"]
 conditions = tests_in("training/test_conditions")
 distill = tests_in("training/test_distill_settings")
 forcing = tests_in("training/test_diffusion_forcing")
+schedules = tests_in("training/test_schedules")
 
 CHANCE = distill("nothing_that_is_drawn_shares_a_key")
 LEVELS = distill("noise_levels_are_drawn_per_clip_within_their_bounds")
@@ -26,10 +27,23 @@ SETTINGS = tuple(Mistake("setting", *row) for row in (
     ("bounds of the scores' levels are ignored", "training/distillation.py",
      "settings.timestep_shift, settings.sigma_bounds)", "settings.timestep_shift)", LEVELS),
     ("the critic learns at the generator's rate", "training/distillation.py",
-     "learning_rate=self.settings.critic_learning_rate", "learning_rate=loop.learning_rate",
+     "learning_rate=settings.critic_learning_rate", "learning_rate=loop.learning_rate",
      RATES),
     ("the generator's warm-up counts its own updates", "training/distillation.py",
-     "rate(count * every + every - 1)", "rate(count)", RATES),
+     "make_optimiser(self.loop, step)", "make_optimiser(self.loop)", RATES),
+    ("the critic's schedule counts its own updates", "training/distillation.py",
+     "make_optimiser(self._critic_loop, step)", "make_optimiser(self._critic_loop)",
+     schedules("both_networks_follow_the_outer_step")),
+    ("the critic has the loop's schedule", "training/distillation.py",
+     "schedule=settings.critic_schedule or loop.schedule", "schedule=loop.schedule",
+     schedules("both_networks_follow_the_outer_step")),
+    ("a constant schedule falls", "training/step.py",
+     "share = config.final_learning_rate if config.schedule == \"cosine\" else 1.0",
+     "share = config.final_learning_rate",
+     schedules("a_schedule_warms_up_and_stays_or_falls[constant]")),
+    ("skipped steps hold stage 1's schedule back", "training/step.py",
+     "make_optimiser(config, state.step)", "make_optimiser(config)",
+     schedules("skipped_steps_do_not_hold_a_schedule_back")),
     ("stage 1's window is a block longer than the stream's", "training/diffusion_forcing.py",
      "past_blocks=model.ring_blocks - 1", "past_blocks=model.ring_blocks",
      forcing("a_block_sees_a_window_of_the_past_and_a_teacher_everything")),
