@@ -34,6 +34,7 @@ from conversion.readers import open_weights
 from conversion.rules import Move, Report, plan
 from conversion.wan_dit import SCALING, MergedLora
 from jax_avatar.io.checkpoint import add_to_config
+from jax_avatar.io.checksums import keep_checksums
 from jax_avatar.io.slot_writer import SlotWriter
 from jax_avatar.io.whole_file import BrokenFile, unfinished_downloads
 from jax_avatar.models.lora import is_adapted
@@ -116,6 +117,7 @@ def convert_network(
     except ValueError:
         writer.discard()
         raise
+    keep_checksums(out)
     writer.finish()
     if kind.part == "text":
         _copy_tokenizer(job.weights.files[0].parent, out / TOKENIZER)

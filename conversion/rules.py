@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_avatar.io.finite import all_finite
+
 __all__ = [
     "Ignore",
     "Move",
@@ -204,7 +206,7 @@ class Move:
                 f"{self.source} holds {array.dtype}, expected floating-point weights; is it of a "
                 "quantised checkpoint? Convert the original one."
             )
-        if not _all_finite(array):
+        if not all_finite(array):
             raise ValueError(
                 f"{self.source} holds NaN or infinity; download the checkpoint again, or train on "
                 "from an earlier one."
@@ -389,13 +391,6 @@ def plan(
             )
         )
     return moves, report
-
-
-def _all_finite(array: np.ndarray) -> bool:
-    if array.dtype == np.dtype(jnp.bfloat16):
-        # The exponent is all ones in NaN and infinity; NumPy would widen every value first.
-        return not np.any((array.view(np.uint16) & 0x7F80) == 0x7F80)
-    return bool(np.isfinite(array).all())
 
 
 def _unfilled(

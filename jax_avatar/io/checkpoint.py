@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import tensorstore as ts
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from jax_avatar.io.checksums import check_files, locked, recorded, rewriting
+from jax_avatar.io.finite import check_finite
 from jax_avatar.io.safetensors_file import SafetensorsFile
 from jax_avatar.io.whole_file import BrokenFile, read_object
 from jax_avatar.shapes import PyTree
@@ -91,9 +94,10 @@ def save_weights(
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
     os.close(handle)
     try:
-        save_file(flat, temporary, metadata=header)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        with rewriting(folder, name):
+            save_file(flat, temporary, metadata=header)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -114,7 +118,8 @@ def load_weights(
         Parameters as a nested dictionary of arrays, config and metadata.
 
     Raises:
-        ValueError: there is no such file, or it is cut off, or it was not written by this project.
+        ValueError: there is no such file, or it was not written by this project.
+        BrokenFile: it is cut off or damaged, or holds NaN or infinity.
     """
     path = _find_weights(Path(folder), name)
     if path.is_dir():
@@ -123,6 +128,8 @@ def load_weights(
     file = SafetensorsFile(path)
     config, metadata = _parse_header(file)
     flat = {key: _widened(array) if widen else np.array(array) for key, array in file.items()}
+    check_finite(path, flat)  # first: it names the tensor
+    check_files(folder, [path.name])
     return traverse_util.unflatten_dict(flat, sep="/"), config, metadata
 
 
@@ -216,6 +223,7 @@ def save_orbax(
     fresh = folder.with_name(f".{folder.name}.new")
     is_first_process = jax.process_index() == 0
     if is_first_process:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(fresh, ignore_errors=True)  # of an interrupted save
     header = {"config": dict(config), "metadata": dict(metadata or {})}
     # One folder per leaf, as `StoredWeights` reads and `SlotWriter` writes them.
@@ -230,7 +238,8 @@ def save_orbax(
             ),
         )
     if is_first_process:
-        replace_folder(fresh, folder)
+        with rewriting(folder.parent, folder.name):
+            replace_folder(fresh, folder)
 
 
 def replace_folder(fresh: Path, folder: Path) -> None:
@@ -258,6 +267,9 @@ class StoredWeights:
             ValueError: the folder is not such a checkpoint, or an unfinished one.
         """
         self.folder = Path(folder).resolve()
+        self._sums = set(recorded(self.folder.parent, self.folder.name))
+        # All but the numbers.
+        self._verify(f"{self.folder.name}/header/", f"{self.folder.name}/params/_")
         try:
             with _checkpointer() as checkpointer:
                 args = ocp.args.Composite(header=ocp.args.JsonRestore())
@@ -269,7 +281,8 @@ class StoredWeights:
                 path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
                 for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()
             }
-        except (FileNotFoundError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._verify(f"{self.folder.name}/")  # the clearer message
             raise ValueError(
                 f"{self.folder} is not a finished Orbax checkpoint of this project ({error}); name "
                 "the folder of one network, for example DIR/dit."
@@ -281,8 +294,11 @@ class StoredWeights:
         return traverse_util.unflatten_dict(self.leaves, sep="/")
 
     def read(self, path: str, slot: tuple[int, ...] = ()) -> np.ndarray:
-        """One leaf, or its part at some indices along the leading axes."""
-        return np.asarray(open_leaf(self.folder, path)[slot].read().result())
+        """One leaf, or its part at some indices along the leading axes; errors as `restore`."""
+        self._verify(f"{self.folder.name}/params/{path.replace('/', '.')}/")
+        array = np.asarray(open_leaf(self.folder, path)[slot].read().result())
+        check_finite(self.folder, {path: array})
+        return array
 
     def read_kept(self) -> dict[str, np.ndarray]:
         """Tensors of the download that the network does not use: official name -> array."""
@@ -300,6 +316,9 @@ class StoredWeights:
             shardings: nested dictionary of `jax.sharding.Sharding`; every device then reads
                 only what is its own. Host arrays if not given.
             only: keys of the outer dictionary to read; all if not given.
+
+        Raises:
+            BrokenFile: files are damaged or missing, or weights are NaN or infinity.
         """
         leaves = {k: tree for k, tree in self.tree.items() if only is None or k in only}
         if shardings is None:
@@ -312,11 +331,28 @@ class StoredWeights:
                 leaves,
                 shardings,
             )
-        with _checkpointer() as checkpointer:
-            args = ocp.args.PyTreeRestore(
-                item=leaves, restore_args=restore_args, partial_restore=only is not None
-            )
-            return checkpointer.restore(self.folder, args=ocp.args.Composite(params=args))["params"]
+        args = ocp.args.PyTreeRestore(
+            item=leaves, restore_args=restore_args, partial_restore=only is not None
+        )
+        names = traverse_util.flatten_dict(leaves, sep=".")
+        files = [f"{self.folder.name}/params/{name}/" for name in names]
+        with _checkpointer() as checkpointer, ThreadPoolExecutor(1) as beside:
+            verified = beside.submit(self._verify, *files)  # while the same files are read
+            try:
+                args = ocp.args.Composite(params=args)
+                restored = checkpointer.restore(self.folder, args=args)["params"]
+            except (ValueError, OSError) as error:
+                verified.result()
+                raise ValueError(f"{self.folder} cannot be read: {error}") from error
+            verified.result()
+        check_finite(self.folder, traverse_util.flatten_dict(restored, sep="/"))
+        return restored
+
+    def _verify(self, *beginnings: str) -> None:
+        """Checks the files whose paths begin so, once; each process its share of them."""
+        files = sorted(file for file in self._sums if file.startswith(beginnings))
+        check_files(self.folder.parent, files[jax.process_index() :: jax.process_count()])
+        self._sums -= set(files)
 
 
 def tree_of(params: PyTree | StoredWeights) -> PyTree:
@@ -382,8 +418,9 @@ def add_to_config(folder: str | Path, changes: Mapping[str, Any], **defaults: An
         **defaults: keys to set where they are missing.
     """
     path = Path(folder) / "config.json"
-    present = load_json(path) if path.exists() else {}
-    save_json(path, {**defaults, **present, **changes})
+    with locked(folder):
+        present = load_json(path) if path.exists() else {}
+        save_json(path, {**defaults, **present, **changes})
 
 
 def load_json(path: str | Path) -> dict[str, Any]:

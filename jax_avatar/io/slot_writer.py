@@ -22,6 +22,7 @@ from orbax.checkpoint import type_handlers
 from safetensors.numpy import save_file
 
 from jax_avatar.io.checkpoint import KEPT_FILE, open_leaf, replace_folder
+from jax_avatar.io.checksums import rewriting
 
 __all__ = ["SlotWriter"]
 
@@ -103,7 +104,8 @@ class SlotWriter:
     def finish(self) -> None:
         """Puts the checkpoint in its place. Call it when every part has been written."""
         self._notes.unlink()
-        replace_folder(self._partial, self.folder)
+        with rewriting(self.folder.parent, self.folder.name):
+            replace_folder(self._partial, self.folder)
 
     def pause(self) -> None:
         """Notes what is done, for the next run; called when a run is interrupted."""

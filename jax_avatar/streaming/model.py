@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from jax_avatar.diffusion.schedule import Schedule, euler_schedule
@@ -29,7 +30,7 @@ from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
 from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
-from jax_avatar.models.lora import add_adapter
+from jax_avatar.models.lora import adapter_leaves, add_adapter
 from jax_avatar.models.params import abstract, flatten
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.quantise import quantise_params
@@ -210,6 +211,13 @@ def load_settings(folder: str | Path = SMALL, **changes: Any) -> StreamSettings:
             f"{folder / 'config.json'} lacks {missing}; convert the missing networks "
             "into it (python -m conversion.convert --help), or name another folder."
         )
+    strings = [key for key in ("name", *_STREAMED, "text", "lora") if key in content]
+    wrong = [key for key in strings if not isinstance(content[key], str)]
+    if wrong or not isinstance(content["stream"], dict):
+        raise ValueError(
+            f"{folder / 'config.json'}: {wrong or 'stream'} is no "
+            f"{'string' if wrong else 'object'}; copy it again, or restore it."
+        )
     known = {field.name for field in dataclasses.fields(StreamSettings)}
     unknown = sorted(set(content["stream"]) - known)
     if unknown:
@@ -294,8 +302,8 @@ def load_network(folder: str | Path, name: str, kind: str, *, widen: bool = True
             "folder of a whole model."
         ) from error
     graphdef, expected = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
-    got = {path: tuple(leaf.shape) for path, leaf in flatten(tree_of(params)).items()}
-    want = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
+    got = {path: _shape_and_kind(leaf) for path, leaf in flatten(tree_of(params)).items()}
+    want = {path: _shape_and_kind(leaf) for path, leaf in flatten(expected).items()}
     wrong = [path for path in got | want if got.get(path) != want.get(path)]
     if wrong:
         lines = [f"{p}: {got.get(p, 'missing')}, expected {want.get(p, 'nothing')}" for p in wrong]
@@ -306,13 +314,31 @@ def load_network(folder: str | Path, name: str, kind: str, *, widen: bool = True
     return Network(graphdef, params, config, metadata)
 
 
+def _shape_and_kind(leaf: Any) -> str:
+    """Shape and type of a weight; floating-point types of two bytes and more are one."""
+    dtype = jnp.dtype(leaf.dtype)
+    is_wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+    return f"{tuple(leaf.shape)} {'float' if is_wide else dtype}"
+
+
 def _with_adapter(dit: Network, folder: Path) -> Network:
     """The transformer with the folder's LoRA added, on the host."""
     adapter, fields, _ = load_weights(folder, "lora")
+    if not isinstance(fields.get("scaling"), int | float):
+        raise ValueError(f"{folder}: 'lora' has no scaling in its config, so it is no adapter.")
     if dit.config.weights:
         raise ValueError(
             f"{folder}: an adapter cannot be added to {dit.config.weights} weights; convert the "
             "transformer with --lora FILE --merge --dtype."
+        )
+    factors = flatten(adapter)
+    rank = next((leaf.shape[-1] for path, leaf in factors.items() if path.endswith("/a")), 0)
+    fitting = adapter_leaves(tree_of(dit.params), rank)
+    wrong = [p for p, leaf in factors.items() if p in fitting and fitting[p].shape != leaf.shape]
+    if wrong:
+        raise ValueError(
+            f"{folder}: the adapter's {wrong[0]} is {factors[wrong[0]].shape}, expected "
+            f"{fitting[wrong[0]].shape}; it is for another transformer."
         )
     with on_host():
         params = add_adapter(_in_memory(dit.params), adapter, fields["scaling"])

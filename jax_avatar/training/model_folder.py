@@ -25,6 +25,7 @@ from jax_avatar.io.checkpoint import (
     save_weights,
     tree_of,
 )
+from jax_avatar.io.checksums import keep_checksums, rewriting
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import flatten
@@ -44,8 +45,6 @@ __all__ = [
 
 NETWORKS = {"portrait": PortraitDiT, "wan_s2v": DiT}
 """Kinds of transformers by their names in `config.json`."""
-
-_WEIGHTS = (".safetensors", "")  # a file, or an Orbax folder
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,15 @@ def export_model(
     """
     folder, content, others = Path(folder), model_content(source), others or {}
     folder.mkdir(parents=True, exist_ok=True)
-    left = {"config", "dit", "lora", *others}
-    for path in sorted(Path(source).iterdir()):
-        if path.name.split(".")[0] not in left:
-            _copy(path, folder)
-    for network, where in others.items():
-        for ending in _WEIGHTS:
-            _copy(Path(where) / (network + ending), folder)
+    keep_checksums(folder)
+    left = {"config", "dit", "lora", "checksums", *others}
+    taken = {path.name.split(".")[0]: source for path in sorted(Path(source).iterdir())}
+    taken = {network: where for network, where in taken.items() if network not in left}
+    for network, where in {**taken, **others}.items():
+        with rewriting(folder, network, source=where):
+            for path in sorted(Path(where).glob(f"{network}*")):
+                if path.name.split(".")[0] == network:
+                    _copy(path, folder)
     content.pop("lora", None)
     if adapter:
         factors, fields = adapter

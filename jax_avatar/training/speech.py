@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jax_avatar.data.talking_people import speech
 from jax_avatar.data.talking_people.speech import Phone, Utterance
 from jax_avatar.io.checkpoint import save_weights
+from jax_avatar.io.checksums import keep_checksums
 from jax_avatar.models.audio import SpeechConfig, SpeechEncoder, log_mel
 from jax_avatar.models.params import abstract, merge, split
 from jax_avatar.shapes import Array, PyTree
@@ -128,6 +129,7 @@ class SpeechTask:
             "voices": speech.TRAINING_VOICES,
             "held_out_voice": speech.HELD_OUT_VOICE,
         }
+        keep_checksums(folder)
         save_weights(folder, "speech", params, dataclasses.asdict(self.config), metadata)
 
     def _clip(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from jax_avatar.io.checkpoint import load_weights, save_weights
+from jax_avatar.io.checksums import keep_checksums
 from jax_avatar.models.light_vae import (
     LightVAE,
     LightVAEConfig,
@@ -289,6 +290,7 @@ class VAETask:
             config = replace(config, latent_mean=mean, latent_std=std)
         scores = {name: round(value, 2) for name, value in self.evaluate(params, 0).items()}
         metadata = {**metadata, "task": asdict(self.settings), "held_out_scores": scores}
+        keep_checksums(folder)
         save_weights(folder, "vae", weights, config.to_dict(), metadata, dtype="float16")
 
     def _apply(self, params: dict[str, Any], video: Video) -> Video:
