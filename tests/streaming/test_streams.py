@@ -89,7 +89,7 @@ def test_only_the_latent_moves_between_slices():
     positions = [jax.tree.map(lambda *parts: np.stack(parts), *step) for step in positions]
     text = stream._tick.lower(
         stream.params, stream._noise(0), stream._latents, np.stack([AUDIO[n] for n in numbers]),
-        stream.conditions.pose, stream._caches, stream._sinks, positions, stream._levels,
+        stream.conditions.pose, stream._caches, stream._sinks, positions, stream._levels, None,
     ).compile().as_text()  # fmt: skip
     permutes = [line for line in text.splitlines() if " collective-permute(" in line]
     assert len(permutes) == 1
