@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from jax_avatar.io.audio import AudioReader, PcmReader
+from jax_avatar.io.audio import AudioReader, open_pipe
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.io.provenance import can_sign, make_signer, sign_video
 from jax_avatar.io.video import VideoWriter
@@ -34,7 +34,9 @@ from launch.common import frame_size, prepare_jax
 ASSETS = SMALL.parent
 flags.DEFINE_string("mesh", "5", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
 flags.DEFINE_string("image", str(ASSETS / "portraits" / "amara.png"), "portrait")
-flags.DEFINE_string("audio", str(ASSETS / "demo.flac"), 'speech, any format; "-" is raw PCM')
+flags.DEFINE_string(
+    "audio", str(ASSETS / "demo.flac"), 'speech, any format; "-": standard input, a file or raw PCM'
+)
 flags.DEFINE_string("prompt", None, "description of the scene, for models with a prompt encoder")
 flags.DEFINE_string(
     "prompt_cache",
@@ -64,13 +66,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def warn(text: str) -> None:
+    say(f"warning: {text}")
+
+
 def open_audio(sample_rate: int, chunk: int):
     if FLAGS.audio != "-":
-        return AudioReader(FLAGS.audio, sample_rate, chunk)
-    return PcmReader(
+        return AudioReader(FLAGS.audio, sample_rate, chunk, warn=warn)
+    return open_pipe(
         sys.stdin.buffer,
         sample_rate,
         chunk,
+        warn=warn,
         input_rate=FLAGS.pcm_rate,
         sample_format=FLAGS.pcm_format,
         channels=FLAGS.pcm_channels,
@@ -81,10 +88,10 @@ def read_prompt():
     """States of the prompt; None where there is no prompt, or nothing to read it."""
     if not has_text_encoder(FLAGS.checkpoint):
         if FLAGS.prompt:
-            say(f"warning: {FLAGS.checkpoint} has no prompt encoder; --prompt is not used.")
+            warn(f"{FLAGS.checkpoint} has no prompt encoder; --prompt is not used.")
         return None
     if FLAGS.prompt is None:
-        say("warning: this model was trained with prompts; describe the scene with --prompt.")
+        warn("this model was trained with prompts; describe the scene with --prompt.")
         return None
     return prompt_states(FLAGS.checkpoint, FLAGS.prompt, cache=FLAGS.prompt_cache or None)
 
@@ -128,8 +135,8 @@ def run() -> int:
             model, portrait, layout, seed=FLAGS.seed, text=text, in_flight=FLAGS.config.in_flight
         )
         if 0 < settings.portrait_error < session.portrait_error:
-            say(
-                f"warning: {FLAGS.image} is unlike the faces {model.name} was trained on "
+            warn(
+                f"{FLAGS.image} is unlike the faces {model.name} was trained on "
                 f"(reconstruction error {session.portrait_error:.3f}, usual are up to "
                 f"{settings.portrait_error:.3f}); the face may not hold."
             )
@@ -157,7 +164,7 @@ def run() -> int:
         + ("" if report.is_complete else "; stopped before the end")
     )
     if report.is_silent and report.frames:
-        say(f"warning: {FLAGS.audio} is silent, so the face does not speak.")
+        warn(f"{FLAGS.audio} is silent, so the face does not speak.")
     if FLAGS.json:
         device = jax.devices()[0].device_kind
         extra = {"out": FLAGS.out, "mesh": FLAGS.mesh, "model": model.name, "device": device}

@@ -9,9 +9,11 @@ from typing import Any
 
 import av
 import numpy as np
+import soxr
 from jaxtyping import UInt8
 
-from jax_avatar.io.media import media_url, open_media
+from jax_avatar.io.media import best_stream, media_url, open_media
+from jax_avatar.io.mixing import Mixer
 from jax_avatar.io.provenance import COMMENT
 from jax_avatar.io.watermark import mark
 from jax_avatar.shapes import Float
@@ -28,6 +30,7 @@ _MOV = {
     + ("+hybrid_fragmented" if _CLOSES_PLAIN else ""),
     "flush_packets": "1",
 }
+_JITTER_S = 0.02  # that a time stamp may depart from the end of the sound before it
 _MATROSKA = {"cluster_time_limit": "1000", "flush_packets": "1"}
 
 
@@ -210,16 +213,15 @@ def read_video(
     try:
         with open_media(path) as container:
             frames, fps = [], 0.0
-            if container.streams.video:
-                fps = float(container.streams.video[0].guessed_rate or 0)
-                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            if stream := best_stream(container, "video"):
+                fps = float(stream.guessed_rate or 0)
+                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
         if not frames:
             raise ValueError(f"{path} has no picture; expected a whole mp4, mov or mkv file.")
         with open_media(path) as container:
-            if not container.streams.audio:
+            if best_stream(container, "audio") is None:
                 return np.stack(frames), fps, None, None
-            rate = container.streams.audio[0].rate
-            return np.stack(frames), fps, samples_by_time(container, rate), rate
+            return np.stack(frames), fps, *samples_by_time(container, str(path))
     except (OSError, av.FFmpegError) as error:
         raise ValueError(
             f"{path} cannot be read as a video ({error.strerror}); expected a whole mp4, mov or "
@@ -227,15 +229,31 @@ def read_video(
         ) from error
 
 
-def samples_by_time(container: av.container.InputContainer, rate: int) -> np.ndarray:
-    """Mono samples of a file's sound, where their time stamps say, from time 0 on."""
-    parts = []
-    for frame in container.decode(audio=0):
-        part = frame.to_ndarray().astype(np.float32).mean(0)
-        start = round(float(frame.pts * frame.time_base) * rate)
-        # What lies before 0 is the encoder's priming.
-        parts.append((max(0, start), part[max(0, -start) :]))
+def samples_by_time(
+    container: av.container.InputContainer, name: str, begin_s: float = 0.0
+) -> tuple[np.ndarray, int]:
+    """Mono samples of a file's sound, where their time stamps say, and their rate.
+
+    Args:
+        container: open for reading, with sound.
+        name: of the file, in remarks.
+        begin_s: time of sample 0; what lies before, as an encoder's priming, is left out.
+    """
+    mixer, parts, rate, end = Mixer(f"the sound of {name}"), [], 0, 0
+    for frame in container.decode(best_stream(container, "audio")):
+        part = mixer.frame(frame)
+        rate = rate or frame.sample_rate
+        if frame.sample_rate != rate:
+            part = soxr.resample(part, frame.sample_rate, rate)
+        if frame.pts is not None:
+            start = round((float(frame.pts * frame.time_base) - begin_s) * rate)
+            # Coarse time stamps are no reason to tear sound that follows on apart.
+            if not parts or abs(start - end) > _JITTER_S * rate:
+                end = start
+        parts.append((max(0, end), part[max(0, -end) :]))
+        end += len(part)
+    mixer.finish()
     samples = np.zeros(max((start + len(part) for start, part in parts), default=0), np.float32)
     for start, part in parts:
         samples[start : start + len(part)] = part
-    return samples
+    return samples, rate

@@ -7,6 +7,7 @@ POST offer --> answer; then   microphone --SpeechGate--> messages --> Conversati
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from fractions import Fraction
 from typing import Any
@@ -27,7 +28,8 @@ from aiortc.mediastreams import MediaStreamError
 from aiortc.rtcicetransport import parse_stun_turn_uri
 from aiortc.sdp import SessionDescription
 
-from jax_avatar.io.audio import QuickResampler, mono_samples
+from jax_avatar.io.audio import QuickResampler
+from jax_avatar.io.mixing import Mixer
 from jax_avatar.serving.admission import ServerState
 from jax_avatar.serving.conversation import Closed, Conversation, Gone, Link
 from jax_avatar.serving.messages import ClientMessage, ProtocolError
@@ -37,6 +39,7 @@ from jax_avatar.streaming.samples import SampleQueue
 
 __all__ = ["ice_server", "serve_offer"]
 
+_log = logging.getLogger(__name__)
 _CONNECT_S = 10.0  # from the answer until the data channel is there
 _VANISHED_S = 15.0  # without a packet, a report included, nobody is there
 _DELAY_S = 0.04  # so that a piece of sound is whole when its time comes
@@ -230,6 +233,7 @@ class _RtcLink(Link):
     async def _listen(self, track: MediaStreamTrack) -> None:
         """The microphone: what is said in it becomes messages."""
         began, heard_s, gate = time.monotonic(), 0.0, SpeechGate(_SOUND_RATE)
+        mixer = Mixer("a microphone", _log.warning)
         while True:
             try:
                 frame = await track.recv()
@@ -241,7 +245,7 @@ class _RtcLink(Link):
                 return
             if frame.sample_rate != gate.rate:
                 gate = SpeechGate(frame.sample_rate)
-            for piece in gate(mono_samples(frame)):
+            for piece in gate(mixer.frame(frame)):
                 if self._end_of_it is not None:
                     return
                 await self._messages.put(

@@ -3,6 +3,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -274,3 +275,41 @@ def test_speech_is_told_from_silence_and_hiss():
     assert speech_share(speech) > 0.7
     assert speech_share(np.zeros(RATE, np.int16)) == 0
     assert speech_share(hiss, strictness=3) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "kind"),
+    [
+        ("mov", "pcm_s16le", "s16"),
+        ("mov", "pcm_s24le", "s32"),
+        ("mov", "pcm_u8", "u8"),
+        ("mov", "pcm_f64le", "dbl"),
+        ("mov", "alac", "s16p"),
+        ("mkv", "pcm_s32le", "s32"),
+        ("mkv", "flac", "s16"),
+        ("mp4", "aac", "fltp"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["mono", "stereo", "5.1"])
+def test_every_kind_of_sound_is_the_same_sound(tmp_path, suffix, codec, kind, layout):
+    rate, path = 48_000, tmp_path / f"a.{suffix}"
+    sine = 0.1 * np.sin(2 * np.pi * 300 * np.arange(rate) / rate)
+    channels = np.tile(sine, (av.AudioLayout(layout).nb_channels, 1)).astype(np.float32)
+    frame = av.AudioFrame.from_ndarray(channels, "fltp", layout)
+    frame.sample_rate, fifo = rate, av.AudioFifo()
+    for part in av.AudioResampler(kind, layout, rate).resample(frame):
+        fifo.write(part)
+    with av.open(str(path), "w") as out:
+        picture = out.add_stream("mpeg4", rate=25)
+        sound = out.add_stream(codec, rate=rate, layout=layout)
+        picture.width = picture.height = 32
+        picture.pix_fmt, sound.format = "yuv420p", kind
+        for part in (*[av.VideoFrame(32, 32, "yuv420p") for _ in range(25)], None):
+            out.mux(picture.encode(part))
+        while (part := fifo.read(sound.frame_size or 1024, partial=True)) is not None:
+            out.mux(sound.encode(part))
+        out.mux(sound.encode(None))
+    heard = Footage(path, 25).sound() / 32768
+    assert abs(len(heard) / RATE - 1) < 0.07
+    assert abs(np.sqrt((heard[2000:-2000] ** 2).mean()) - 0.1 / np.sqrt(2)) < 0.002
+    assert abs(np.abs(np.fft.rfft(heard[1000:9000])).argmax() * 2 - 300) <= 2

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import soxr
 
-from jax_avatar.io.media import open_media
+from jax_avatar.io.media import best_stream, open_media
 from jax_avatar.io.video import samples_by_time
 
 __all__ = ["SAMPLE_RATE", "Footage"]
@@ -32,9 +32,12 @@ class Footage:
         self.path, self.fps = Path(path), fps
         try:
             with open_media(self.path) as container:
-                if not container.streams.video:
+                picture = best_stream(container, "video")
+                if picture is None:
                     raise ValueError(f"{path} has no picture")
-                self.has_sound = bool(container.streams.audio)
+                self.has_sound = best_stream(container, "audio") is not None
+                # Some kinds of files begin at another time than 0.
+                self._begin_s = float((picture.start_time or 0) * picture.time_base)
         except (OSError, av.FFmpegError) as error:
             raise ValueError(f"{path} cannot be read ({error.strerror})") from error
 
@@ -65,8 +68,7 @@ class Footage:
         """Mono samples at 16 kHz, int16; sample 0 is at time 0, like frame 0."""
         try:
             with open_media(self.path) as container:
-                rate = container.streams.audio[0].rate
-                samples = samples_by_time(container, rate)
+                samples, rate = samples_by_time(container, str(self.path), self._begin_s)
         except (OSError, av.FFmpegError) as error:
             raise ValueError(f"the sound of {self.path} breaks off ({error.strerror})") from error
         samples = soxr.resample(samples, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else samples
@@ -74,13 +76,13 @@ class Footage:
 
     def _decoded(self, start_s: float) -> Iterator[tuple[float, av.VideoFrame]]:
         with open_media(self.path) as container:
-            stream = container.streams.video[0]
+            stream = best_stream(container, "video")
             stream.thread_type = "AUTO"
             if start_s > 0:
-                container.seek(int(start_s / stream.time_base), stream=stream)
+                container.seek(int((self._begin_s + start_s) / stream.time_base), stream=stream)
             for frame in container.decode(stream):
                 if frame.pts is not None:
-                    yield float(frame.pts * stream.time_base), frame
+                    yield float(frame.pts * stream.time_base) - self._begin_s, frame
 
 
 def _pixels(frame: av.VideoFrame) -> np.ndarray:
