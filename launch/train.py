@@ -45,19 +45,6 @@ def evaluation_of(task, settings):
     return AverageEvaluation(lambda weights, step: ready()(task.whole(weights), step))
 
 
-def work_of(task, settings):
-    """What a step computes; a task without batches of clips tells nothing."""
-    from jax_avatar.planning.work import step_work
-    from jax_avatar.training.stages import read_sections
-    from jax_avatar.training.step import mesh_of
-
-    if not hasattr(task, "batch_size"):
-        return None
-    sections, loop = read_sections(settings)
-    grid = task.clips.grid if hasattr(task, "clips") else (0, 0)
-    return step_work(settings["stage"], sections, task.batch_size, grid, mesh_of(task, loop))
-
-
 def check_workdir() -> None:
     if not WORKDIR.value:
         raise ValueError("--workdir is missing; give a folder for checkpoints and weights.")
@@ -95,7 +82,6 @@ def run(overrides: dict[str, str]) -> None:
         WORKDIR.value,
         evaluations=[evaluation_of(task, settings)] if hasattr(task, "whole") else [],
         settings=settings,
-        work=work_of(task, settings),
         force=FORCE.value,
     )
     print(f"{WORKDIR.value}: step {int(state.step)} of {loop.num_steps}")

@@ -18,7 +18,6 @@ from jax_avatar.io.video import VideoWriter
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.model import AvatarModel, Network, load_network, load_settings
-from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.stages import load_clips
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 
@@ -87,10 +86,9 @@ def make_evaluation(
         folder: for the videos.
         num_clips: held-out clips that are made.
     """
-    weights, changes = settings["weights"], {}
-    if "rollout" in settings:  # a student is streamed as it is trained, whatever the folder's was
-        changes = RolloutConfig(**settings["rollout"]).sampling() | {"force_sampler": True}
+    weights, rollout = settings["weights"], settings.get("rollout", {})
     folders = {n: weights.get(n) or weights["model"] for n in ("vae", "speech")}
+    changes = {n: rollout[n] for n in ("sigmas", "sink_distance") if n in rollout}
     kinds = load_json(Path(weights["model"]) / "config.json")
     model = AvatarModel(
         name=settings["stage"],

@@ -174,10 +174,11 @@ class DistillTask:
 
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder that can be streamed: `config.json` and all its networks."""
-        sampling = self.generator.settings.sampling()
+        rollout = self.generator.settings
+        sampler = {"sigmas": list(rollout.sigmas), "sink_distance": list(rollout.sink_distance)}
         params, adapter = self.settings.stored(self._base, weights)
         model = self.weights.model
-        export_model(folder, model, params, self.model, metadata, stream=sampling, adapter=adapter)
+        export_model(folder, model, params, self.model, metadata, stream=sampler, adapter=adapter)
 
     def _distiller(self, config: LoopConfig) -> Distiller:
         return Distiller(self.generator, self.graphdef, self.settings, config, self._data)

@@ -20,7 +20,6 @@ from jax_avatar.training.accumulate import accumulated, clip_keys
 from jax_avatar.training.guards import judge, rate_factor, report
 from jax_avatar.training.loggers import check_project
 from jax_avatar.training.mesh import make_training_mesh, parse_training_mesh
-from jax_avatar.training.profile import parse_profile
 from jax_avatar.training.state import update_state
 
 __all__ = [
@@ -121,8 +120,6 @@ class LoopConfig:
             was skipped, and where there are evaluations, it passed one.
         keep_every: checkpoints of steps that this divides stay for good; 0 for none.
         max_minutes: stop (and save) after so long, to resume later; 0 for no limit.
-        profile: steps to trace into `WORKDIR/profile`, FROM:TO as "10:13", those after step FROM up
-            to step TO; "" for none.
         wandb: project of Weights & Biases that metrics go to, too; "" for none.
     """
 
@@ -144,14 +141,13 @@ class LoopConfig:
     keep: int = 3
     keep_every: int = 500
     max_minutes: float = 0.0
-    profile: str = ""
     wandb: str = ""
 
     # Free to change between the parts of a run.
     BOOKKEEPING = (
         *("accumulate", "mesh"),
         *("log_every", "evaluate_every", "checkpoint_every", "keep", "keep_every", "max_minutes"),
-        *("profile", "wandb"),
+        "wandb",
     )
 
     def __post_init__(self):
@@ -171,22 +167,18 @@ class LoopConfig:
             raise ValueError(f"loop.accumulate {self.accumulate} must be at least 1.")
         if self.log_every < 1 or self.checkpoint_every < 1 or self.keep < 1:
             raise ValueError("log_every, checkpoint_every and keep must be at least 1")
-        if (traced := parse_profile(self.profile)) and traced[1] > self.num_steps:
-            raise ValueError(
-                f"loop.profile={self.profile}: the run has {self.num_steps} steps; end the trace "
-                "there or before."
-            )
         check_project(self.wandb)
 
 
 def learning_rate(config: LoopConfig) -> optax.Schedule:
     """Linear warm-up, then constant or a cosine; a function of the step's number."""
     share = config.final_learning_rate if config.schedule == "cosine" else 1.0
+    warm = max(1, config.warmup_steps)
     return optax.warmup_cosine_decay_schedule(
         0.0 if config.warmup_steps else config.learning_rate,
         config.learning_rate,
-        max(1, config.warmup_steps),
-        config.num_steps,
+        warm,
+        max(config.num_steps, warm + 1),  # also of a run of one step
         config.learning_rate * share,
     )
 
