@@ -35,14 +35,16 @@ HOST = flags.DEFINE_integer("host", None, "number of this host, from 0")
 FORCE = flags.DEFINE_bool("force", False, "resume although the settings differ")
 
 
-def evaluation_of(task, settings):
-    """Streams held-out clips; set up when first needed, since fitting its probe takes a minute."""
+def evaluations_of(task, settings, loop):
+    """Those of a transformer, which stream; other tasks bring their own."""
     from jax_avatar.evaluation.in_training import make_evaluation
-    from jax_avatar.training.evaluation import AverageEvaluation
+    from jax_avatar.training.step import mesh_of
 
-    folder = Path(WORKDIR.value) / "samples"
-    ready = functools.cache(lambda: make_evaluation(settings, task, folder))
-    return AverageEvaluation(lambda weights, step: ready()(task.whole(weights), step))
+    if not loop.evaluate_every or not hasattr(task, "streamed"):
+        return []
+    folder, mesh = Path(WORKDIR.value) / "samples", mesh_of(task, loop)
+    made = make_evaluation(settings, task, mesh, folder, num_clips=loop.evaluate_clips)
+    return [made] if made else []
 
 
 def check_workdir() -> None:
@@ -80,7 +82,7 @@ def run(overrides: dict[str, str]) -> None:
         task,
         loop,
         WORKDIR.value,
-        evaluations=[evaluation_of(task, settings)] if hasattr(task, "whole") else [],
+        evaluations=evaluations_of(task, settings, loop),
         settings=settings,
         force=FORCE.value,
     )

@@ -64,13 +64,14 @@ def make_latents(frames: int, config: DiTConfig = CONFIG, batch: int = 1, seed: 
     return jnp.asarray(jax.random.normal(jax.random.key(seed), shape))
 
 
-def save_model(folder, *, name="nano", speech="mel", **stream):
+def save_model(folder, *, name="nano", speech="mel", framepack=False, **stream):
     """Writes a model folder of random nano networks, 16x16... pixels as `GRID` says.
 
     Args:
         folder: where to.
         name: of the model.
         speech: kind of its front end; "wav2vec2" makes 25 frames per second, "mel" 16.
+        framepack: the transformer has the motion packer.
         **stream: settings other than these.
     """
     import dataclasses
@@ -92,7 +93,7 @@ def save_model(folder, *, name="nano", speech="mel", **stream):
     vae = LightVAEConfig(
         z_dim=4, latent_width=8, frame_width=8, stem_width=8, latent_blocks=1, frame_blocks=1
     )
-    config = CONFIG.replace(framepack=False)
+    config = CONFIG.replace(framepack=framepack)
     fields = dataclasses.asdict(config) | {"dtype": "float32", "param_dtype": "float32"}
     _, params = make_dit(config)
     save_weights(folder, "dit", params, fields)

@@ -1,23 +1,29 @@
 """How a transformer in training does: held-out clips, streamed, scored and written as videos.
 
-averaged weights --the real streaming sampler--> frames --> scores
-                                                    +-----> samples/step_000250/0.mp4 ...
+weights, averaged and raw --the real streaming sampler, on the run's mesh--> frames --> scores
+                                              +--> samples/step_000250/0.mp4 ...
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_avatar.data.records import ClipRecord
 from jax_avatar.evaluation.mouth_probe import MouthProbe
-from jax_avatar.evaluation.scores import Truth, fit_probe, score
+from jax_avatar.evaluation.scores import Truth, fit_probe, has_lips, score
 from jax_avatar.io.checkpoint import load_json
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.model import AvatarModel, Network, load_network, load_settings
+from jax_avatar.training.mesh import on_first_host
+from jax_avatar.training.model_folder import fitting
 from jax_avatar.training.stages import load_clips
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 
@@ -27,84 +33,158 @@ HELD_OUT = "held_out_person"
 """Clips that are shown during training."""
 
 _PROBE_CLIPS, _PROBE_STEPS = 150, 8  # clips that the mouth's probe is fitted on, steps per clip
+_LONGEST_S = 5  # of a clip
+_logger = logging.getLogger(__name__)
 
 
 class ClipEvaluation:
-    """Makes clips with the weights of the moment; everything is set up and compiled once."""
+    """Makes clips with the weights of the moment; everything is set up and compiled once.
+
+    An `Evaluation` of the training loop.
+    """
 
     def __init__(
         self,
         stream: BatchStream,
         clips: Sequence[ClipRecord],
-        probe: MouthProbe,
         folder: str | Path,
         *,
+        bind: Callable[[PyTree], PyTree] = lambda weights: weights,
+        make_probe: Callable[[], MouthProbe] | None = None,
         num_videos: int = 3,
     ):
         """Binds everything but the weights.
 
         Args:
             stream: of the model in training.
-            clips: held-out clips of equal length; their portraits and voices are streamed.
-            probe: reads the opening of the mouth.
+            clips: held-out clips; their portraits and voices are streamed, as long as the shortest.
             folder: for the videos.
+            bind: parameters of the streamed transformer from what is trained.
+            make_probe: of the opening of the mouth; called when first needed, on the first host;
+                lips are not scored if not given.
             num_videos: written per call, the first clips.
         """
-        self.stream, self.clips, self.probe = stream, clips, probe
-        self.folder, self.num_videos = Path(folder), num_videos
-        self._truth = Truth.from_clips(clips)
+        self.stream, self.clips = stream, clips
+        self.folder, self.num_videos, self._bind = Path(folder), num_videos, bind
+        self._probe = functools.cache(make_probe or (lambda: None))
+        frames = min(_LONGEST_S * clips[0].fps, *(len(clip.frames) for clip in clips))
+        self._truth = Truth.from_clips(clips, stop=frames)
 
-    def __call__(self, params: PyTree, step: int) -> dict[str, float]:
-        """Scores of the clips; the first of them are written as videos.
+    def check(self, state: PyTree) -> None:
+        """Streams, scores and writes one block of the clips, and throws it away."""
+        block = 4 * self.stream.model.dit.config.frames_per_block
+        with tempfile.TemporaryDirectory() as folder:
+            self._scores(state.ema, self._truth.cut(block), Path(folder))
+        on_first_host(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+
+    def __call__(self, state: PyTree, step: int) -> dict[str, float]:
+        """Scores of the averaged weights, and as `raw/...` of those that are trained.
+
+        The first clips of either are written as videos.
 
         Args:
-            params: of the transformer.
+            state: of training.
             step: of training, for the folder's name.
         """
-        self.stream.params = params
-        portraits = np.stack([clip.portrait for clip in self.clips])
-        waves = np.stack([clip.wave for clip in self.clips]).astype(np.float32) / 32768
-        frames = self.stream(portraits, waves, len(self.clips[0].frames))
         folder = self.folder / f"step_{step:06d}"
+        scores = self._scores(state.ema, self._truth, folder)
+        raw = self._scores(state.params, self._truth, folder / "raw")
+        return scores | {f"raw/{name}": value for name, value in raw.items()}
+
+    def _scores(self, weights: PyTree, truth: Truth, folder: Path) -> dict[str, float]:
+        self.stream.params = self._bind(weights)
+        count = truth.frames.shape[1]
+        frames = self.stream(truth.portrait, self._waves(count), count)
+        self.stream.release()
+
+        def finish():
+            self._write(folder, frames)
+            return score(frames, truth, self._probe())
+
+        return on_first_host(finish)
+
+    def _waves(self, frames: int) -> np.ndarray:
+        """What is heard in so many frames and a second after; silence where a wave ends."""
+        rate, fps = self.stream.model.speech.config.sample_rate, self.clips[0].fps
+        samples = (frames + fps) * rate // fps
+        waves = [clip.wave[:samples] for clip in self.clips]
+        padded = [np.pad(wave, (0, samples - len(wave))) for wave in waves]
+        return np.stack(padded).astype(np.float32) / 32768
+
+    def _write(self, folder: Path, frames: np.ndarray) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        rate = self.stream.model.speech.config.sample_rate
+        rate, waves = self.stream.model.speech.config.sample_rate, self._waves(frames.shape[1])
         for i in range(min(self.num_videos, len(frames))):
-            clip = self.clips[i]
-            write_clip(folder / f"{i}.mp4", clip.portrait, frames[i], waves[i], clip.fps, rate)
-        return score(frames, self._truth, self.probe)
+            wave = waves[i, : frames.shape[1] * rate // self.clips[i].fps]
+            portrait, fps = self._truth.portrait[i], self.clips[i].fps
+            write_clip(folder / f"{i}.mp4", portrait, frames[i], wave, fps, rate)
 
 
 def make_evaluation(
-    settings: Mapping[str, Any], task: Any, folder: str | Path, *, num_clips: int = 8
-) -> ClipEvaluation:
+    settings: Mapping[str, Any], task: Any, mesh: Mesh, folder: str | Path, *, num_clips: int = 8
+) -> ClipEvaluation | None:
     """The evaluation of a stage that trains a transformer.
 
     Args:
         settings: of the run, plain values, from its config file.
-        task: of the stage: has `graphdef` and `model`, and `whole`, which makes parameters of the
-            transformer from what is trained.
+        task: of the stage: has `streamed`, structure and size of the transformer with adapters if
+            there are any; `bound(weights, mesh)`, its parameters; and `stream_settings`.
+        mesh: of the run.
         folder: for the videos.
         num_clips: held-out clips that are made.
+
+    Returns:
+        None where there are no raw clips to compare with, which is logged.
+
+    Raises:
+        ValueError: the clips or the networks around the transformer cannot be read.
     """
-    weights, rollout = settings["weights"], settings.get("rollout", {})
-    folders = {n: weights.get(n) or weights["model"] for n in ("vae", "speech")}
-    changes = {n: rollout[n] for n in ("sigmas", "sink_distance") if n in rollout}
-    kinds = load_json(Path(weights["model"]) / "config.json")
-    model = AvatarModel(
-        name=settings["stage"],
-        dit=Network(task.graphdef, {}, task.model, {}),
-        settings=load_settings(weights["model"], **changes),
-        **{name: load_network(path, name, kinds[name]) for name, path in folders.items()},
-    )
+    if settings["latents"] and not settings["data"]:
+        _logger.warning(
+            "no clips are streamed while training: config.data is empty, and encoded clips have no "
+            "frames to compare with; give the folder of the raw ones."
+        )
+        return None
+    graphdef, config = task.streamed
+    model = _model(settings, graphdef, config, task.stream_settings)
     sample = None
     if "sampler" in settings:
-        sampler = SamplerConfig(**settings["sampler"])
-        sample = make_sampler(task.graphdef, task.model, sampler, pose=model.settings.pose)
+        sampler, pose = SamplerConfig(**settings["sampler"]), model.settings.pose
+        sample = make_sampler(graphdef, config, sampler, pose=pose, mesh=mesh)
     train, held_out = (load_clips(settings["data"], split) for split in ("train", HELD_OUT))
-    few = [train[i] for i in range(0, len(train), -(-len(train) // _PROBE_CLIPS))]
-    probe = fit_probe(few, num_steps=_PROBE_STEPS * len(few))
     clips = [held_out[i] for i in range(min(num_clips, len(held_out)))]
-    return ClipEvaluation(BatchStream(model, sample=sample), clips, probe, folder)
+    few = range(0, len(train), -(-len(train) // _PROBE_CLIPS))
+    make_probe = None
+    if has_lips(train[0]) and all(map(has_lips, clips)):
+
+        def make_probe():
+            return fit_probe([train[i] for i in few], num_steps=_PROBE_STEPS * len(few))
+
+    else:
+        _logger.warning(
+            f"lips are not scored while training: clips in {settings['data']} do not say where the "
+            "mouth is and how far it is open, as rendered ones do."
+        )
+    return ClipEvaluation(
+        BatchStream(model, sample=sample, mesh=mesh),
+        clips,
+        folder,
+        bind=lambda weights: task.bound(weights, mesh),
+        make_probe=make_probe,
+    )
+
+
+def _model(settings, graphdef, config, changes) -> AvatarModel:
+    """The transformer in training among the networks of the model that will be exported."""
+    weights = settings["weights"]
+    folders = {n: weights.get(n) or weights["model"] for n in ("vae", "speech")}
+    kinds = load_json(Path(weights["model"]) / "config.json")
+    return AvatarModel(
+        name=settings["stage"],
+        dit=Network(graphdef, {}, config, {}),
+        settings=load_settings(weights["model"], **fitting(changes, config)),
+        **{name: load_network(path, name, kinds[name]) for name, path in folders.items()},
+    )
 
 
 def write_clip(

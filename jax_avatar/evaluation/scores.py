@@ -1,6 +1,11 @@
-"""Scores of generated talking people against the renderer's truth."""
+"""Scores of generated talking people against what they really look like.
 
-from collections.abc import Sequence
+frames, truth --measure--> Measures, clip by clip --summarise--> scores
+                                                 --interval----> how far clips by chance move them
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,41 +19,105 @@ from jax_avatar.models.light_vae import LightVAE
 from jax_avatar.models.params import merge, split
 
 __all__ = [
+    "Measures",
     "Truth",
     "contact_sheet",
     "fit_probe",
+    "has_lips",
+    "interval",
+    "measure",
     "reconstruct",
     "score",
     "score_stream",
+    "still_portraits",
+    "summarise",
 ]
 
 Frames = UInt8[np.ndarray, "b T H W 3"]
 _LAGS = range(-6, 7)
+_SMALL = 1e-6
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What clips really look like."""
+    """What clips really look like; of lips only where they are known."""
 
     frames: Frames
     portrait: UInt8[np.ndarray, "b H W 3"]
-    resting_box: Float[np.ndarray, "b 4"]  # where the mouth usually is
-    lip_gap: Float[np.ndarray, "b T"]
+    resting_box: Float[np.ndarray, "b 4"] | None  # where the mouth usually is
+    lip_gap: Float[np.ndarray, "b T"] | None
     person: Int[np.ndarray, " b"]
 
     @classmethod
     def from_clips(
         cls, clips: Sequence[ClipRecord], start: int = 0, stop: int | None = None
     ) -> "Truth":
-        """Frames `start` to `stop` of clips of equal length."""
-        part = slice(start, stop)
+        """Frames `start` to `stop` of clips, which must be as many in each.
+
+        A clip without a portrait of its own has its first frame for one.
+        """
+        part, box, gap = slice(start, stop), None, None
+        if all(has_lips(clip) for clip in clips):
+            box = np.stack([np.median(clip.mouth_box, axis=0) for clip in clips])
+            gap = np.stack([clip.lip_gap[part] for clip in clips])
         return cls(
             frames=np.stack([clip.frames[part] for clip in clips]),
-            portrait=np.stack([clip.portrait for clip in clips]),
-            resting_box=np.stack([np.median(clip.mouth_box, axis=0) for clip in clips]),
-            lip_gap=np.stack([clip.lip_gap[part] for clip in clips]),
+            portrait=np.stack([_portrait(clip) for clip in clips]),
+            resting_box=box,
+            lip_gap=gap,
             person=np.array([clip.person_id for clip in clips]),
         )
+
+    def cut(self, stop: int) -> "Truth":
+        """The same up to a frame."""
+        gap = None if self.lip_gap is None else self.lip_gap[:, :stop]
+        return dataclasses.replace(self, frames=self.frames[:, :stop], lip_gap=gap)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What `summarise` makes scores of, one row per clip.
+
+    Attributes:
+        own: distance of the mean picture from the portrait of the same person.
+        other: mean distance of it from those of other people; NaN where there are none.
+        change: mean absolute change between frames, and of the truth, by phase of a latent,
+            `b 2 4`.
+        flicker: likewise of that change, `b 2`.
+        error: mean square error of the pixels in grey levels, and of the still portrait's, `b 2`.
+        lips: correlation of the lips' opening with the truth at every lag, `b lags`; NaN where the
+            truth does not move; None where it is not known.
+        lips_other: mean correlation with the truth of other clips.
+        amplitude: deviation of the opening over the truth's.
+    """
+
+    own: Float[np.ndarray, " b"]
+    other: Float[np.ndarray, " b"]
+    change: Float[np.ndarray, "b 2 4"]
+    flicker: Float[np.ndarray, "b 2"]
+    error: Float[np.ndarray, "b 2"]
+    lips: Float[np.ndarray, "b n"] | None = None
+    lips_other: Float[np.ndarray, " b"] | None = None
+    amplitude: Float[np.ndarray, " b"] | None = None
+
+    def take(self, index: Int[np.ndarray, " n"]) -> "Measures":
+        """Some of the clips, any of them more than once."""
+        chosen = {
+            field.name: value if (value := getattr(self, field.name)) is None else value[index]
+            for field in dataclasses.fields(self)
+        }
+        return Measures(**chosen)
+
+
+def has_lips(clip: ClipRecord) -> bool:
+    """Whether place and opening of the mouth are known, as they are of rendered people."""
+    return clip.mouth_box is not None and clip.lip_gap is not None
+
+
+def still_portraits(truth: Truth) -> Frames:
+    """Clips that show their portraits standing still: what any model must be better than."""
+    still = np.broadcast_to(truth.portrait[:, None], truth.frames.shape)
+    return np.ascontiguousarray(still)
 
 
 def reconstruct(vae: LightVAE, frames: Frames) -> Frames:
@@ -83,44 +152,109 @@ def fit_probe(clips: Sequence[ClipRecord], num_steps: int = 1200) -> MouthProbe:
     )
 
 
-def score(frames: Frames, truth: Truth, probe: MouthProbe) -> dict[str, float]:
-    """Scores of generated clips.
+def score(frames: Frames, truth: Truth, probe: MouthProbe | None) -> dict[str, float]:
+    """Scores of generated clips; see `measure` and `summarise`."""
+    return summarise(measure(frames, truth, probe))
+
+
+def measure(frames: Frames, truth: Truth, probe: MouthProbe | None) -> Measures:
+    """Measures of generated clips.
+
+    Args:
+        frames: as many as the truth has.
+        truth: of the same clips.
+        probe: reads the opening of the mouth; without it, or without the truth, lips stay out.
+    """
+    pairs = frames, truth.frames
+    own, other = _distances(frames, truth)
+    error = [_square_error(shown, truth.frames) for shown in (frames, still_portraits(truth))]
+    lips = {}
+    if probe is not None and truth.lip_gap is not None:
+        lips = _lip_measures(_openings(frames, truth, probe), truth.lip_gap)
+    return Measures(
+        own=own,
+        other=other,
+        change=np.stack([_by_phase(_change(shown, 1)) for shown in pairs], axis=1),
+        flicker=np.stack([_change(shown, 2).mean(1) for shown in pairs], axis=1),
+        error=np.stack(error, axis=1),
+        **lips,
+    )
+
+
+def summarise(measures: Measures) -> dict[str, float]:
+    """Scores of some clips together.
 
     Returns:
+        `psnr`: of the pixels, in dB, mean of the clips; `psnr_above_still`: that less the PSNR of
+        the portrait standing still;
+        `identity`: distance of the mean picture from the portrait's own person over that from
+        other people, 0 is perfect and 1 a stranger, left out where there is one person only;
+        `motion`: change from frame to frame over the truth's; `flicker`: how much that change
+        itself changes, over the truth's; `latent_jump`: change at borders of latents over the
+        change inside them; and where lips are known
         `lip_r`: Pearson correlation of the opening of the generated mouth with the truth, mean of
         the clips; `lip_r_other`: with the truth of every other clip, which should be near zero;
         `lip_lag_frames`: shift at which the mean correlation is highest, positive if the picture
-        is late; `lip_r_best`: there; `lip_amplitude`: deviation of the opening over the truth's;
-        `identity`: distance of the mean picture from the portrait's own person over that from
-        other people, 0 is perfect and 1 a stranger; `motion`: change from frame to frame over the
-        truth's; `flicker`: how much that change itself changes, over the truth's; `latent_jump`:
-        change at borders of latents over the change inside them.
+        is late; `lip_r_best`: there; `lip_amplitude`: deviation of the opening over the truth's.
     """
-    opening = _openings(frames, truth, probe)
-    true = truth.lip_gap
-    curve = {lag: _mean_correlation(opening, true, lag) for lag in _LAGS}
-    best = max(curve, key=curve.get)
-    change, true_change = _change(frames, 1), _change(truth.frames, 1)
+    psnr = 10 * np.log10(255**2 / np.maximum(measures.error, _SMALL))
     # Every fourth change crosses a border; which one depends on the first frame.
-    phases = np.array([change[:, phase::4].mean() for phase in range(4)])
-    return {
-        "lip_r": curve[0],
-        "lip_r_best": curve[best],
-        "lip_lag_frames": float(best),
-        "lip_r_other": float(
-            np.mean(
-                [
-                    _mean_correlation(opening, np.roll(true, shift, axis=0), 0)
-                    for shift in range(1, len(true))
-                ]
-            )
-        ),
-        "lip_amplitude": float(np.median(opening.std(1) / (true.std(1) + 1e-6))),
-        "identity": _identity(frames, truth),
-        "motion": float(change.mean() / true_change.mean()),
-        "flicker": float(_change(frames, 2).mean() / _change(truth.frames, 2).mean()),
-        "latent_jump": float(phases.max() / max(np.sort(phases)[:3].mean(), 1e-6)),
+    phases = measures.change[:, 0].mean(0)
+    change, flicker = measures.change.mean((0, 2)), measures.flicker.mean(0)
+    scores = {
+        "psnr": psnr[:, 0].mean(),
+        "psnr_above_still": (psnr[:, 0] - psnr[:, 1]).mean(),
+        "motion": change[0] / max(change[1], _SMALL),
+        "flicker": flicker[0] / max(flicker[1], _SMALL),
+        "latent_jump": phases.max() / max(np.sort(phases)[:3].mean(), _SMALL),
     }
+    if np.isfinite(measures.other).all():
+        scores["identity"] = measures.own.mean() / measures.other.mean()
+    if measures.lips is not None and np.isfinite(measures.lips).any():
+        curve = np.nanmean(measures.lips, axis=0)
+        best = int(np.argmax(curve))
+        scores |= {
+            "lip_r": curve[_LAGS.index(0)],
+            "lip_r_best": curve[best],
+            "lip_lag_frames": _LAGS[best],
+            "lip_r_other": measures.lips_other.mean(),
+            "lip_amplitude": np.median(measures.amplitude),
+        }
+    return {name: float(value) for name, value in scores.items()}
+
+
+def interval(
+    statistic: Callable[[Int[np.ndarray, " n"]], Mapping[str, float]],
+    count: int,
+    *,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Bootstrap intervals of statistics of clips, by percentiles.
+
+    Args:
+        statistic: `numbers of clips -> values by name`; a number may come more than once.
+        count: clips there are.
+        draws: sets of clips, each of `count` drawn with replacement.
+        level: share of the draws inside.
+        seed: of the draws.
+
+    Returns:
+        Lower and upper end by name.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+    """
+    rng = np.random.default_rng(seed)
+    found = [statistic(rng.integers(0, count, count)) for _ in range(draws)]
+    outside = (1 - level) / 2
+    ends = {}
+    for name in found[0]:
+        # A draw of silent clips only has no score of lips.
+        values = [scores[name] for scores in found if name in scores]
+        low, high = np.quantile(values, [outside, 1 - outside])
+        ends[name] = float(low), float(high)
+    return ends
 
 
 def score_stream(
@@ -170,6 +304,10 @@ def contact_sheet(
     return np.concatenate(lines, axis=0)
 
 
+def _portrait(clip: ClipRecord) -> np.ndarray:
+    return clip.frames[0] if clip.portrait is None else clip.portrait
+
+
 def _openings(frames: Frames, truth: Truth, probe: MouthProbe) -> Float[np.ndarray, "b T"]:
     boxes = truth.resting_box.astype(np.float32)
     return np.stack(
@@ -182,25 +320,49 @@ def _openings(frames: Frames, truth: Truth, probe: MouthProbe) -> Float[np.ndarr
 
 def _change(frames: Frames, order: int) -> Float[np.ndarray, "b t"]:
     """Mean absolute difference of some order from frame to frame."""
-    return np.abs(np.diff(frames.astype(np.float32), order, axis=1)).mean((2, 3, 4))
+    return np.stack(
+        [np.abs(np.diff(clip.astype(np.float32), order, axis=0)).mean((1, 2, 3)) for clip in frames]
+    )
 
 
-def _mean_correlation(opening: np.ndarray, true: np.ndarray, lag: int) -> float:
-    """Mean over clips of the correlation of `opening[t + lag]` with `true[t]`."""
+def _by_phase(change: Float[np.ndarray, "b t"]) -> Float[np.ndarray, "b 4"]:
+    return np.stack([change[:, phase::4].mean(1) for phase in range(4)], axis=1)
+
+
+def _square_error(frames: Frames, true: Frames) -> Float[np.ndarray, " b"]:
+    pairs = zip(frames, true, strict=True)
+    return np.array([np.square(a.astype(np.float64) - b).mean() for a, b in pairs])
+
+
+def _lip_measures(opening: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
+    """Correlations of every clip with its own truth at every lag, and with that of the others."""
+    opening, true = opening.astype(np.float64), true.astype(np.float64)
+    others = [_correlations(opening, np.roll(true, k, axis=0), 0) for k in range(1, len(true))]
+    return {
+        "lips": np.stack([_correlations(opening, true, lag) for lag in _LAGS], axis=1),
+        "lips_other": np.nanmean(others, axis=0) if others else np.zeros(1),
+        "amplitude": opening.std(1) / (true.std(1) + _SMALL),
+    }
+
+
+def _correlations(opening: np.ndarray, true: np.ndarray, lag: int) -> Float[np.ndarray, " b"]:
+    """Correlation of `opening[t + lag]` with `true[t]`, clip by clip."""
     count = true.shape[1]
     found = []
     for ours, theirs in zip(opening, true, strict=True):
         a, b = ours[max(0, lag) : count + min(0, lag)], theirs[max(0, -lag) : count - max(0, lag)]
-        if b.std() > 1e-4:  # a clip of silence says nothing
-            found.append(np.corrcoef(a, b)[0, 1] if a.std() > 1e-6 else 0.0)
-    return float(np.mean(found))
+        if b.std() <= 1e-4:
+            found.append(np.nan)  # a clip of silence says nothing
+        else:
+            found.append(np.corrcoef(a, b)[0, 1] if a.std() > _SMALL else 0.0)
+    return np.array(found)
 
 
-def _identity(frames: Frames, truth: Truth) -> float:
-    """Own distance over the mean distance to other people, between mean pictures and portraits."""
-    mean = frames.astype(np.float32).mean(1)
+def _distances(frames: Frames, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
+    """Of mean pictures from their own portrait, and the mean of those from other people's."""
+    mean = np.stack([clip.astype(np.float32).mean(0) for clip in frames])
     portrait = truth.portrait.astype(np.float32)
     distance = np.abs(mean[:, None] - portrait[None]).mean((2, 3, 4))
-    person = truth.person
-    is_other = person[:, None] != person[None]
-    return float(np.diag(distance).mean() / distance[is_other].mean())
+    is_other = truth.person[:, None] != truth.person[None]
+    others = np.where(is_other, distance, 0).sum(1) / np.maximum(is_other.sum(1), 1)
+    return np.diag(distance), np.where(is_other.any(1), others, np.nan)

@@ -8,15 +8,24 @@ In training, activations are told where to lie (`constrain`) and a layer's weigh
 while it runs (`gathered`); without a mesh that has "data", both do nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_avatar.shapes import Array, PyTree
 
-__all__ = ["constrain", "constrain_params", "gathered", "param_shardings", "param_specs"]
+__all__ = [
+    "constrain",
+    "constrain_params",
+    "gathered",
+    "on_mesh",
+    "param_shardings",
+    "param_specs",
+    "put_on",
+]
 
 _BY_OUTPUT = ("query", "key", "value", "ffn_in")
 _BY_INPUT = ("out", "ffn_out")
@@ -56,6 +65,27 @@ def param_shardings(params: PyTree, mesh: Mesh, *, smallest: int | None = None) 
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
+def put_on(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Puts arrays where they belong, on the devices of all hosts, where all hosts ask for it.
+
+    Args:
+        tree: arrays of this host, the same on each, or arrays that lie on devices of all hosts.
+        shardings: one, or a tree of them.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def place(leaf: Any, sharding):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.jit(lambda leaf: leaf, out_shardings=sharding)(leaf)
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: place(leaf, shardings), tree)
+    return jax.tree.map(place, tree, shardings)
+
+
 def constrain(x: Array, *axes: Any) -> Array:
     """Says how an activation lies on the mesh of a training step.
 
@@ -76,6 +106,18 @@ def constrain(x: Array, *axes: Any) -> Array:
 
     spec = [place(axis, size) for axis, size in zip(axes, x.shape, strict=False)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
+    """The function, to be compiled, in sight of the mesh that its constraints speak of."""
+    if mesh is None:
+        return function
+
+    def call(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return call
 
 
 def constrain_params(tree: PyTree) -> PyTree:

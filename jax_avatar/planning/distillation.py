@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import abstract
+from jax_avatar.models.sharding import on_mesh
 from jax_avatar.planning.figures import DeviceUse, Figure, Needs
 from jax_avatar.planning.hardware import Hardware
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
@@ -28,7 +29,7 @@ from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import make_distiller
 from jax_avatar.training.mesh import abstract_on
 from jax_avatar.training.rollout import RolloutConfig
-from jax_avatar.training.step import LoopConfig, on_mesh
+from jax_avatar.training.step import LoopConfig
 
 __all__ = ["distillation_programs", "kept_bytes", "plan_distillation"]
 

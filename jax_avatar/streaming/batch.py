@@ -1,18 +1,21 @@
-"""Many portraits stream side by side on one device: the sampler of `session`, for evaluation."""
+"""Many portraits stream side by side: the sampler of `session`, for evaluation."""
 
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, UInt8
 
 from jax_avatar.models.params import merge
-from jax_avatar.shapes import Array, AudioFeatures, Float, Latent, PyTree
+from jax_avatar.models.sharding import put_on
+from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
+from jax_avatar.streaming.mesh import batch_place
 from jax_avatar.streaming.model import AvatarModel
 from jax_avatar.streaming.plan import Conditions, StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
-from jax_avatar.streaming.session import DROPPED_FRAMES
+from jax_avatar.streaming.session import DROPPED_FRAMES, MOTION_LATENTS, make_decode, make_encode
 
 __all__ = ["BatchStream"]
 
@@ -30,27 +33,30 @@ class BatchStream:
         plan: StreamPlan | None = None,
         *,
         sample: Callable[[PyTree, Array, Array], Array] | None = None,
+        mesh: Mesh | None = None,
     ):
-        """Binds a model that has no motion packer.
+        """Binds a model.
 
         Args:
             model: to stream.
             plan: how; as the model's settings say if not given.
             sample: `(params, reference, features) -> latents`, to make whole clips at once instead
                 of streaming them.
+            mesh: of a training run: the transformer's weights lie on it, and portraits are spread
+                over its "data" axis. All hosts call, and get all frames. One device if not given.
         """
-        if model.settings.motion != "none":
-            raise ValueError(
-                f"model {model.name} has motion {model.settings.motion!r}; batches are streamed "
-                "for none only."
-            )
         self.model, settings = model, model.settings
         self.params = model.dit.params
         self._plan, self._sample, self._streams = plan or settings.plan(420), sample, {}
-        vae, speech = model.vae.graphdef, model.speech.graphdef
-        self._encode = jax.jit(lambda p, video: merge(vae, p).encode(video))
-        self._first = jax.jit(lambda p, latent: merge(vae, p).decode_first(latent))
-        self._next = jax.jit(lambda p, state, latent: merge(vae, p).decode_next(state, latent))
+        self._mesh, self._device = mesh, mesh or jax.devices()[0]
+        whole = NamedSharding(mesh, PartitionSpec()) if mesh else batch_place(self._device)
+        self._vae, self._speech = (
+            put_on(network.params, whole) for network in (model.vae, model.speech)
+        )
+        self._fetch = jax.jit(lambda frames: frames, out_shardings=whole)
+        speech = model.speech.graphdef
+        self._encode = make_encode(model.vae.graphdef, settings)
+        self._first, self._next = make_decode(model.vae.graphdef)
         self._features = jax.jit(
             lambda p, wave, frames: merge(speech, p).encode(wave, frames), static_argnums=2
         )
@@ -68,39 +74,58 @@ class BatchStream:
             waves: mono in [-1, 1] at the speech encoder's rate; silence follows the end.
             num_frames: video frames wanted.
         """
-        model, dit = self.model, self.model.dit
-        block = 4 * dit.config.frames_per_block
+        model, count = self.model, len(portraits)
+        block = 4 * model.dit.config.frames_per_block
         total = -(-(num_frames + DROPPED_FRAMES) // block) * block
         silence = DROPPED_FRAMES * model.speech.config.samples_per_frame
-        heard = jnp.pad(jnp.asarray(waves, jnp.float32), ((0, 0), (silence, 0)))[:, None]
-        features = self._features(model.speech.params, heard, total)
-        still = jnp.asarray(portraits, jnp.float32)[:, None] / 127.5 - 1
-        reference = self._encode(model.vae.params, still)
-        _, state = self._first(model.vae.params, reference)
+        heard = np.pad(np.asarray(waves, np.float32), ((0, 0), (silence, 0)))[:, None]
+        features = self._features(self._speech, self._put(heard), total)
+        video = self._put(portraits.astype(np.float32)[:, None] / 127.5 - 1)
+        still, _ = self._encode(self._vae, video)
+        warmup = still[:, : model.settings.warmup_latents]
+        _, state = self._first(self._vae, warmup[:, :1])
+        if warmup.shape[1] > 1:
+            _, state = self._next(self._vae, state, warmup[:, 1:])
         parts = []
-        for latent in self._latents(reference, features):
-            video, state = self._next(model.vae.params, state, latent)
-            parts.append(np.asarray(jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5), np.uint8))
-        frames = np.concatenate(parts, axis=1)
-        return frames[:, DROPPED_FRAMES : DROPPED_FRAMES + num_frames]
+        for latent in self._latents(still, features):
+            frames, state = self._next(self._vae, state, latent)
+            parts.append(np.asarray(self._fetch(frames))[:count])
+        made = np.concatenate(parts, axis=1)
+        return made[:, DROPPED_FRAMES : DROPPED_FRAMES + num_frames]
 
-    def _latents(self, reference: Latent, features: AudioFeatures) -> Iterable[Latent]:
+    def release(self) -> None:
+        """Lets go of the transformer's weights and windows until `params` are given anew."""
+        self.params = None
+        for stream in self._streams.values():
+            stream.release()
+
+    def _put(self, rows: np.ndarray) -> Array:
+        """Rows where portraits are; on a mesh, the first ones again until they spread evenly."""
+        if self._mesh:
+            data = self._mesh.shape["data"]
+            rows = np.resize(rows, (-(-len(rows) // data) * data, *rows.shape[1:]))
+        return put_on(rows, batch_place(self._device))
+
+    def _latents(self, still: Latent, features: AudioFeatures) -> Iterable[Latent]:
+        reference = still[:, :1]
         if self._sample:
             yield self._sample(self.params, reference, features)
             return
-        dit = self.model.dit
+        dit, settings = self.model.dit, self.model.settings
         b, _, *grid, channels = reference.shape
         size = dit.config.frames_per_block
-        pose = jnp.zeros((b, size, *grid, dit.config.pose_channels))
-        if self.model.settings.pose == "reference":
+        pose = np.zeros((b, size, *grid, dit.config.pose_channels), np.float32)
+        if settings.pose == "reference":
             pose = jnp.broadcast_to(reference, (b, size, *grid, channels))
-        text = jnp.zeros((b, 1, dit.config.text_width))
-        conditions = Conditions(text, reference, None, pose)
+        text = np.zeros((b, 1, dit.config.text_width), np.float32)
+        motion = still[:, -MOTION_LATENTS:] if settings.motion == "still" else None
+        conditions = Conditions(text, reference, motion, pose)
         if reference.shape in self._streams:
             self._streams[reference.shape].restart(self.params, conditions)
         else:
             self._streams[reference.shape] = SequentialStream(
-                dit.graphdef, self.params, dit.config, self._plan, conditions
+                *(dit.graphdef, self.params, dit.config, self._plan, conditions),
+                device=self._device,
             )
         stream = self._streams[reference.shape]
         for start in range(0, features.shape[2], 4 * size):

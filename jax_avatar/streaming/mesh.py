@@ -18,7 +18,7 @@ from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as MemoryLayout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-__all__ = ["Layout", "cache_place", "make_mesh", "parse_layout"]
+__all__ = ["Layout", "batch_place", "cache_place", "make_mesh", "parse_layout"]
 
 
 @dataclass(frozen=True)
@@ -146,16 +146,27 @@ def make_mesh(
     return Mesh(grid, ("stage", "model"), axis_types=axis_types), vae_device
 
 
-def cache_place(on: Mesh | jax.Device) -> NamedSharding | SingleDeviceSharding | Format:
-    """Where windows and sinks live: `[l b s m e]` on a device, `[stage l b s m e]` on a mesh.
+def batch_place(on: Mesh | jax.Device) -> NamedSharding | SingleDeviceSharding:
+    """Where rows of portraits live: on a device, or spread over the "data" axis of a mesh."""
+    return (
+        NamedSharding(on, PartitionSpec("data"))
+        if isinstance(on, Mesh)
+        else SingleDeviceSharding(on)
+    )
 
-    On a mesh, heads are split over the "model" axis. On TPUs, memory has the heads before the
+
+def cache_place(on: Mesh | jax.Device) -> NamedSharding | SingleDeviceSharding | Format:
+    """Where windows and sinks live: `[l b s m e]`, on a pipeline's mesh `[stage l b s m e]`.
+
+    On a mesh, heads are split over the "model" axis, on that of a training run portraits over
+    "data". On TPUs, memory has the heads before the
     slots, since attention there reads one head after the other: stored slot by slot, a window
     would be rewritten as a whole on the way into every step, and out of it.
     """
     if isinstance(on, Mesh):
-        lead, device = 1, on.devices.flat[0]
-        sharding = NamedSharding(on, PartitionSpec("stage", None, None, None, "model"))
+        lead, device = int("stage" in on.shape), on.devices.flat[0]
+        axes = ("stage", None, None) if lead else (None, "data")
+        sharding = NamedSharding(on, PartitionSpec(*axes, None, "model"))
     else:
         lead, device, sharding = 0, on, SingleDeviceSharding(on)
     if device.platform != "tpu":

@@ -14,26 +14,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from jax_avatar.io.checkpoint import StoredWeights, place, tree_of
 from jax_avatar.models.cache import KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.sharding import on_mesh, put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
-from jax_avatar.streaming.mesh import cache_place
+from jax_avatar.streaming.mesh import batch_place, cache_place
 from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
 
 __all__ = ["SequentialStream", "make_step", "step_arguments"]
 
 
 def make_step(
-    graphdef: Any, device: jax.Device, speaker_mask: Array | None = None
+    graphdef: Any, device: jax.Device | Mesh, speaker_mask: Array | None = None
 ) -> Callable[..., tuple[Array, KVCache]]:
     """The compiled function of one denoising step of one block.
 
     Args:
         graphdef: structure of the transformer, from `split`.
-        device: where to run; it need not be here, to compile for it.
+        device: where to run, or the mesh of a training run; it need not be here, to compile for it.
         speaker_mask: routing mask of a block, for several speakers.
 
     Returns:
@@ -46,8 +47,9 @@ def make_step(
             graphdef, params, latent, audio, pose, cache, sink, position, *sigmas, speaker_mask
         )
 
-    places = (SingleDeviceSharding(device), cache_place(device))
-    return jax.jit(step, donate_argnames=("latent", "cache"), out_shardings=places)
+    places = (batch_place(device), cache_place(device))
+    # Donated: latent and cache.
+    return jax.jit(on_mesh(step, _mesh(device)), donate_argnums=(1, 4), out_shardings=places)
 
 
 def step_arguments(
@@ -104,7 +106,7 @@ class SequentialStream:
         conditions: Conditions,
         *,
         speaker_mask: Array | None = None,
-        device: jax.Device | None = None,
+        device: jax.Device | Mesh | None = None,
         tap: Callable[[int, int, Latent], None] | None = None,
     ):
         """Prefills the sink.
@@ -116,19 +118,21 @@ class SequentialStream:
             plan: settings of the stream.
             conditions: portrait, prompt, pose.
             speaker_mask: routing mask of a block, for several speakers.
-            device: where to run; the first one if not given.
+            device: where to run, the first one if not given; or the mesh of a training run, over
+                which the weights already lie and portraits are spread.
             tap: called with block, step and the latent after that step, which is gone afterwards.
         """
         device = device or jax.devices()[0]
-        put = lambda tree: jax.device_put(tree, device)  # noqa: E731
+        put = lambda tree: put_on(tree, batch_place(device))  # noqa: E731
         self.config, self.plan = config, plan
-        self._prefill = jax.jit(make_prefill(graphdef), out_shardings=cache_place(device))
+        prefill, windows = on_mesh(make_prefill(graphdef), _mesh(device)), cache_place(device)
+        self._prefill = jax.jit(prefill, out_shardings=windows)
         self._put, self._tap, self._device = put, tap, device
         mask = None if speaker_mask is None else put(speaker_mask)
         b, _, h, w, c = conditions.reference.shape
         shape = (b, config.frames_per_block, h, w, c)
         self._noise = plan.make_noise(shape, config.dtype)
-        self._grid = (b, h, w)
+        self._empty = jax.jit(lambda: empty_cache(config, b, h, w), out_shardings=windows)
         self._sigmas = [np.float32(s) for s in plan.schedule.sigmas]
 
         self._step = make_step(graphdef, device, mask)
@@ -137,10 +141,17 @@ class SequentialStream:
     def restart(self, params: PyTree | StoredWeights, conditions: Conditions) -> None:
         """Back to block 0 with other weights and conditions of the same shapes; nothing is
         compiled anew."""
-        on_device = SingleDeviceSharding(self._device)
-        self.params = place(params, jax.tree.map(lambda _: on_device, tree_of(params)))
+        if not isinstance(self._device, Mesh):
+            on_device = SingleDeviceSharding(self._device)
+            params = place(params, jax.tree.map(lambda _: on_device, tree_of(params)))
+        self.params = params
         self.conditions = self._put(conditions)
         self.reset()
+
+    def release(self) -> None:
+        """Lets go of weights and windows until `restart`."""
+        self.params = self.conditions = self.caches = None
+        self._now = self._sink = self._first_latent = None
 
     def reset(self, conditions: Conditions | None = None) -> None:
         """Back to block 0: empty windows, the portrait in the sink.
@@ -154,10 +165,7 @@ class SequentialStream:
         self._sink = self._prefill(self.params, self._now)
         self._is_stale = False
         steps = range(self.plan.schedule.num_steps)
-        windows = cache_place(self._device)
-        self.caches = [
-            jax.device_put(empty_cache(self.config, *self._grid), windows) for _ in steps
-        ]
+        self.caches = [self._empty() for _ in steps]
         self._first_latent = None
         self._next_block = 0
 
@@ -207,3 +215,7 @@ class SequentialStream:
     def finish(self) -> list[Latent]:
         """Blocks still under way: none, since every push completes its block."""
         return []
+
+
+def _mesh(device: jax.Device | Mesh) -> Mesh | None:
+    return device if isinstance(device, Mesh) else None

@@ -92,14 +92,15 @@ def make_decode(graphdef: Any) -> tuple[Callable, Callable]:
 
 
 def make_encode(graphdef: Any, settings: StreamSettings) -> Callable[..., tuple[Array, Array]]:
-    """The compiled encoder of a portrait that stands still, as long as the stream needs it.
+    """The compiled encoder of portraits that stand still, as long as the stream needs it.
 
     Args:
         graphdef: structure of the VAE, from `split`.
         settings: of the stream.
 
     Returns:
-        `(params, portrait) -> (latents, error)`; the error of the first, decoded again, is RMS.
+        `(params, portraits) -> (latents, error)`; the error of the first latents, decoded again, is
+        RMS.
     """
     latents = settings.warmup_latents
     if settings.motion == "still":
@@ -109,7 +110,8 @@ def make_encode(graphdef: Any, settings: StreamSettings) -> Callable[..., tuple[
     @jax.jit
     def encode(params, portrait):
         vae = merge(graphdef, params)
-        still = vae.encode(jnp.broadcast_to(portrait, (1, frames, *portrait.shape[2:])))
+        video = (len(portrait), frames, *portrait.shape[2:])
+        still = vae.encode(jnp.broadcast_to(portrait, video))
         again = jnp.clip(vae.decode_first(still[:, :1])[0], -1, 1)
         return still, jnp.sqrt(jnp.mean((again - portrait) ** 2))
 

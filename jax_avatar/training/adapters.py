@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.lora import adapter_leaves, add_adapter, with_adapter
+from jax_avatar.models.lora import adapter_leaves, with_adapter
 from jax_avatar.models.params import unflatten
 from jax_avatar.shapes import PyTree
 from jax_avatar.training.mesh import place_state
@@ -92,12 +92,6 @@ class AdapterConfig:
         if not self.adapter_rank:
             return lambda weights: weights
         return lambda adapter: with_adapter(base, adapter)
-
-    def merged(self, base: PyTree, weights: PyTree) -> PyTree:
-        """Parameters of the transformer without adapters, for evaluation."""
-        if not self.adapter_rank:
-            return weights
-        return add_adapter(base, weights, self.adapter_fields["scaling"])
 
     def stored(
         self, base: FrozenBase, weights: PyTree

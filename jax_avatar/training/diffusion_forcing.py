@@ -11,6 +11,7 @@ distance in every clip.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,7 @@ class ForcingTask:
         seed: int = 0,
         name: str = "diffusion_forcing",
         start: Callable[[Mesh | None], PyTree] | None = None,
+        stream: Mapping[str, Any] | None = None,
         export: Callable[..., None] | None = None,
     ):
         """Checks that the parts fit together.
@@ -150,6 +152,7 @@ class ForcingTask:
             name: of the stage, for the progress bar.
             start: reads the parameters to start from, instead of random ones, for a mesh if there
                 is one; with adapters they are the frozen base.
+            stream: stream settings that go with the transformer, instead of the model's.
             export: writes the model folder: `(folder, parameters, metadata, adapter=...)`, the
                 latter two as `export_model` takes them.
         """
@@ -182,6 +185,7 @@ class ForcingTask:
         if settings.mouth_probe_weight:
             few = clips.take(slice(None, None, max(1, len(clips) // 800)))
             self.reader, self._gap_scale = fit_mouth_reader(few), float(few.lip_gap.std()) + 1e-6
+        self.stream_settings = dict(stream or {})
         if export:
             self.export = functools.partial(self._export, export)
 
@@ -195,9 +199,14 @@ class ForcingTask:
         """The base that an adapter lies beside, spread over a mesh."""
         return self._base.on(mesh) if self.settings.adapter_rank else None
 
-    def whole(self, params: PyTree) -> PyTree:
-        """Parameters of the transformer from what is trained."""
-        return self.settings.merged(self.frozen(), params)
+    @property
+    def streamed(self) -> tuple[Any, DiTConfig]:
+        """Structure and size of the transformer that `bound` gives parameters of."""
+        return self._trained, self.settings.adapted(self.model)
+
+    def bound(self, params: PyTree, mesh: Mesh | None = None) -> PyTree:
+        """Parameters of the transformer, adapters beside the base, from what is trained."""
+        return self.settings.bind(self.frozen(mesh))(params)
 
     def batches(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The batch of a step, or some of its rows; see `Windows.batch`."""

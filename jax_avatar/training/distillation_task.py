@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.params import abstract, split
+from jax_avatar.models.sharding import on_mesh
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.adapters import FrozenBase
 from jax_avatar.training.distill_state import DistillConfig, DistillState, Told
@@ -33,7 +34,7 @@ from jax_avatar.training.model_folder import (
 )
 from jax_avatar.training.monitors import ClipFigures, measure_data
 from jax_avatar.training.rollout import Generator, RolloutConfig
-from jax_avatar.training.step import LoopConfig, mesh_of, on_mesh
+from jax_avatar.training.step import LoopConfig, mesh_of
 from jax_avatar.training.windows import Windows, check_fit
 
 __all__ = ["DistillTask", "DistillWeights"]
@@ -168,17 +169,27 @@ class DistillTask:
         rows = np.arange(self.batch_size) if rows is None else rows
         return {role: self._told(step, role, rows) for role in roles}
 
-    def whole(self, weights: PyTree) -> PyTree:
-        """Parameters of the transformer from what is trained, for evaluation."""
-        return self.settings.merged(self._base.on(), weights)
+    @property
+    def streamed(self) -> tuple[Any, DiTConfig]:
+        """As of `ForcingTask`."""
+        return self.generator.graphdef, self.generator.config
+
+    def bound(self, weights: PyTree, mesh: Mesh | None = None) -> PyTree:
+        """As of `ForcingTask`."""
+        return self.settings.bind(self._base.on(mesh))(weights)
+
+    @property
+    def stream_settings(self) -> dict[str, Any]:
+        """How the student is streamed, as it was trained."""
+        rollout = self.generator.settings
+        return {"sigmas": list(rollout.sigmas), "sink_distance": list(rollout.sink_distance)}
 
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder that can be streamed: `config.json` and all its networks."""
-        rollout = self.generator.settings
-        sampler = {"sigmas": list(rollout.sigmas), "sink_distance": list(rollout.sink_distance)}
         params, adapter = self.settings.stored(self._base, weights)
         model = self.weights.model
-        export_model(folder, model, params, self.model, metadata, stream=sampler, adapter=adapter)
+        stream = self.stream_settings
+        export_model(folder, model, params, self.model, metadata, stream=stream, adapter=adapter)
 
     def _distiller(self, config: LoopConfig) -> Distiller:
         return Distiller(self.generator, self.graphdef, self.settings, config, self._data)

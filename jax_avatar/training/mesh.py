@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_avatar.models.sharding import param_shardings
+from jax_avatar.models.sharding import param_shardings, put_on
 from jax_avatar.shapes import PyTree
 
 __all__ = [
@@ -107,7 +107,7 @@ def make_training_mesh(
 
 def place_state(state: PyTree, mesh: Mesh) -> PyTree:
     """Puts weights, or any state that has them in nested dictionaries, where they belong."""
-    return _put(state, param_shardings(state, mesh))
+    return put_on(state, param_shardings(state, mesh))
 
 
 def abstract_on(mesh: Mesh, state: PyTree) -> PyTree:
@@ -136,7 +136,7 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     def place(leaf):
         leaf = np.asarray(leaf)
         if not leaf.ndim:
-            return _put(leaf, NamedSharding(mesh, PartitionSpec()))
+            return put_on(leaf, NamedSharding(mesh, PartitionSpec()))
         if hosts == 1 and leaf.shape[0] % data:
             raise ValueError(
                 f"a batch of {leaf.shape[0]} clips does not spread over the {data} devices of "
@@ -201,16 +201,3 @@ def on_first_host(make: Callable[[], Any]) -> Any:
     if "failed" in content:
         raise ValueError(f"on the first host: {content['failed']}")
     return content["made"]
-
-
-def _put(tree: PyTree, shardings: PyTree) -> PyTree:
-    if jax.process_count() == 1:
-        return jax.device_put(tree, shardings)
-
-    def place(leaf: Any, sharding):
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return jax.jit(lambda leaf: leaf, out_shardings=sharding)(leaf)
-        leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-    return jax.tree.map(place, tree, shardings)

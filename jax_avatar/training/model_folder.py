@@ -38,6 +38,7 @@ __all__ = [
     "StageWeights",
     "config_fields",
     "export_model",
+    "fitting",
     "model_content",
     "read_adapter",
     "read_dit",
@@ -132,11 +133,14 @@ def export_model(
         save_weights(folder, "lora", jax.device_get(factors), fields, dict(metadata))
         content["lora"] = "lora"
     save_weights(folder, "dit", jax.device_get(params), config_fields(config), dict(metadata))
-    if not config.framepack:
-        stream = {**stream, "motion": "none"}
     content |= {"name": name} if name else {}
-    content["stream"] = {**content["stream"], **stream}
+    content["stream"] = {**content["stream"], **fitting(stream, config)}
     save_json(folder / "config.json", content)
+
+
+def fitting(stream: Mapping[str, Any], config: DiTConfig) -> dict[str, Any]:
+    """Stream settings that fit a transformer: one without the motion packer is told no motion."""
+    return {**stream, **({} if config.framepack else {"motion": "none"})}
 
 
 def config_fields(config: DiTConfig) -> dict[str, Any]:

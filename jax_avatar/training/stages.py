@@ -224,6 +224,7 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
         seed=settings["seed"],
         name=settings["stage"],
         start=start,
+        stream=stream,
         export=export,
     )
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jax_avatar.models.sharding import constrain_params
+from jax_avatar.models.sharding import constrain_params, on_mesh
 from jax_avatar.shapes import Array, IntScalar, PyTree
 from jax_avatar.training.accumulate import accumulated, clip_keys
 from jax_avatar.training.guards import judge, rate_factor, report
@@ -34,7 +34,6 @@ __all__ = [
     "make_optimiser",
     "make_step",
     "mesh_of",
-    "on_mesh",
 ]
 
 SCHEDULES = ("cosine", "constant")
@@ -115,6 +114,7 @@ class LoopConfig:
         seed: of initialisation and of the loss's random numbers.
         log_every: steps between lines in `metrics.jsonl`.
         evaluate_every: steps between evaluations; 0 for none.
+        evaluate_clips: held-out clips that are streamed in each.
         checkpoint_every: steps between checkpoints; the last step is always kept.
         keep: latest checkpoints kept. The last good one stays, too: none of the 100 steps before it
             was skipped, and where there are evaluations, it passed one.
@@ -137,6 +137,7 @@ class LoopConfig:
     seed: int = 0
     log_every: int = 20
     evaluate_every: int = 0
+    evaluate_clips: int = 8
     checkpoint_every: int = 500
     keep: int = 3
     keep_every: int = 500
@@ -146,8 +147,8 @@ class LoopConfig:
     # Free to change between the parts of a run.
     BOOKKEEPING = (
         *("accumulate", "mesh"),
-        *("log_every", "evaluate_every", "checkpoint_every", "keep", "keep_every", "max_minutes"),
-        "wandb",
+        *("log_every", "evaluate_every", "evaluate_clips"),
+        *("checkpoint_every", "keep", "keep_every", "max_minutes", "wandb"),
     )
 
     def __post_init__(self):
@@ -165,8 +166,9 @@ class LoopConfig:
             parse_training_mesh(self.mesh)
         if self.accumulate < 1:
             raise ValueError(f"loop.accumulate {self.accumulate} must be at least 1.")
-        if self.log_every < 1 or self.checkpoint_every < 1 or self.keep < 1:
-            raise ValueError("log_every, checkpoint_every and keep must be at least 1")
+        for name in ("log_every", "evaluate_clips", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loop.{name} {getattr(self, name)} must be at least 1.")
         check_project(self.wandb)
 
 
@@ -243,18 +245,6 @@ def compiled_step(task: Task, config: LoopConfig, mesh: Mesh | None = None) -> C
         return constrain_params(state), metrics
 
     return jax.jit(on_mesh(step, mesh), donate_argnums=0)
-
-
-def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
-    """The function, to be compiled, in sight of the mesh that its constraints speak of."""
-    if mesh is None:
-        return function
-
-    def call(*arguments):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*arguments)
-
-    return call
 
 
 def _mean_loss(task, config, frozen):

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_avatar.diffusion.schedule import few_step_schedule
 from jax_avatar.diffusion.step import euler_step
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
+from jax_avatar.models.sharding import on_mesh
 from jax_avatar.shapes import Array, AudioFeatures, Float, Latent, PyTree
 from jax_avatar.training.dmd import guide
 
@@ -41,7 +43,12 @@ class SamplerConfig:
 
 
 def make_sampler(
-    graphdef: Any, config: DiTConfig, settings: SamplerConfig, *, pose: str = "zeros"
+    graphdef: Any,
+    config: DiTConfig,
+    settings: SamplerConfig,
+    *,
+    pose: str = "zeros",
+    mesh: Mesh | None = None,
 ) -> Callable[[PyTree, Portrait, AudioFeatures], Latent]:
     """Returns the compiled `(params, reference, features) -> latents` of whole clips.
 
@@ -52,6 +59,7 @@ def make_sampler(
         config: its size.
         settings: steps and guidance.
         pose: what the pose input carries: "zeros", or "reference", the portrait.
+        mesh: that weights and portraits are spread over, if they are.
 
     Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598; the
     conditions are Wan2.2-S2V's.
@@ -75,7 +83,6 @@ def make_sampler(
         out = velocity(params, latents, sigma, references, told)
         return guide(*jnp.split(out, 2), settings.guidance)
 
-    @jax.jit
     def sample(params, reference, features):
         def velocity_fn(latent, sigma, cache):
             return guided(params, latent, sigma, reference, features), cache
@@ -88,4 +95,4 @@ def make_sampler(
         noise = jax.random.normal(jax.random.key(settings.seed), shape)
         return jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))[0]
 
-    return sample
+    return jax.jit(on_mesh(sample, mesh))

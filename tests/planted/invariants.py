@@ -16,6 +16,7 @@ invariants = tests_in("training/test_invariants")
 latents = tests_in("training/test_latents")
 lora = tests_in("models/test_lora")
 adapter = tests_in("models/test_adapter")
+evaluation = tests_in("evaluation/test_in_training")
 loop = tests_in("training/test_loop")
 memory = tests_in("training/test_memory")
 mesh = tests_in("training/test_mesh")
@@ -185,6 +186,18 @@ INVARIANTS = (
     Mistake(11, "clips come back in the order of the parts", "training/accumulate.py",
             "jnp.moveaxis(leaf, 0, 1).reshape(-1", "leaf.reshape(-1",
             mesh("parts_of_a_batch_have_its_mean_and_its_order")),
+    Mistake(11, "a batch on a mesh repeats its first row", "streaming/batch.py",
+            "rows = np.resize(rows,", "rows = np.resize(rows[:1],",
+            evaluation("a_batch_on_the_mesh_of_a_run_is_that_on_one_device")),
+    Mistake(7, "batches are streamed without the portrait's still latents", "streaming/batch.py",
+            "still[:, -MOTION_LATENTS:]", "0 * still[:, -MOTION_LATENTS:]",
+            evaluation("a_batch_is_its_sessions")),
+    Mistake(7, "batches are decoded after one latent of the portrait", "streaming/batch.py",
+            "still[:, : model.settings.warmup_latents]", "still[:, :1]",
+            evaluation("a_batch_is_its_sessions")),
+    Mistake(13, "the averaged weights are scored twice", "evaluation/in_training.py",
+            "self._scores(state.params, self._truth", "self._scores(state.ema, self._truth",
+            evaluation("the_weights_of_the_moment_are_streamed_scored_and_shown")),
     Mistake(12, "a fresh adapter's second factor is not zero", "models/lora.py",
             "jnp.zeros(leaf.shape, dtype)", "jnp.full(leaf.shape, 0.02, dtype)",
             (*lora("a_fresh_adapter_changes_nothing"),

@@ -11,6 +11,7 @@ import pytest
 
 from jax_avatar.models import sharding
 from jax_avatar.models.lora import init_adapter
+from jax_avatar.models.sharding import on_mesh
 from jax_avatar.training.accumulate import accumulated
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.distill_state import DistillConfig, Told
@@ -26,7 +27,7 @@ from jax_avatar.training.mesh import (
 )
 from jax_avatar.training.rollout import Generator, RolloutConfig
 from jax_avatar.training.state import start_state
-from jax_avatar.training.step import LoopConfig, make_optimiser, make_step, on_mesh
+from jax_avatar.training.step import LoopConfig, make_optimiser, make_step
 from tests import nano
 
 BATCH, GRID = 8, (2, 4)
