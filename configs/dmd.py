@@ -6,7 +6,8 @@
 
 `tiny` runs from nothing: a random teacher, drawn faces. `small` is the recipe of the model that
 ships (docs/small_model.md): it needs `runs/teacher` and `runs/diffusion_forcing`, and one CPU core
-for ten minutes. `wan_s2v_14b` is for a converted model folder and stage 1's result.
+for ten minutes. `wan_s2v_14b` is for a model folder
+converted without the distilled LoRA (`PAPER_MODEL` in configs/sizes.py) and stage 1's result.
 """
 
 from ml_collections import ConfigDict

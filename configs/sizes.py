@@ -15,7 +15,11 @@ SMALL_MODEL = "jax_avatar/assets/small"
 """Folder of the model that ships, for its VAE, speech encoder and stream settings."""
 
 PAPER_MODEL = "models/wan_s2v_14b"
-"""Folder of the converted official weights, see docs/weights.md."""
+"""Folder of the converted official weights, without the distilled LoRA merged into them:
+
+    python -m conversion.convert all --src ckpt --out models/wan_s2v_14b
+
+See docs/weights.md; stages refuse a folder that was converted with `--merge`."""
 
 
 def choose(stage: str, size: str, sizes: Mapping[str, Callable[[], dict]]) -> ConfigDict:

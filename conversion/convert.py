@@ -156,6 +156,8 @@ def _prepare(kind: NetworkKind, path: Path, options: Options) -> _Job:
         weights = MergedLora(weights, adapter, options.scaling)
         history["lora"] = f"{options.lora.name}, scaling {options.scaling}, merged"
         history["lora_fingerprint"] = _fingerprint(adapter)
+    if kind.part == "dit":  # a teacher must not have one: see jax_avatar.training.base_weights
+        history["merged"] = [] if options.lora is None else [_record(options, history)]
     leaves = kind.leaves(config, weights.shapes)
     moves, report = plan(weights.shapes, kind.table(config), leaves)
     leaves = _as_stored(leaves, moves, weights.dtypes)
@@ -174,6 +176,14 @@ def _prepare(kind: NetworkKind, path: Path, options: Options) -> _Job:
         if "param_dtype" in fields:
             fields["param_dtype"] = str(dtype)
     return _Job(weights, moves, report, leaves, fields, history)
+
+
+def _record(options: Options, history: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "file": options.lora.name,
+        "scaling": options.scaling,
+        "fingerprint": history["lora_fingerprint"],
+    }
 
 
 def _as_stored(

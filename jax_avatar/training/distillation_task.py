@@ -22,6 +22,7 @@ from jax_avatar.models.params import abstract, split
 from jax_avatar.models.sharding import on_mesh
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.adapters import FrozenBase
+from jax_avatar.training.base_weights import check_not_merged, merge_record
 from jax_avatar.training.distill_state import DistillConfig, DistillState, Told
 from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.latents import Clips
@@ -84,6 +85,7 @@ class DistillTask:
             clips: portraits and speech to train on.
             seed: of the choice of clips.
         """
+        check_not_merged(weights)
         content = model_content(weights.model)
         stream = content["stream"]
         size = stream.get("size")
@@ -129,7 +131,8 @@ class DistillTask:
             keys = jax.random.split(key)
             generator, critic = (init_adapter(base, settings.adapter_rank, key) for key in keys)
             if student:
-                generator = read_adapter(student, generator, settings.adapter_fields)
+                fields, teacher = settings.adapter_fields, self.weights.teacher
+                generator = read_adapter(student, generator, fields, base=teacher)
         else:
             generator = read_dit(student, self._expected) if student else base
             critic = base
@@ -187,6 +190,7 @@ class DistillTask:
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder that can be streamed: `config.json` and all its networks."""
         params, adapter = self.settings.stored(self._base, weights)
+        metadata = {**metadata, **merge_record(self.weights.teacher)}
         model = self.weights.model
         stream = self.stream_settings
         export_model(folder, model, params, self.model, metadata, stream=stream, adapter=adapter)

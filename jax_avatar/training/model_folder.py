@@ -32,6 +32,7 @@ from jax_avatar.models.params import flatten
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.sharding import param_shardings
 from jax_avatar.shapes import PyTree
+from jax_avatar.training.base_weights import base_hash
 
 __all__ = [
     "NETWORKS",
@@ -128,11 +129,12 @@ def export_model(
                 if path.name.split(".")[0] == network:
                     _copy(path, folder)
     content.pop("lora", None)
+    save_weights(folder, "dit", jax.device_get(params), config_fields(config), dict(metadata))
     if adapter:
         factors, fields = adapter
-        save_weights(folder, "lora", jax.device_get(factors), fields, dict(metadata))
+        history = {**metadata, "base": base_hash(folder)}
+        save_weights(folder, "lora", jax.device_get(factors), fields, history)
         content["lora"] = "lora"
-    save_weights(folder, "dit", jax.device_get(params), config_fields(config), dict(metadata))
     content |= {"name": name} if name else {}
     content["stream"] = {**content["stream"], **fitting(stream, config)}
     save_json(folder / "config.json", content)
@@ -171,24 +173,33 @@ def read_dit(folder: str | Path, expected: PyTree, mesh: Mesh | None = None) -> 
     return stored.restore(None if mesh is None else param_shardings(expected, mesh), only=set(used))
 
 
-def read_adapter(folder: str | Path, expected: PyTree, fields: Mapping[str, Any]) -> PyTree:
+def read_adapter(
+    folder: str | Path, expected: PyTree, fields: Mapping[str, Any], *, base: str | Path = ""
+) -> PyTree:
     """An adapter's factors.
 
     Args:
         folder: that holds `lora`.
         expected: abstract factors.
         fields: rank and scaling that training goes on with.
+        base: has the transformer that it is laid beside; not compared if not given.
 
     Raises:
-        ValueError: there is none, or it is for another transformer or scaled otherwise.
+        ValueError: there is none, or it is for another transformer or scaled otherwise, or was
+            trained beside other weights than those of `base`.
     """
-    adapter, stored, _ = load_weights(folder, "lora")
+    adapter, stored, history = load_weights(folder, "lora")
     hint = "set config.task.adapter_rank and adapter_alpha as it was trained."
     _check(adapter, expected, folder, hint)
     if stored["scaling"] != fields["scaling"]:
         raise ValueError(
             f"the adapter in {folder} is scaled by {stored['scaling']}, here by "
             f"{fields['scaling']} (alpha over rank); {hint}"
+        )
+    if base and history.get("base", "") not in ("", base_hash(base)):
+        raise ValueError(
+            f"the adapter in {folder} was trained beside other weights than those of {base}; give "
+            "the teacher that stage 1 started from, or train stage 1 from this one."
         )
     return adapter
 

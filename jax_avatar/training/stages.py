@@ -18,6 +18,7 @@ from jax_avatar.models.audio import SpeechConfig
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.light_vae import LightVAEConfig
 from jax_avatar.models.params import abstract
+from jax_avatar.training.base_weights import check_not_merged, merge_record
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
@@ -78,6 +79,8 @@ def build_stage(
     sections, loop = read_sections(settings)
     if settings["stage"] == "dmd" and not small_batch:
         _check_batch(sections["model"], sections["task"])
+    if "weights" in sections:
+        check_not_merged(sections["weights"])
     if settings["stage"] in ("teacher", "diffusion_forcing"):
         _check_base(sections["weights"], sections["task"])
     build = {"speech": _speech, "vae": _vae, "dmd": _dmd}.get(settings["stage"], _flow)
@@ -208,7 +211,7 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
             weights.model,
             params,
             model,
-            metadata,
+            {**metadata, **merge_record(weights.start)},
             stream=stream,
             name=settings["stage"],
             others=weights.others,

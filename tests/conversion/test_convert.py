@@ -19,6 +19,8 @@ from conversion.readers import SafetensorsFile, open_weights
 from conversion.wan_dit import MergedLora
 from jax_avatar.io.checkpoint import StoredWeights, load_json, load_weights
 from jax_avatar.models.params import flatten
+from jax_avatar.training.base_weights import check_not_merged, merge_record
+from jax_avatar.training.model_folder import StageWeights
 from tests.conversion import official
 
 
@@ -61,6 +63,7 @@ def test_everything_below_a_folder_comes_back_bit_for_bit(download, tmp_path, ca
     assert f"{len(tensors)} tensors used, 0 ignored, none missing" in told
     content = load_json(tmp_path / "model" / "config.json")
     assert (content["dit"], content["vae"], content["lora"]) == ("wan_s2v", "wan", "lora")
+    assert merge_record(tmp_path / "model") == {"merged": []}
     assert content["stream"]["fps"] == 25 and content["text"] == "umt5"
     assert (tmp_path / "model" / "text_tokenizer" / "spiece.model").read_bytes() == b"pieces"
     assert_same_bits(exported(tmp_path / "model" / "text", tmp_path / "t"), official.text_weights())
@@ -103,7 +106,10 @@ def test_a_merged_adapter_is_in_the_weights(download, tmp_path):
     back = exported(out / "dit", tmp_path / "back")
     merged = MergedLora(official.dit_weights(), official.lora_weights())
     assert_same_bits(back, dict(merged.items()))
-    assert "merged" in StoredWeights(out / "dit").metadata["lora"]
+    (record,) = StoredWeights(out / "dit").metadata["merged"]
+    assert (record["file"], record["scaling"]) == ("liveavatar.safetensors", 0.5)
+    with pytest.raises(ValueError, match=r"liveavatar\.safetensors was merged .*without --merge"):
+        check_not_merged(StageWeights(str(out)))
     assert not (out / "lora").exists()
 
 

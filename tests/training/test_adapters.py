@@ -114,6 +114,19 @@ def test_an_adapter_of_another_size_is_named(stage1):
         distil(folder, adapter_rank=3).start(LOOP, KEY)
 
 
+def test_an_adapter_beside_another_base_is_refused(stage1, tmp_path):
+    folder, _ = stage1
+    task = distil(folder)
+    params, config, _ = load_weights(folder / "model", "dit")
+    save_orbax(tmp_path / "dit", params, config)  # the same weights in another kind of file
+    task.weights = dataclasses.replace(task.weights, teacher=str(tmp_path))
+    task.start(LOOP, KEY)
+    params["blocks"]["ffn_in"]["kernel"] *= 1.01
+    save_orbax(tmp_path / "dit", params, config)
+    with pytest.raises(ValueError, match=r"run was trained beside other weights than those of"):
+        task.start(LOOP, KEY)
+
+
 @pytest.mark.slow
 def test_a_step_is_the_same_on_every_layout(tmp_path):
     nano.save_model(tmp_path)
