@@ -126,7 +126,7 @@ def random_inputs(
     audio = put(1, 1, 4 * block, config.audio_layers, config.audio_width)
     plan = StreamPlan()
     position = plan.position(config, config.ring_blocks, 0)
-    sigmas = tuple(np.float32(sigma) for sigma in plan.schedule.sigmas[:2])
+    sigmas = tuple(np.float32(sigma) for sigma in plan.sigmas[:2])
     latent = put(1, block, *grid, c)
     return Inputs(graphdef, params, conditions, latent, audio, position, sigmas)
 
@@ -144,7 +144,7 @@ class Step:
     def __init__(self, inputs: Inputs, cache: KVCache, sink: Sink):
         device = jax.devices()[0]
         self._before = (inputs.audio, inputs.conditions.pose)
-        self._after = (sink, inputs.position, *inputs.sigmas)
+        self._after = (sink, inputs.position, *inputs.sigmas, None)
         self._params = inputs.params
         self.latent, self.cache = (
             jnp.copy(inputs.latent),
@@ -213,7 +213,7 @@ def run(build: Callable, config: DiTConfig, size: str, repeats: int) -> dict:
     tokens = config.frames_per_block * (grid[0] // 2) * (grid[1] // 2)
     bound = lambda hardware: compute_bound(config, *grid, hardware, config.weights)  # noqa: E731
     median, frames = float(np.median(times)), 4 * config.frames_per_block
-    steps = StreamPlan().schedule.num_steps
+    steps = StreamPlan().num_steps
     return {
         "framework": "jax",
         "size": f"{8 * grid[0]}*{8 * grid[1]}",

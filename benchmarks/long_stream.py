@@ -233,7 +233,7 @@ def main(argv=None) -> dict:
         layout = parse_layout(arguments.mesh, 4)
         jax.config.update("jax_num_cpu_devices", num_slices(layout))
         model = open_model(arguments.checkpoint, arguments.random, folder)
-    layout = parse_layout(arguments.mesh, len(model.settings.sigmas) - 1)
+    layout = model.settings.layout(arguments.mesh)
     if arguments.image:
         size = model.settings.size or (384, 704)
         portrait = prepare_reference(load_image(arguments.image), *size, cover=True)

@@ -57,7 +57,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def time_steps(model, session, features: np.ndarray, repeats: int) -> dict:
     """Every denoising step of a block on one device, with a full window behind it."""
     dit, plan = model.dit, session.stream.plan
-    times = [[] for _ in range(plan.schedule.num_steps)]
+    times = [[] for _ in range(plan.num_steps)]
     began = 0.0
 
     def tap(block, step, latent):
@@ -81,7 +81,7 @@ def time_steps(model, session, features: np.ndarray, repeats: int) -> dict:
         "step": quantiles([t for of_step in steady for t in of_step]),
         "steps": [
             {"sigma": sigma} | quantiles(of_step)
-            for sigma, of_step in zip(plan.schedule.sigmas, steady, strict=False)
+            for sigma, of_step in zip(plan.sigmas, steady, strict=False)
         ],
         "block_of_all_steps": quantiles(np.sum(steady, axis=0)),
     }
@@ -190,7 +190,7 @@ def run(model, mesh: str, voice, seconds: float, repeats: int = 20, progress: bo
         repeats: blocks that the parts are timed on.
         progress: show a bar.
     """
-    layout = parse_layout(mesh, len(model.settings.sigmas) - 1)
+    layout = model.settings.layout(mesh)
     began = time.perf_counter()
     session = AvatarSession(model, random_portrait(model), layout)
     build = time.perf_counter() - began

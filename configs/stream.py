@@ -2,8 +2,9 @@
 
     python launch/stream.py --mesh 5 --config.stream.aas_after_blocks=1
 
-None keeps what the model folder says. Runs on a laptop CPU with the model that ships: 96x96 pixels
-at 16 frames per second.
+None keeps what the model folder says. Noise levels, sampler and history (`cache`, `refresh`,
+`refresh_sigma`) are those of the model's training; others take `--force_sampler`. Runs on a laptop
+CPU with the model that ships: 96x96 pixels at 16 frames per second.
 """
 
 from ml_collections import ConfigDict
@@ -16,6 +17,10 @@ def get_config() -> ConfigDict:
         {
             "stream": {
                 "sigmas": placeholder(tuple),
+                "sampler": placeholder(str),
+                "cache": placeholder(str),
+                "refresh": placeholder(str),
+                "refresh_sigma": placeholder(float),
                 "aas_after_blocks": placeholder(int),
                 "sink_distance": placeholder(tuple),
                 "warmup_latents": placeholder(int),

@@ -466,7 +466,7 @@ class _Golden:
             return np.moveaxis(part[None], 1, -1)
 
         plan = StreamPlan(
-            schedule=schedule,
+            sigmas=schedule.sigmas,
             aas_after_blocks=aas,
             noise=make_noise,
             distance=lambda block, step: distances[block, step],

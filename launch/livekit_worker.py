@@ -18,7 +18,6 @@ from absl import app, flags
 
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.streaming.live import LiveSession, LiveSettings
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import SMALL, load_model, load_settings
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from launch.common import frame_size, log_warnings, prepare_jax
@@ -78,7 +77,7 @@ def read_access() -> tuple[str, str]:
 def load_core() -> AvatarSession:
     """The model with its portrait, compiled."""
     settings, image = load_settings(FLAGS.checkpoint), load_image(FLAGS.image)
-    layout = parse_layout(FLAGS.mesh, settings.num_steps)
+    layout = settings.layout(FLAGS.mesh)
     height, width = frame_size(settings, image.shape, FLAGS.size)
     portrait = prepare_reference(image, height, width, cover=True)
     prepare_jax(num_slices(layout))

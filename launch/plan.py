@@ -29,7 +29,6 @@ from jax_avatar.planning.programs import abstract_model
 from jax_avatar.planning.stream import DTYPES, plan_stream
 from jax_avatar.planning.tables import plan_as_dict, plan_as_text
 from jax_avatar.planning.training import plan_training
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.training.mesh import parse_training_mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -104,7 +103,7 @@ def run() -> None:
     grid = latent_grid(model, FLAGS.size)
     stride = model.vae.config.spatial_stride
     if FLAGS.task == "stream":
-        layout = parse_layout(FLAGS.mesh, model.settings.num_steps)
+        layout = model.settings.layout(FLAGS.mesh)
         jax.config.update("jax_num_cpu_devices", layout.num_devices)
         options = {"dtype": FLAGS.dtype, "parts": tuple(FLAGS.compile), "say": say}
         needs = plan_stream(model, grid, layout, hardware, **options)

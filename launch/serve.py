@@ -18,7 +18,6 @@ from absl import app, flags
 
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.streaming.live import LiveSettings
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
 from jax_avatar.streaming.prompts import prompt_encoder, prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
@@ -75,7 +74,7 @@ def say(text: str) -> None:
 def make_seats(image) -> Seats:
     """Sessions that are built when the server starts; what cannot be is refused here."""
     settings = load_settings(FLAGS.checkpoint)
-    layout = parse_layout(FLAGS.mesh, settings.num_steps)
+    layout = settings.layout(FLAGS.mesh)
     height, width = frame_size(settings, image.shape, FLAGS.size)
     portrait = prepare_reference(image, height, width, cover=True)
     prepare_jax(num_slices(layout))

@@ -25,7 +25,6 @@ from jax_avatar.io.audio import AudioReader, open_pipe
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.io.provenance import can_sign, make_signer, sign_video
 from jax_avatar.io.video import VideoWriter
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.run import for_duration, stream_to_file
@@ -49,6 +48,7 @@ flags.DEFINE_float("duration", None, "seconds: cuts the audio, or goes on in sil
 flags.DEFINE_integer("seed", 420, "of the noise", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
 flags.DEFINE_enum("weights", "", ["", "int8", "fp8"], "round the transformer's large kernels")
+flags.DEFINE_bool("force_sampler", False, "other levels, sampler or history than trained with")
 flags.DEFINE_string("size", None, "HEIGHT*WIDTH; only the area counts for models of any size")
 flags.DEFINE_integer("pcm_rate", 16000, "samples per second of raw PCM", lower_bound=1000)
 flags.DEFINE_enum("pcm_format", "s16le", ["s16le", "f32le"], "of raw PCM")
@@ -110,8 +110,9 @@ def open_signer():
 
 def run() -> int:
     changes = {k: v for k, v in FLAGS.config.stream.to_dict().items() if v is not None}
+    changes["force_sampler"] = FLAGS.force_sampler
     settings = load_settings(FLAGS.checkpoint, **changes)
-    layout = parse_layout(FLAGS.mesh, settings.num_steps)
+    layout = settings.layout(FLAGS.mesh)
     if FLAGS.duration is not None and FLAGS.duration <= 0:
         raise ValueError(f"--duration {FLAGS.duration}: expected a number of seconds above 0.")
     signer = open_signer()

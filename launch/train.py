@@ -47,6 +47,19 @@ def evaluations_of(task, settings, loop):
     return [made] if made else []
 
 
+def work_of(task, settings):
+    """What a step computes; a task without batches of clips tells nothing."""
+    from jax_avatar.planning.work import step_work
+    from jax_avatar.training.stages import read_sections
+    from jax_avatar.training.step import mesh_of
+
+    if not hasattr(task, "batch_size"):
+        return None
+    sections, loop = read_sections(settings)
+    grid = task.clips.grid if hasattr(task, "clips") else (0, 0)
+    return step_work(settings["stage"], sections, task.batch_size, grid, mesh_of(task, loop))
+
+
 def check_workdir() -> None:
     if not WORKDIR.value:
         raise ValueError("--workdir is missing; give a folder for checkpoints and weights.")
@@ -84,6 +97,7 @@ def run(overrides: dict[str, str]) -> None:
         WORKDIR.value,
         evaluations=evaluations_of(task, settings, loop),
         settings=settings,
+        work=work_of(task, settings),
         force=FORCE.value,
     )
     print(f"{WORKDIR.value}: step {int(state.step)} of {loop.num_steps}")

@@ -29,9 +29,9 @@ CONFIG = DiTConfig(
 GRID = (8, 8)  # latent rows and columns: every pool of the motion packer has a token
 
 
-def make_dit(config: DiTConfig = CONFIG, seed: int = 0):
+def make_dit(config: DiTConfig = CONFIG, seed: int = 0, kind: type[DiT] = DiT):
     """Structure and random weights, the head's included (it starts at zero)."""
-    graphdef, params = split(DiT(config, rngs=nnx.Rngs(seed)))
+    graphdef, params = split(kind(config, rngs=nnx.Rngs(seed)))
     kernel = params["head"]["kernel"]
     params["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(seed), kernel.shape)
     return graphdef, params

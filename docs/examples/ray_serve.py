@@ -42,14 +42,13 @@ def build_app(mesh: str, checkpoint: str, sessions: int):
     from jax_avatar.serving.admission import ServerState
     from jax_avatar.serving.app import make_app
     from jax_avatar.serving.seats import Seats
-    from jax_avatar.streaming.mesh import parse_layout
     from jax_avatar.streaming.model import load_model, load_settings
     from jax_avatar.streaming.session import AvatarSession, num_slices
     from launch.common import frame_size, prepare_jax
 
     image = load_image(SMALL.parent / "portraits" / "amara.png")
     settings = load_settings(checkpoint)
-    layout = parse_layout(mesh, settings.num_steps)
+    layout = settings.layout(mesh)
     portrait = prepare_reference(image, *frame_size(settings, image.shape, None), cover=True)
     prepare_jax(num_slices(layout))
     model = load_model(checkpoint)

@@ -182,7 +182,8 @@ def _model(settings, graphdef, config, changes) -> AvatarModel:
     return AvatarModel(
         name=settings["stage"],
         dit=Network(graphdef, {}, config, {}),
-        settings=load_settings(weights["model"], **fitting(changes, config)),
+        # As this network is trained, whatever that of the folder was.
+        settings=load_settings(weights["model"], force_sampler=True, **fitting(changes, config)),
         **{name: load_network(path, name, kinds[name]) for name, path in folders.items()},
     )
 

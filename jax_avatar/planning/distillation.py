@@ -105,7 +105,7 @@ def kept_bytes(
     row = config.width * size
     history = 2.0 * config.num_layers * n * row
     rings = 0.0
-    if rollout.cache == "per_step" and rollout.refresh == "none":
+    if not rollout.shares_history:
         rings = (rollout.num_steps - 1) * window * history
 
     def backward(tokens):

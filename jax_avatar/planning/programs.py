@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from jax_avatar.diffusion.schedule import Schedule
 from jax_avatar.models.audio_tokens import AudioInjector
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import abstract, merge
@@ -26,7 +25,7 @@ from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout, make_mesh
 from jax_avatar.streaming.model import _KINDS, Network, StreamSettings
 from jax_avatar.streaming.pipeline import make_tick, tick_arguments
-from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.plan import Conditions
 from jax_avatar.streaming.sampler import make_step, step_arguments
 from jax_avatar.streaming.session import MOTION_LATENTS, make_decode
 
@@ -164,17 +163,18 @@ def step_program(
     """
     config = model.dit.config.replace(attention=attention, weights=weights)
     graphdef, params = _build(model, config)
-    parts = (graphdef, params, config, _plan(model), *_inputs(model, config, grid))
+    plan = model.settings.plan(0)
+    parts = (graphdef, params, config, plan, *_inputs(model, config, grid))
     mesh, _ = make_mesh(layout, devices)
     platform = mesh.devices.flat[0].platform
     if layout.is_sequential:
         device = mesh.devices[0, 0]
         arguments = step_arguments(*parts, device)
         params, _, _, _, cache, sink, *_ = arguments
-        windows = [cache] * model.settings.num_steps
+        windows = [cache] * plan.num_windows
         held = {"weights": params, "windows": windows, "sink": sink}
         return Program("denoising step", make_step(graphdef, device), arguments, platform, held)
-    tick = make_tick(graphdef, mesh, layout.steps_per_stage)
+    tick = make_tick(graphdef, mesh, plan)
     arguments = tick_arguments(*parts, mesh)
     params, _, _, _, _, windows, sink, *_ = arguments
     held = {"weights": params, "windows": windows, "sink": sink}
@@ -302,15 +302,6 @@ def _count(function: Callable, arguments: tuple) -> float:
 def _build(model: AbstractModel, config: DiTConfig) -> tuple[Any, PyTree]:
     build = _KINDS["dit"][model.dit.metadata["kind"]][0]
     return abstract(lambda: build(config, rngs=nnx.Rngs(0)))
-
-
-def _plan(model: AbstractModel) -> StreamPlan:
-    settings = model.settings
-    return StreamPlan(
-        schedule=Schedule(settings.sigmas),
-        aas_after_blocks=settings.aas_after_blocks,
-        sink_distance=settings.sink_distance,
-    )
 
 
 def _latent(model: AbstractModel, grid: tuple[int, int]) -> Callable:

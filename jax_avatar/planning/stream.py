@@ -236,9 +236,8 @@ def _bounds(model, grid, programs, held, figures, layout, hardware, dtype) -> di
     wide = layout.stage_devices
     compute = compute_bound(config, *grid, hardware, dtype) / wide
     own = programs["step"].held
-    windows = held["step"]["windows"].value / (
-        model.settings.num_steps if layout.is_sequential else layout.steps_per_stage
-    )
+    settings, stages = model.settings, layout.stages
+    windows = held["step"]["windows"].value / (settings.num_windows // stages)
     read = _weight_bytes(own["weights"], _PREFILL_ONLY) + windows + placed_bytes(own["sink"])
     bandwidth = 1e9 * hardware.bandwidth_gb_s
     step = max(compute, read / bandwidth)
@@ -246,7 +245,7 @@ def _bounds(model, grid, programs, held, figures, layout, hardware, dtype) -> di
     vae = held["decode"]
     moved = _decodes(model) * (vae["VAE weights"].value + 2 * vae["VAE state"].value)
     decode = max(flop.value / hardware.peak("bf16"), moved / bandwidth)
-    tick = layout.steps_per_stage * step
+    tick = settings.num_evaluations // stages * step
     # Slices take turns with different blocks; the VAE's own slice works beside them.
     period = max(tick, decode) if layout.has_vae_slice else tick + decode
     frames = 4 * config.frames_per_block
@@ -257,7 +256,7 @@ def _bounds(model, grid, programs, held, figures, layout, hardware, dtype) -> di
         "decode_s": decode,
         "block_period_s": period,
         "fps": frames / period,
-        "first_frame_s": model.settings.num_steps * step + decode / _decodes(model),
+        "first_frame_s": settings.num_evaluations * step + decode / _decodes(model),
     }
     return {name: Figure(value, "computed") for name, value in values.items()}
 
@@ -289,7 +288,7 @@ def _widths(
             )
             rest = other * layout.stage_devices / width
             if layout.is_sequential:  # a slice of its own for every step
-                rest -= used["windows"].value * (1 - 1 / model.settings.num_steps) / width
+                rest -= used["windows"].value * (1 - 1 / model.settings.num_windows) / width
             sizes[width, dtype] = weights + rest
     return sizes
 
@@ -297,7 +296,9 @@ def _widths(
 def _advice(model, uses, figures, widths, layout, hardware, dtype) -> tuple[str, ...]:
     advice = []
     limit = 1e9 * hardware.memory_gb
-    stages = model.settings.num_steps if layout.is_sequential else layout.stages
+    # With one history for all steps there is one window, and blocks follow one another.
+    stages = model.settings.num_windows if layout.is_sequential else layout.stages
+    evaluations = model.settings.num_evaluations // layout.stages
     suffix = "+1" if layout.has_vae_slice or layout.is_sequential else ""
     denoising, last = uses[0], uses[-1]
     if not denoising.fits or not (layout.has_vae_slice or last.fits):
@@ -314,9 +315,9 @@ def _advice(model, uses, figures, widths, layout, hardware, dtype) -> tuple[str,
     fps = figures.get("fps")
     if fps and fps.value < model.settings.fps:
         more = f"{stages}x{2 * layout.stage_devices}{suffix}"
-        if layout.is_sequential:
+        if layout.is_sequential and stages > 1:
             what = f"a slice for every step (--mesh {stages + 1})"
-        elif figures["decode_s"].value > layout.steps_per_stage * figures["step_s"].value:
+        elif figures["decode_s"].value > evaluations * figures["step_s"].value:
             what = "a smaller --size, since the VAE is what takes long"
         else:
             what = f"more devices per slice (--mesh {more})"

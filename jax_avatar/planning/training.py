@@ -18,6 +18,7 @@ from jax_avatar.models.params import abstract
 from jax_avatar.planning.figures import DeviceUse, Figure, Needs
 from jax_avatar.planning.hardware import Hardware, stand_ins
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
+from jax_avatar.planning.work import clip_flops
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout
 from jax_avatar.streaming.model import _KINDS
@@ -148,12 +149,7 @@ def plan_training(
 
 def _training_flops(config: DiTConfig, grid: tuple[int, int], frames: int) -> float:
     """Operations of one clip with all weights: forward, backward twice that, forward again."""
-    d, patches = config.width, (grid[0] // 2) * (grid[1] // 2)
-    n, noisy = (frames + 1) * patches, frames * patches
-    linear = 2 * n * (6 * d * d + 2 * d * config.ffn_width) + 4 * config.text_len * d * d
-    attention = 4 * n * n * d + 4 * n * config.text_len * d
-    audio = len(config.audio_inject_layers) * 4 * noisy * d * d
-    return 4.0 * (config.num_layers * (linear + attention) + audio)
+    return 4 * sum(clip_flops(config, grid, frames))
 
 
 def still_clips(config: DiTConfig, frames: int, grid: tuple[int, int]) -> LatentClips:

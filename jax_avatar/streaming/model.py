@@ -16,7 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_avatar.diffusion.schedule import Schedule, euler_schedule
+from jax_avatar.diffusion.sampling import Sampling
+from jax_avatar.diffusion.schedule import euler_schedule
 from jax_avatar.io.checkpoint import (
     StoredWeights,
     load_json,
@@ -38,7 +39,8 @@ from jax_avatar.models.text import UMT5Encoder
 from jax_avatar.models.vae import WanVAE
 from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from jax_avatar.shapes import PyTree
-from jax_avatar.streaming.plan import StreamPlan
+from jax_avatar.streaming.mesh import Layout, parse_layout
+from jax_avatar.streaming.plan import StreamPlan, check_slices
 
 __all__ = [
     "LIVE_AVATAR",
@@ -63,20 +65,19 @@ _KINDS = {
     "text": {"umt5": (UMT5Encoder, UMT5Config)},
 }
 _STREAMED = ("dit", "vae", "speech")  # the prompt encoder is loaded apart, and only if needed
+_TRAINED = ("sigmas", "sampler", "cache", "refresh", "refresh_sigma")  # as in training, or forced
 
 
-@dataclass(frozen=True)
-class StreamSettings:
-    """How a model wants to be streamed.
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings(Sampling):
+    """How a model wants to be streamed; the settings of `Sampling` are those of its training.
 
     Attributes:
         fps: video frames per second.
         size: pixel height and width the model is made for, or None to fit `max_area`.
         max_area: most pixels of a frame where the size is free.
         multiple: sides are multiples of this where the size is free.
-        sigmas: noise levels, falling to 0.
         aas_after_blocks: see `StreamPlan`.
-        sink_distance: see `StreamPlan`.
         pose: what the pose input carries: "zeros", or "reference", the portrait at every frame.
         motion: what the motion packer sees: "still", the portrait standing still, or "none".
         warmup_latents: latents of the still portrait decoded before the stream, and thrown away.
@@ -92,11 +93,9 @@ class StreamSettings:
 
     fps: int
     size: tuple[int, int] | None
-    sigmas: tuple[float, ...]
     max_area: int = 0
     multiple: int = 64
     aas_after_blocks: int = 4
-    sink_distance: tuple[int, int] = (4, 30)
     pose: str = "zeros"
     motion: str = "none"
     warmup_latents: int = 7
@@ -106,10 +105,8 @@ class StreamSettings:
     speech_device: str = "host"
 
     def __post_init__(self):
-        for name in ("size", "sigmas", "sink_distance"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else tuple(value))
-        Schedule(self.sigmas)
+        super().__post_init__()
+        object.__setattr__(self, "size", None if self.size is None else tuple(self.size))
         if self.pose not in ("zeros", "reference") or self.motion not in ("still", "none"):
             raise ValueError(
                 f"pose {self.pose!r} must be zeros or reference, motion {self.motion!r} still or "
@@ -123,11 +120,6 @@ class StreamSettings:
             raise ValueError("stream settings need a size, or a max_area to fit a size to.")
         if self.warmup_latents < 1:
             raise ValueError(f"warmup_latents {self.warmup_latents} must be at least 1.")
-
-    @property
-    def num_steps(self) -> int:
-        """Denoising steps."""
-        return len(self.sigmas) - 1
 
     def piece_latents(self, block: int) -> int:
         """Latents decoded at once, of `block` latents that are denoised together.
@@ -144,12 +136,35 @@ class StreamSettings:
 
     def plan(self, seed: int) -> StreamPlan:
         """What the stream's sampler needs of these settings."""
-        return StreamPlan(
-            schedule=Schedule(self.sigmas),
-            aas_after_blocks=self.aas_after_blocks,
-            sink_distance=self.sink_distance,
-            seed=seed,
-        )
+        return StreamPlan(**self.sampling(), aas_after_blocks=self.aas_after_blocks, seed=seed)
+
+    def layout(self, mesh: str) -> Layout:
+        """Reads the `--mesh` argument, see `parse_layout`.
+
+        Raises:
+            ValueError: the steps do not spread over the slices, see also `check_slices`.
+        """
+        layout = parse_layout(mesh, self.num_steps)
+        check_slices(self, layout.stages)
+        return layout
+
+    def check_training(self, told: "StreamSettings") -> None:
+        """Refuses to stream a model otherwise than it was trained.
+
+        Args:
+            told: the settings to stream with.
+
+        Raises:
+            ValueError: their noise levels, sampler or history are others.
+        """
+        wrong = [name for name in _TRAINED if getattr(self, name) != getattr(told, name)]
+        if wrong:
+            of = lambda settings: ", ".join(f"{n} {getattr(settings, n)}" for n in wrong)  # noqa: E731
+            raise ValueError(
+                f"the model was trained with {of(self)}; the stream was told {of(told)}. Leave "
+                f"stream.{wrong[0]} as the model has it, or, for an ablation, pass --force_sampler "
+                "(force_sampler=True)."
+            )
 
 
 LIVE_AVATAR = StreamSettings(
@@ -198,7 +213,9 @@ class AvatarModel:
     settings: StreamSettings
 
 
-def load_settings(folder: str | Path = SMALL, **changes: Any) -> StreamSettings:
+def load_settings(
+    folder: str | Path = SMALL, *, force_sampler: bool = False, **changes: Any
+) -> StreamSettings:
     """How the model in a folder wants to be streamed, without reading its weights.
 
     Arguments and errors as in `load_model`.
@@ -222,22 +239,30 @@ def load_settings(folder: str | Path = SMALL, **changes: Any) -> StreamSettings:
     unknown = sorted(set(content["stream"]) - known)
     if unknown:
         raise ValueError(f"{folder / 'config.json'}: stream settings {unknown} are unknown.")
-    return StreamSettings(**with_tuples(content["stream"] | changes))
+    stored = StreamSettings(**with_tuples(content["stream"]))
+    told = dataclasses.replace(stored, **changes)
+    if not force_sampler:
+        stored.check_training(told)
+    return told
 
 
-def load_model(folder: str | Path = SMALL, *, weights: str = "", **changes: Any) -> AvatarModel:
+def load_model(
+    folder: str | Path = SMALL, *, weights: str = "", force_sampler: bool = False, **changes: Any
+) -> AvatarModel:
     """Reads a model folder.
 
     Args:
         folder: with `config.json` and the weights of three networks; the small model by default.
         weights: "int8" or "fp8" rounds the transformer's large kernels; "" leaves them as stored.
+        force_sampler: `changes` may be others than the model was trained with, for ablations.
         **changes: fields of `StreamSettings` to use instead of the folder's.
 
     Raises:
-        ValueError: something is missing, of an unknown kind, or does not fit its config.
+        ValueError: something is missing, of an unknown kind, or does not fit its config; or
+            noise levels, sampler or history differ from those of the training.
     """
     folder = Path(folder)
-    settings = load_settings(folder, **changes)
+    settings = load_settings(folder, force_sampler=force_sampler, **changes)
     content = load_json(folder / "config.json")
     networks = {name: load_network(folder, name, content[name]) for name in _STREAMED}
     if "lora" in content:

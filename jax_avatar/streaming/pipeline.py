@@ -21,13 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_avatar.diffusion.sampling import Sampling, noised
 from jax_avatar.io.checkpoint import StoredWeights, place, tree_of
-from jax_avatar.models.cache import KVCache, empty_cache
+from jax_avatar.models.cache import BlockPosition, KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.sharding import param_shardings
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
 from jax_avatar.streaming.mesh import cache_place
-from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
+from jax_avatar.streaming.plan import (
+    Conditions,
+    StreamPlan,
+    check_slices,
+    denoise,
+    make_prefill,
+)
 
 __all__ = ["PipelinedStream", "check_mesh", "make_tick", "tick_arguments"]
 
@@ -35,64 +42,71 @@ _STAGE = PartitionSpec("stage")
 _EVERYWHERE = PartitionSpec()
 
 
-def check_mesh(config: DiTConfig, num_steps: int, mesh: Mesh) -> int:
-    """Denoising steps of a slice.
+def check_mesh(config: DiTConfig, sampling: Sampling, mesh: Mesh) -> int:
+    """Evaluations of the transformer that a slice makes of every block.
 
     Raises:
         ValueError: the steps do not spread over the mesh, or the transformer does not split.
     """
     stages, shards = mesh.shape["stage"], mesh.shape["model"]
-    if num_steps % stages:
+    check_slices(sampling, stages)
+    if sampling.num_steps % stages:
         raise ValueError(
-            f"{num_steps} timesteps do not spread evenly over {stages} slices; see parse_layout."
+            f"{sampling.num_steps} timesteps do not spread evenly over {stages} slices; see "
+            "parse_layout."
         )
     if config.num_heads % shards or config.ffn_width % shards:
         raise ValueError(
             f"{shards} devices per slice do not divide {config.num_heads} heads and "
             f"feed-forward width {config.ffn_width}; change the number after the x in --mesh."
         )
-    return num_steps // stages
+    return sampling.num_evaluations // stages
 
 
 def make_tick(
-    graphdef: Any, mesh: Mesh, steps: int, speaker_mask: Array | None = None
+    graphdef: Any, mesh: Mesh, sampling: Sampling, speaker_mask: Array | None = None
 ) -> Callable[..., tuple[Array, Array, list[KVCache]]]:
     """The compiled function of one tick: every slice denoises its block, latents move on.
 
     Args:
         graphdef: structure of the transformer, from `split`.
         mesh: axes "stage" and "model"; its devices need not be here, to compile for them.
-        steps: denoising steps of a slice.
+        sampling: of the stream; its steps are spread evenly over the slices.
         speaker_mask: routing mask of a block, for several speakers.
 
     Returns:
-        `(params, noise, latents, audio, pose, caches, sinks, positions, levels) -> (denoised,
-        moved on, caches)`; latents and caches are donated. `tick_arguments` has their shapes.
+        `(params, noise, latents, audio, pose, caches, sinks, positions, levels, new noise) ->
+        (denoised, moved on, caches)`; latents and caches are donated. `tick_arguments` has their
+        shapes.
     """
     stages = mesh.shape["stage"]
+    steps, renoises = sampling.num_steps // stages, sampling.sampler == "renoise"
 
-    def tick(params, noise, latents, audio, pose, caches, sinks, positions, levels):
+    def tick(params, noise, latents, audio, pose, caches, sinks, positions, levels, new_noise):
         """What one slice does; leading axes of one stage are stripped and put back."""
         own = functools.partial(jax.tree.map, lambda leaf: leaf[0])
         stage = jax.lax.axis_index("stage")
         latent = jnp.where(stage == 0, noise, latents[0])
-        sink, windows = own(sinks), []
-        for step in range(steps):
+        sink, windows = own(sinks), own(caches)
+        for step, position in enumerate(own(positions)):
             sigma, next_sigma = levels[0, step]
-            latent, window = denoise(
+            is_refresh, window = step == steps, step % len(windows)
+            after, windows[window] = denoise(
                 graphdef,
                 params,
-                latent,
+                noised(latent, new_noise[0, step], sigma) if is_refresh else latent,
                 audio[0],
                 pose,
-                own(caches[step]),
+                windows[window],
                 sink,
-                own(positions[step]),
+                position,
                 sigma,
                 next_sigma,
+                new_noise[0, step] if renoises else None,
                 speaker_mask,
             )
-            windows.append(jax.tree.map(lambda leaf: leaf[None], window))
+            latent = latent if is_refresh else after
+        windows = jax.tree.map(lambda leaf: leaf[None], windows)
         onward = [(i, i + 1) for i in range(stages - 1)]
         moved = jax.lax.ppermute(latent, "stage", onward)
         return latent[None], moved[None], windows
@@ -100,7 +114,7 @@ def make_tick(
     mapped = _shard_map(
         mesh,
         tick,
-        (_EVERYWHERE, _EVERYWHERE, _STAGE, _STAGE, _EVERYWHERE, _STAGE, _STAGE, _STAGE, _STAGE),
+        (_EVERYWHERE, _EVERYWHERE, _STAGE, _STAGE, _EVERYWHERE, *[_STAGE] * 5),
         (_STAGE, _STAGE, _STAGE),
     )
     by_stage = NamedSharding(mesh, _STAGE)
@@ -130,7 +144,7 @@ def tick_arguments(
         mesh: from `make_mesh`.
     """
     stages = mesh.shape["stage"]
-    steps = check_mesh(config, plan.schedule.num_steps, mesh)
+    evaluations = check_mesh(config, plan, mesh)
     b, _, h, w, c = conditions.reference.shape
 
     def at(tree, spec, lead=()):
@@ -140,7 +154,7 @@ def tick_arguments(
         )
 
     latent = jax.ShapeDtypeStruct((b, config.frames_per_block, h, w, c), config.dtype)
-    caches = jax.eval_shape(lambda: _caches(config, (b, h, w), stages, steps))
+    caches = jax.eval_shape(lambda: _caches(config, (b, h, w), stages, plan))
     sink = jax.eval_shape(make_prefill(graphdef), params, conditions)
     position = plan.position(config, 0, 0)
     return (
@@ -155,8 +169,9 @@ def tick_arguments(
         at(conditions.pose, _EVERYWHERE),
         at(caches, cache_place(mesh)),
         at(sink, cache_place(mesh), (stages,)),
-        at([position] * steps, _STAGE, (stages,)),
+        at([position] * evaluations, _STAGE, (stages,)),
         at(_levels(plan, stages), _STAGE),
+        at(latent, _STAGE, (stages, evaluations)) if plan.takes_noise else None,
     )
 
 
@@ -192,18 +207,19 @@ class PipelinedStream:
         """
         self.config, self.plan, self.mesh = config, plan, mesh
         self.stages = mesh.shape["stage"]
-        self.steps = check_mesh(config, plan.schedule.num_steps, mesh)
+        self.evaluations = check_mesh(config, plan, mesh)
         self.params = place(params, param_shardings(tree_of(params), mesh))
         self.conditions = self._put(conditions, _EVERYWHERE)
         b, _, h, w, c = conditions.reference.shape
         self._shape = (b, config.frames_per_block, h, w, c)
         self._noise = plan.make_noise(self._shape, config.dtype)
+        self._new_noise = plan.make_new_noise(self._shape, config.dtype)
 
         self._swap = self._make_swap()
         self._prefill = self._make_prefill(graphdef)
-        self._tick = make_tick(graphdef, mesh, self.steps, speaker_mask)
+        self._tick = make_tick(graphdef, mesh, plan, speaker_mask)
         self._make_caches = jax.jit(
-            lambda: _caches(config, (b, h, w), self.stages, self.steps),
+            lambda: _caches(config, (b, h, w), self.stages, plan),
             out_shardings=cache_place(mesh),
         )
         self._levels = self._put(_levels(plan, self.stages), _STAGE)
@@ -287,16 +303,6 @@ class PipelinedStream:
         ]
         silence = np.zeros_like(next(iter(self._audio.values())))
         audio = np.stack([self._audio.get(number, silence) for number in numbers])
-        positions = [
-            [
-                self.plan.position(self.config, number, stage * self.steps + step)
-                for stage, number in enumerate(numbers)
-            ]
-            for step in range(self.steps)
-        ]
-        positions = [
-            jax.tree.map(lambda *leaves: np.stack(leaves), *of_step) for of_step in positions
-        ]
         done, self._latents, self._caches = self._tick(
             self.params,
             self._put(self._noise(numbers[0]), _EVERYWHERE),
@@ -305,8 +311,9 @@ class PipelinedStream:
             self.conditions.pose,
             self._caches,
             self._sinks,
-            self._put(positions, _STAGE),
+            self._put(self._positions(numbers), _STAGE),
             self._levels,
+            self._put(self._noise_between(numbers), _STAGE),
         )
         self._blocks = blocks
         last = blocks[-1]
@@ -317,6 +324,28 @@ class PipelinedStream:
         if last == 0 and self.plan.aas_after_blocks:
             self._first_latent = self._spread_last(done)
         return [latent]
+
+    def _positions(self, blocks: list[int]) -> list[BlockPosition]:
+        """Of every evaluation of a slice: where its block stands, `[stage ...]`."""
+
+        plan, count = self.plan, self.evaluations
+        made = [
+            [plan.position(self.config, b, s * count + step) for s, b in enumerate(blocks)]
+            for step in range(count)
+        ]
+        return [jax.tree.map(lambda *leaves: np.stack(leaves), *slices) for slices in made]
+
+    def _noise_between(self, blocks: list[int]) -> Array | None:
+        """Noise to noise blocks with anew, `[stage evaluation b t h w c]`, if any is taken."""
+        if not self.plan.takes_noise:
+            return None
+        count = self.evaluations
+        return jnp.stack(
+            [
+                jnp.stack([self._new_noise(b, s * count + step) for step in range(count)])
+                for s, b in enumerate(blocks)
+            ]
+        )
 
     def _swap_sink(self, stage: int, block: int) -> None:
         is_mine = self._put(np.arange(self.stages) == stage, _STAGE)
@@ -378,14 +407,15 @@ def _shard_map(mesh: Mesh, function, in_specs, out_specs) -> Callable:
 
 
 def _levels(plan: StreamPlan, stages: int) -> np.ndarray:
-    """Noise levels before and after every step, `[stage, step, 2]`."""
-    sigmas = np.array(plan.schedule.sigmas, np.float32)
-    return np.stack([sigmas[:-1], sigmas[1:]], -1).reshape(stages, -1, 2)
+    """Noise levels before and after every evaluation, `[stage, evaluation, 2]`."""
+    return np.array(plan.levels, np.float32).reshape(stages, -1, 2)
 
 
-def _caches(config: DiTConfig, grid: tuple[int, int, int], stages: int, steps: int) -> list:
+def _caches(
+    config: DiTConfig, grid: tuple[int, int, int], stages: int, sampling: Sampling
+) -> list[KVCache]:
     """Empty windows of the steps of a slice; `grid` is batch, latent rows and columns."""
-    return [_stacked(empty_cache(config, *grid), stages)] * steps
+    return [_stacked(empty_cache(config, *grid), stages)] * (sampling.num_windows // stages)
 
 
 def _stacked(tree: PyTree, count: int) -> PyTree:

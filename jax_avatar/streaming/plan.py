@@ -4,22 +4,25 @@ Noise, rotary positions and the moment of the sink's renewal depend on the block
 seed, never on the layout of devices, so every layout makes the same stream.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_avatar.diffusion.schedule import Schedule, euler_schedule
-from jax_avatar.diffusion.step import euler_step
+from jax_avatar.diffusion.sampling import Sampling
+from jax_avatar.diffusion.schedule import euler_schedule
+from jax_avatar.diffusion.step import move
 from jax_avatar.models.cache import BlockPosition, KVCache, Sink, block_position
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
 from jax_avatar.shapes import Array, PyTree, Scalar
 
-__all__ = ["Conditions", "StreamPlan", "denoise", "make_prefill"]
+__all__ = ["Conditions", "StreamPlan", "check_slices", "denoise", "make_prefill"]
+
+_RENOISE = np.uint32(2**32 - 1)  # a number that no block has
 
 
 @jax.tree_util.register_dataclass
@@ -48,37 +51,31 @@ class Conditions:
         return replace(self, text=text)
 
 
-@dataclass(frozen=True)
-class StreamPlan:
-    """Settings of a stream.
+@dataclass(frozen=True, kw_only=True)
+class StreamPlan(Sampling):
+    """Settings of a stream; those of `Sampling` are the model's, as it was trained.
 
     Attributes:
-        schedule: noise levels.
         aas_after_blocks: adaptive attention sink: renew the sink with the first generated latent
             before this block (4 in the release, 1 in the paper); 0 keeps the portrait for good.
-        sink_distance: how far the rolling reference stands ahead of a block, drawn per block and
-            step from this inclusive range; (4, 30) in the release. Equal ends fix it.
         seed: of noise and distances.
         first_frame: rotary frame of block 0; shifts the whole stream.
-        noise: `(block, shape) -> noise` in place of the seeded noise.
-        distance: `(block, step) -> distance` in place of the seeded draw.
+        noise: `(block, shape) -> noise` in place of the seeded noise that a block starts from.
+        new_noise: `(block, evaluation, shape) -> noise` in place of the seeded noise that a block
+            is noised with anew, see `Sampling.takes_noise`.
+        distance: `(block, evaluation) -> distance` in place of the seeded draw.
     """
 
-    schedule: Schedule = field(default_factory=lambda: euler_schedule(4))
+    sigmas: Sequence[float] = euler_schedule(4).sigmas
     aas_after_blocks: int = 4
-    sink_distance: tuple[int, int] = (4, 30)
     seed: int = 420
     first_frame: int = 0
     noise: Callable[[int, tuple[int, ...]], Array] | None = None
+    new_noise: Callable[[int, int, tuple[int, ...]], Array] | None = None
     distance: Callable[[int, int], int] | None = None
 
     def __post_init__(self):
-        low, high = self.sink_distance
-        if not 0 <= low <= high:
-            raise ValueError(
-                f"sink_distance {self.sink_distance} must be two numbers of latent frames, the "
-                "smaller first, for example (4, 30)."
-            )
+        super().__post_init__()
         if self.aas_after_blocks < 0:
             raise ValueError(
                 f"aas_after_blocks {self.aas_after_blocks}: give 4 (release), 1 (paper) or 0 (off)."
@@ -87,7 +84,7 @@ class StreamPlan:
             raise ValueError(f"seed {self.seed} must be within 0..{2**32 - 1}.")
 
     def position(self, config: DiTConfig, block: int, step: int) -> BlockPosition:
-        """Where a block stands at a denoising step."""
+        """Where a block stands at a denoising step, or at the refresh, the one after the last."""
         if self.distance is not None:
             distance = int(self.distance(block, step))
         else:
@@ -112,6 +109,43 @@ class StreamPlan:
 
         return lambda block: draw(np.uint32(block))
 
+    def make_new_noise(self, shape: tuple[int, ...], dtype) -> Callable[[int, int], Array]:
+        """Returns `(block, evaluation) -> noise` to noise a block with anew.
+
+        It is seeded by both, so that no layout changes it and no two evaluations share it.
+        """
+        if self.new_noise is not None:
+            return lambda block, step: jnp.asarray(self.new_noise(block, step, shape), dtype)
+        key = jax.random.fold_in(jax.random.key(self.seed), _RENOISE)
+
+        @jax.jit
+        def draw(block, step):
+            of_block = jax.random.fold_in(key, block)
+            return jax.random.normal(jax.random.fold_in(of_block, step), shape, dtype)
+
+        return lambda block, step: draw(np.uint32(block), np.uint32(step))
+
+
+def check_slices(sampling: Sampling, slices: int) -> None:
+    """Refuses to spread the steps of a block over slices where blocks follow one another.
+
+    Args:
+        sampling: of the stream.
+        slices: that denoise.
+
+    Raises:
+        ValueError: there are several, and all steps share one history.
+    """
+    if slices == 1 or not sampling.shares_history:
+        return
+    name = "cache" if sampling.refresh == "none" else "refresh"
+    raise ValueError(
+        f"{name} {getattr(sampling, name)!r}: {slices} slices were asked for, but every step of a "
+        "block reads what the last evaluation of the block before has written. This dependency is "
+        "what timestep-forcing pipeline parallelism (TPP) removes, by histories of the steps' own "
+        "(cache per_step, refresh none). Pass --mesh 1, or 1+1 for a VAE on its own device."
+    )
+
 
 def denoise(
     graphdef,
@@ -124,6 +158,7 @@ def denoise(
     position: BlockPosition,
     sigma: Scalar,
     next_sigma: Scalar,
+    noise: Array | None = None,
     speaker_mask: Array | None = None,
 ) -> tuple[Array, KVCache]:
     """One denoising step of one block; the inner line of Algorithms 3 and 4.
@@ -134,11 +169,12 @@ def denoise(
         latent: the block at `sigma`.
         audio: speech features of the block.
         pose: pose latents of the block.
-        cache: window of this step.
+        cache: window that this step reads and writes.
         sink: current sink.
         position: where the block stands.
         sigma: noise level, scalar.
         next_sigma: noise level to reach, scalar.
+        noise: to noise the clean prediction with anew; None takes Euler's step.
         speaker_mask: routing mask, for several speakers.
 
     Returns:
@@ -146,13 +182,10 @@ def denoise(
     """
     dit = merge(graphdef, params)
     timestep = jnp.broadcast_to(jnp.float32(1000) * sigma, latent.shape[:2])
-
-    def velocity_fn(latent, sigma, cache):
-        return dit.stream_block(
-            latent, timestep, pose, audio, cache, sink, position, speaker_mask=speaker_mask
-        )
-
-    return euler_step(velocity_fn, latent, sigma, next_sigma, cache)
+    velocity, cache = dit.stream_block(
+        latent, timestep, pose, audio, cache, sink, position, speaker_mask=speaker_mask
+    )
+    return move(latent, velocity, sigma, next_sigma, noise), cache
 
 
 def make_prefill(graphdef) -> Callable[[PyTree, Conditions], Sink]:

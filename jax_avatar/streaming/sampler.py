@@ -4,8 +4,11 @@ for block g:
     sink <- prefill(first generated latent)        once, before block `aas_after_blocks`
     sink <- prefill(new prompt)                    where one was given since the last block
     x <- noise(g)
-    for step i: x <- euler_step(x, window i, sink)   window i belongs to step i
+    for step i: x <- denoise(x, window i, sink)    window i belongs to step i
     emit x
+
+Where all steps share one history (see `Sampling`) there is one window, which every step of a block
+overwrites at the same place: the last one stays, or the refresh after it.
 """
 
 from collections.abc import Callable
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from jax_avatar.diffusion.sampling import noised
 from jax_avatar.io.checkpoint import StoredWeights, place, tree_of
 from jax_avatar.models.cache import KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
@@ -38,14 +42,13 @@ def make_step(
         speaker_mask: routing mask of a block, for several speakers.
 
     Returns:
-        `(params, latent, audio, pose, cache, sink, position, sigma, next_sigma) -> (latent,
+        `(params, latent, audio, pose, cache, sink, position, sigma, next_sigma, noise) -> (latent,
         cache)`, see `denoise`; latent and cache are donated. `step_arguments` has their shapes.
     """
 
-    def step(params, latent, audio, pose, cache, sink, position, *sigmas):
-        return denoise(
-            graphdef, params, latent, audio, pose, cache, sink, position, *sigmas, speaker_mask
-        )
+    def step(params, latent, audio, pose, cache, sink, position, *levels_and_noise):
+        parts = (latent, audio, pose, cache, sink, position, *levels_and_noise)
+        return denoise(graphdef, params, *parts, speaker_mask)
 
     places = (batch_place(device), cache_place(device))
     # Donated: latent and cache.
@@ -73,6 +76,7 @@ def step_arguments(
         device: where to run.
     """
     b, _, h, w, c = conditions.reference.shape
+    latent = jax.ShapeDtypeStruct((b, config.frames_per_block, h, w, c), config.dtype)
 
     def at(tree, where=None):
         where = where or SingleDeviceSharding(device)
@@ -80,13 +84,14 @@ def step_arguments(
 
     return (
         at(params),
-        at(jax.ShapeDtypeStruct((b, config.frames_per_block, h, w, c), config.dtype)),
+        at(latent),
         at(audio),
         at(conditions.pose),
         at(jax.eval_shape(lambda: empty_cache(config, b, h, w)), cache_place(device)),
         at(jax.eval_shape(make_prefill(graphdef), params, conditions), cache_place(device)),
         at(plan.position(config, 0, 0)),
-        *at(tuple(np.float32(sigma) for sigma in plan.schedule.sigmas[:2])),
+        *at(tuple(np.float32(sigma) for sigma in plan.sigmas[:2])),
+        at(latent) if plan.sampler == "renoise" else None,
     )
 
 
@@ -132,9 +137,11 @@ class SequentialStream:
         b, _, h, w, c = conditions.reference.shape
         shape = (b, config.frames_per_block, h, w, c)
         self._noise = plan.make_noise(shape, config.dtype)
+        self._new_noise = plan.make_new_noise(shape, config.dtype)
         self._empty = jax.jit(lambda: empty_cache(config, b, h, w), out_shardings=windows)
-        self._sigmas = [np.float32(s) for s in plan.schedule.sigmas]
+        self._levels = [tuple(map(np.float32, levels)) for levels in plan.levels]
 
+        self._noised = jax.jit(noised)
         self._step = make_step(graphdef, device, mask)
         self.restart(params, conditions)
 
@@ -164,8 +171,7 @@ class SequentialStream:
         self._now = self.conditions
         self._sink = self._prefill(self.params, self._now)
         self._is_stale = False
-        steps = range(self.plan.schedule.num_steps)
-        self.caches = [self._empty() for _ in steps]
+        self.caches = [self._empty() for _ in range(self.plan.num_windows)]
         self._first_latent = None
         self._next_block = 0
 
@@ -193,20 +199,14 @@ class SequentialStream:
             self._is_stale = False
         audio = self._put(jnp.asarray(audio))
         latent = self._put(self._noise(block))
-        for step in range(plan.schedule.num_steps):
-            latent, self.caches[step] = self._step(
-                self.params,
-                latent,
-                audio,
-                self.conditions.pose,
-                self.caches[step],
-                self._sink,
-                plan.position(self.config, block, step),
-                self._sigmas[step],
-                self._sigmas[step + 1],
-            )
+        for step in range(plan.num_steps):
+            latent = self._evaluate(block, step, latent, audio)
             if self._tap:
                 self._tap(block, step, latent)
+        if plan.refresh != "none":
+            step = plan.num_steps
+            noise = self._put(self._new_noise(block, step))
+            self._evaluate(block, step, self._noised(latent, noise, self._levels[step][0]), audio)
         if block == 0:
             self._first_latent = latent[:, :1]
         self._next_block += 1
@@ -215,6 +215,23 @@ class SequentialStream:
     def finish(self) -> list[Latent]:
         """Blocks still under way: none, since every push completes its block."""
         return []
+
+    def _evaluate(self, block: int, step: int, latent: Latent, audio: AudioFeatures) -> Latent:
+        """One evaluation of the network, which writes the block into the window of the step."""
+        plan, window = self.plan, step % len(self.caches)
+        renoises = plan.sampler == "renoise"
+        latent, self.caches[window] = self._step(
+            self.params,
+            latent,
+            audio,
+            self.conditions.pose,
+            self.caches[window],
+            self._sink,
+            plan.position(self.config, block, step),
+            *self._levels[step],
+            self._put(self._new_noise(block, step)) if renoises else None,
+        )
+        return latent
 
 
 def _mesh(device: jax.Device | Mesh) -> Mesh | None:

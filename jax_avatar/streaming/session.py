@@ -24,7 +24,7 @@ from jax_avatar.shapes import Array, Float
 from jax_avatar.streaming.mesh import Layout, make_mesh
 from jax_avatar.streaming.model import AvatarModel, StreamSettings
 from jax_avatar.streaming.pipeline import PipelinedStream
-from jax_avatar.streaming.plan import Conditions
+from jax_avatar.streaming.plan import Conditions, check_slices
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.samples import SampleQueue
 
@@ -147,6 +147,7 @@ class AvatarSession:
             in_flight: finished blocks that may wait to be fetched.
         """
         settings, dit = model.settings, model.dit
+        check_slices(settings, layout.stages)
         self.model, self.layout = model, layout
         mesh, self._vae_device = make_mesh(layout, devices)
         self._in_flight = in_flight
@@ -243,8 +244,9 @@ class AvatarSession:
             blocks: to take the median of.
 
         Returns:
-            Seconds of "speech", the encoder; of "step", a denoising step or, of a pipeline, what
-            each slice does in a tick over its steps; of "vae", pixels included.
+            Seconds of "speech", the encoder; of "step", an evaluation of the transformer or, of a
+            pipeline, what each slice does in a tick over its evaluations; of "vae", pixels
+            included.
         """
         self.reset()
         names = ("speech", "step", "vae")
@@ -263,9 +265,7 @@ class AvatarSession:
         self.reset()
         # The first blocks fill the pipeline: nothing comes out that could be waited for.
         speech, denoising, vae = np.median(np.diff(moments[-blocks:], axis=1), axis=0)
-        steps = self.layout.steps_per_stage
-        if self.layout.is_sequential:
-            steps = self.model.settings.num_steps
+        steps = self.model.settings.num_evaluations / self.layout.stages
         return dict(zip(names, (float(speech), float(denoising / steps), float(vae)), strict=True))
 
     def push(self, samples: Float[np.ndarray, " N"]) -> Iterator[np.ndarray]:

@@ -184,8 +184,7 @@ class DistillTask:
     @property
     def stream_settings(self) -> dict[str, Any]:
         """How the student is streamed, as it was trained."""
-        rollout = self.generator.settings
-        return {"sigmas": list(rollout.sigmas), "sink_distance": list(rollout.sink_distance)}
+        return self.generator.settings.sampling()
 
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder that can be streamed: `config.json` and all its networks."""

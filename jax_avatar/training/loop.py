@@ -33,6 +33,7 @@ from jax_avatar.training.checkpoints import (
     roll_back,
     save,
 )
+from jax_avatar.training.clock import StepClock, Work
 from jax_avatar.training.evaluation import Evaluation, try_out
 from jax_avatar.training.guards import (
     TooManySkips,
@@ -43,6 +44,7 @@ from jax_avatar.training.guards import (
 from jax_avatar.training.journal import Journal, NoJournal, mean_of
 from jax_avatar.training.loggers import check_installed
 from jax_avatar.training.mesh import fetched, gathered_values, local_rows, place_batch
+from jax_avatar.training.profile import Profiler, step_annotation
 from jax_avatar.training.run_record import add_run_record, run_record
 from jax_avatar.training.state import start_state
 from jax_avatar.training.step import (
@@ -66,6 +68,7 @@ def train(
     *,
     evaluations: Sequence[Evaluation] = (),
     settings: Mapping[str, Any] | None = None,
+    work: Work | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> PyTree:
@@ -81,6 +84,7 @@ def train(
         evaluations: made every `evaluate_every` steps, with those of the task.
         settings: the run's whole config as plain values. It is stored, and a run that resumes
             with other settings is refused.
+        work: what a step computes, for rates; without it only steps are counted.
         force: resume although the settings differ.
         progress: show a progress bar.
 
@@ -112,10 +116,12 @@ def train(
             try_out(evaluations, state)
         try:
             journal = _open_journal(workdir, int(state.step), config, whole)
-            with journal, _until_interrupted() as is_over:
+            clock, profiler = StepClock(work), Profiler(config.profile, workdir)
+            with journal, clock, profiler, _until_interrupted() as is_over:
                 run = _Run(
                     *(task, config, mesh, step_fn, root, evaluations),
                     *(manager, good, settings, journal, is_over),
+                    *(clock, profiler),
                 )
                 while True:
                     try:
@@ -164,11 +170,13 @@ class _Run:
     settings: Mapping[str, Any]
     journal: Journal | NoJournal
     is_over: Callable[[], bool]
+    clock: StepClock
+    profiler: Profiler
 
     def on(self, state: PyTree, pending: list, progress: bool) -> PyTree:
         """From a state to the last step, or until it has to stop early."""
         task, config, journal = self.task, self.config, self.journal
-        started, first = time.monotonic(), int(state.step)
+        started, first, clock = time.monotonic(), int(state.step), self.clock
         # After going back, other chance.
         root = jax.random.fold_in(self.root, state.guard.rollbacks)
         hidden = not progress or jax.process_index() > 0
@@ -177,17 +185,21 @@ class _Run:
         )
 
         try:
-            for step, batch in _prefetch(task, self.mesh, first, config.num_steps):
-                state, metrics = self.step_fn(state, batch, root)
+            batches = _prefetch(task, self.mesh, first, config.num_steps)
+            for step, batch in clock.waiting(batches):
+                self.profiler.before(step)
+                with clock.step(batch) as results, step_annotation(step):
+                    state, metrics = self.step_fn(state, batch, root)
+                    results.append(metrics)
                 step += 1
+                self.profiler.after(step, metrics)
                 pending.append(metrics)
                 bar.update()
                 is_last = step == config.num_steps
                 is_evaluated = bool(self.evaluations) and step % config.evaluate_every == 0
                 is_saved = step % config.checkpoint_every == 0 or is_last or is_evaluated
                 if is_logged := step % config.log_every == 0 or is_last:
-                    values = mean_of(pending)
-                    values["steps_per_s"] = (step - first) / (time.monotonic() - started)
+                    values = mean_of(pending) | clock.read()
                     journal.write(step, values)
                     bar.set_postfix(loss=f"{values['loss']:.4f}", **journal.alarming, refresh=False)
                 if is_logged or is_saved:
@@ -195,9 +207,13 @@ class _Run:
                 if is_logged:
                     pending = []
                 if is_saved:
-                    save(self.manager, step, state, self.settings, pending)
+                    with clock.phase("save"):
+                        save(self.manager, step, state, self.settings, pending)
                 # An evaluation that fails or is killed must cost no step.
-                has_passed = not self.evaluations or (is_evaluated and self._evaluate(state, step))
+                with clock.phase("evaluation"):
+                    has_passed = not self.evaluations or (
+                        is_evaluated and self._evaluate(state, step)
+                    )
                 if is_saved and has_passed and not metrics["recent_skips"]:
                     self.good.add(step)
                 minutes = (time.monotonic() - started) / 60

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_avatar.diffusion.flow import add_noise, clean_from_velocity
-from jax_avatar.diffusion.schedule import Schedule, few_step_schedule
+from jax_avatar.diffusion.flow import clean_from_velocity
+from jax_avatar.diffusion.sampling import Sampling, noised
+from jax_avatar.diffusion.schedule import few_step_schedule
 from jax_avatar.diffusion.step import move
 from jax_avatar.models.cache import Sink, frame_table, position_in
 from jax_avatar.models.config import DiTConfig
@@ -40,76 +41,45 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class RolloutConfig:
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Sampling):
     """How the generator makes a clip in training.
 
+    The settings of `Sampling` are stored with the student, which is streamed with the same; those
+    here are of training alone.
+
     Attributes:
-        sigmas: noise levels, falling to 0; the student is streamed with the same.
-        sampler: "euler", or "renoise", which noises every clean prediction anew.
-        cache: "per_step", every step sees history at its own noise level, as in a stream, or
-            "exit_only", all see that of the exit (Algorithm 1 as printed).
-        refresh: what history is written: "none", the exit's own, noisy; "clean", that of the
-            finished block at level 0; "fixed", that of the finished block noised to
-            `refresh_sigma`. The last two replace `cache`.
-        refresh_sigma: noise level of "fixed".
         kv_noise: noise added to keys and values when they are written, relative to their size.
         kv_noise_on: "k", "v" or "both".
         kv_noise_sink: add it to the sink, too.
-        sink_distance: inclusive range of the frames that the reference stands ahead.
-        sink_distance_per: "call", drawn for every block and step, or "clip".
+        sink_distance_per: "call", drawn for every block and evaluation, or "clip".
         shift_max: clips start at a latent frame drawn from 0 to this.
         gradient: "blocks", one block at a time (Algorithm 2), or "clip", through the whole rollout
             (Algorithm 1); the same gradient, more memory.
     """
 
     sigmas: Sequence[float] = few_step_schedule(4).sigmas
-    sampler: str = "euler"
-    cache: str = "per_step"
-    refresh: str = "none"
-    refresh_sigma: float = 0.557
     kv_noise: float = 0.0
     kv_noise_on: str = "both"
     kv_noise_sink: bool = False
-    sink_distance: Sequence[int] = (4, 30)
     sink_distance_per: str = "call"
     shift_max: int = 1003
     gradient: str = "blocks"
 
-    CHOICES = {
-        "sampler": ("euler", "renoise"),
-        "cache": ("per_step", "exit_only"),
-        "refresh": ("none", "clean", "fixed"),
+    SECTION = "rollout."
+    CHOICES = Sampling.CHOICES | {
         "kv_noise_on": ("k", "v", "both"),
         "sink_distance_per": ("call", "clip"),
         "gradient": ("blocks", "clip"),
     }
 
     def __post_init__(self):
-        for name in ("sigmas", "sink_distance"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        Schedule(self.sigmas)
-        for name, choices in self.CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"rollout.{name} {getattr(self, name)!r} must be one of {', '.join(choices)}."
-                )
-        low, high = self.sink_distance
-        if not 0 <= low <= high:
+        super().__post_init__()
+        if self.kv_noise < 0 or self.shift_max < 0:
             raise ValueError(
-                f"rollout.sink_distance {self.sink_distance} must be two numbers of latent "
-                "frames, the smaller first, for example (4, 30)."
+                f"rollout.kv_noise {self.kv_noise} and rollout.shift_max {self.shift_max} must not "
+                "be negative."
             )
-        if not 0 < self.refresh_sigma < 1 or self.kv_noise < 0 or self.shift_max < 0:
-            raise ValueError(
-                f"rollout.refresh_sigma {self.refresh_sigma} must be between 0 and 1, kv_noise "
-                f"{self.kv_noise} and shift_max {self.shift_max} not negative."
-            )
-
-    @property
-    def num_steps(self) -> int:
-        """Denoising steps."""
-        return len(self.sigmas) - 1
 
 
 @jax.tree_util.register_dataclass
@@ -220,7 +190,7 @@ class Generator:
         sigmas = jnp.asarray(settings.sigmas, jnp.float32)
         sink = self._sink(frozen, clip, draws)
         num_blocks, *shape = draws.noise.shape
-        own_history = settings.cache == "per_step" and settings.refresh == "none"
+        own_history = not settings.shares_history
         size = self._history_shape(sink, shape)
         window = min(self.config.ring_blocks - 1, num_blocks)
         slots = num_blocks if keeps_history else max(window, 1)
@@ -293,12 +263,11 @@ class Generator:
 
     def _refreshed(self, params, clean, clip, draws, sink, number, written):
         """Keys and values of the finished block, at level 0 or noised anew."""
-        settings, step = self.settings, self.settings.num_steps
-        x, sigma = jax.lax.stop_gradient(clean), jnp.float32(0)
-        if settings.refresh == "fixed":
-            sigma = jnp.float32(settings.refresh_sigma)
-            key = _fold(draws.renoise_key, number, step)
-            x = add_noise(x, jax.random.normal(key, x.shape), sigma)
+        step = self.settings.num_steps
+        sigma = jnp.float32(self.settings.levels[step][0])
+        x = jax.lax.stop_gradient(clean)
+        noise = jax.random.normal(_fold(draws.renoise_key, number, step), x.shape)
+        x = noised(x, noise, sigma)
         past = _before(written, number, min(self.config.ring_blocks - 1, len(written[0])))
         return self._velocity(params, x, sigma, clip, draws, sink, number, step, past)[1]
 

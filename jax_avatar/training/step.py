@@ -20,6 +20,7 @@ from jax_avatar.training.accumulate import accumulated, clip_keys
 from jax_avatar.training.guards import judge, rate_factor, report
 from jax_avatar.training.loggers import check_project
 from jax_avatar.training.mesh import make_training_mesh, parse_training_mesh
+from jax_avatar.training.profile import parse_profile
 from jax_avatar.training.state import update_state
 
 __all__ = [
@@ -120,6 +121,8 @@ class LoopConfig:
             was skipped, and where there are evaluations, it passed one.
         keep_every: checkpoints of steps that this divides stay for good; 0 for none.
         max_minutes: stop (and save) after so long, to resume later; 0 for no limit.
+        profile: steps to trace into `WORKDIR/profile`, FROM:TO as "10:13", those after step FROM up
+            to step TO; "" for none.
         wandb: project of Weights & Biases that metrics go to, too; "" for none.
     """
 
@@ -142,13 +145,14 @@ class LoopConfig:
     keep: int = 3
     keep_every: int = 500
     max_minutes: float = 0.0
+    profile: str = ""
     wandb: str = ""
 
     # Free to change between the parts of a run.
     BOOKKEEPING = (
         *("accumulate", "mesh"),
         *("log_every", "evaluate_every", "evaluate_clips"),
-        *("checkpoint_every", "keep", "keep_every", "max_minutes", "wandb"),
+        *("checkpoint_every", "keep", "keep_every", "max_minutes", "profile", "wandb"),
     )
 
     def __post_init__(self):
@@ -169,6 +173,11 @@ class LoopConfig:
         for name in ("log_every", "evaluate_clips", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} {getattr(self, name)} must be at least 1.")
+        if (traced := parse_profile(self.profile)) and traced[1] > self.num_steps:
+            raise ValueError(
+                f"loop.profile={self.profile}: the run has {self.num_steps} steps; end the trace "
+                "there or before."
+            )
         check_project(self.wandb)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from jax_avatar.training.clock import is_timing
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,7 +36,7 @@ def read_log(workdir):
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: v for k, v in row.items() if k != "steps_per_s"} for row in rows]
+    return [{k: v for k, v in row.items() if not is_timing(k)} for row in rows]
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ NANO = {
     },
 }
 
+STUDENT = StreamPlan(sigmas=(1.0, 0.0), sampler="renoise", refresh="fixed")
+
 
 @pytest.fixture(scope="module")
 def nano():
@@ -63,11 +65,14 @@ def places(tree):
     return jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), tree)
 
 
-@pytest.mark.parametrize("mesh", ["4x2", "2+1"])
-def test_a_tick_is_planned_for_what_a_stream_passes(mesh, monkeypatch):
+@pytest.mark.parametrize(
+    ("mesh", "plan"),
+    [("4x2", StreamPlan()), ("2+1", StreamPlan(sampler="renoise")), ("1+1", STUDENT)],
+)
+def test_a_tick_is_planned_for_what_a_stream_passes(mesh, plan, monkeypatch):
     graphdef, params = make_dit()
-    conditions, plan = make_conditions(), StreamPlan()
-    mesh, _ = make_mesh(parse_layout(mesh, 4))
+    conditions = make_conditions()
+    mesh, _ = make_mesh(parse_layout(mesh, plan.num_steps))
     stream = PipelinedStream(graphdef, params, CONFIG, plan, conditions, mesh)
     audio = make_audio(1)[0]
     passed, tick = [], stream._tick
@@ -84,9 +89,10 @@ def test_a_tick_is_planned_for_what_a_stream_passes(mesh, monkeypatch):
     )
 
 
-def test_a_step_is_planned_for_what_a_stream_passes(monkeypatch):
+@pytest.mark.parametrize("plan", [StreamPlan(), STUDENT], ids=["default", "student"])
+def test_a_step_is_planned_for_what_a_stream_passes(plan, monkeypatch):
     graphdef, params = make_dit()
-    conditions, plan = make_conditions(), StreamPlan()
+    conditions = make_conditions()
     stream = SequentialStream(graphdef, params, CONFIG, plan, conditions)
     audio = make_audio(1)[0]
     passed, step = [], stream._step
@@ -96,7 +102,7 @@ def test_a_step_is_planned_for_what_a_stream_passes(monkeypatch):
         graphdef, params, CONFIG, plan, conditions,
         jax.ShapeDtypeStruct(audio.shape, audio.dtype), jax.devices()[0],
     )  # fmt: skip
-    assert shapes(planned) == passed[0]
+    assert [shapes(planned)] * plan.num_evaluations == passed
 
 
 @pytest.mark.parametrize(
@@ -114,6 +120,27 @@ def test_figures_add_up_and_name_their_source(nano, mesh):
     assert needs.figures["fps"].value > 0 and needs.figures["fps"].source == "computed"
     text = plan_as_text(needs, HARDWARE["h200"])
     assert "compiled, cpu" in text and text.endswith("fits")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "longer"), [("1", ("first_frame_s", "block_period_s")), ("1+1", ("first_frame_s",))]
+)
+def test_the_refresh_of_history_is_one_more_evaluation_and_one_window(
+    nano, mesh, longer, monkeypatch
+):
+    monkeypatch.setattr(planning, "count_step_flops", lambda *sizes: 1.0)
+    layout = parse_layout(mesh, 4)
+
+    def plan(**changes):
+        model = dataclasses.replace(nano, settings=dataclasses.replace(nano.settings, **changes))
+        needs = plan_stream(model, GRID, layout, HARDWARE["h200"], parts=())
+        figures = {name: figure.value for name, figure in needs.figures.items()}
+        return figures, needs.devices[0].bytes["windows"].value
+
+    (plain, windows), (clean, window) = plan(), plan(refresh="clean")
+    assert windows == 4 * window
+    for name in longer:
+        assert clean[name] == pytest.approx(plain[name] + plain["step_s"])
 
 
 def test_wider_slices_hold_less_each(nano):

@@ -15,10 +15,14 @@ distillation = tests_in("training/test_distillation")
 rollout = tests_in("training/test_rollout")
 videos = tests_in("data/test_videos")
 
+models = tests_in("streaming/test_model")
+streams = tests_in("streaming/test_streams")
+
 BROKEN = encoded("records_with_nan_without_sound_or_out_of_step_are_refused")
 CLIPS = encoding("clips_that_cannot_be_encoded_are_named")
 DAMAGED = encoded("a_damaged_set_is_refused")
 DIVIDE = mesh("what_does_not_divide_is_named")
+UNLIKE = models("a_stream_unlike_the_training_is_refused_unless_it_is_forced")
 FIT = latents("clips_that_do_not_fit_the_model_are_named")
 
 # fmt: off
@@ -89,9 +93,18 @@ INPUTS = tuple(Mistake("input", *row) for row in (
      "        if key not in known:", "        if key not in known:\n            continue\n"
      "        if False:", (*loop("a_misspelt_setting_names_the_nearest"),
                           *sizes("a_mistake_is_named"))),
-    ("an unknown choice is taken", "training/rollout.py",
+    ("an unknown choice is taken", "diffusion/sampling.py",
      "if getattr(self, name) not in choices:", "if False:",
      rollout("settings_nobody_knows_are_named")),
+    ("blocks that follow one another are spread over slices", "streaming/plan.py",
+     "if slices == 1 or not sampling.shares_history:", "if True:",
+     streams("blocks_that_follow_one_another_are_not_spread_over_slices")),
+    ("a stream unlike the training passes", "streaming/model.py",
+     "if not force_sampler:", "if False:", UNLIKE),
+    ("a stream unlike the training cannot be forced", "streaming/model.py",
+     "if not force_sampler:", "if True:", UNLIKE),
+    ("another history than the training's passes", "streaming/model.py",
+     '"sampler", "cache", "refresh", "refresh_sigma")', '"sampler")', UNLIKE),
     ("a small batch is no reason to stop", "training/stages.py",
      "if task.batch_size < _STABLE_BATCH and", "if False and",
      sizes("large_networks_want_large_batches")),

@@ -21,7 +21,10 @@ loop = tests_in("training/test_loop")
 memory = tests_in("training/test_memory")
 mesh = tests_in("training/test_mesh")
 rollout = tests_in("training/test_rollout")
+sampling = tests_in("diffusion/test_sampling")
 sizes = tests_in("configs/test_sizes")
+streams = tests_in("streaming/test_streams")
+planned = tests_in("planning/test_stream")
 hosts = tests_in("launch/test_hosts")
 learning = tests_in("training/test_invariants_learning")
 
@@ -137,6 +140,41 @@ INVARIANTS = (
     Mistake(7, "the ring of a step is a block too long", "training/rollout.py",
             "min(self.config.ring_blocks - 1, num_blocks)",
             "min(self.config.ring_blocks, num_blocks)", rollout(STREAM)),
+    Mistake(7, "a stream leaves out the refresh of history", "streaming/sampler.py",
+            'if plan.refresh != "none":', "if False:", rollout(STREAM)),
+    Mistake(7, "a stream refreshes history with the clean block whatever the level",
+            "streaming/sampler.py", "noise, self._levels[step][0])", "noise, np.float32(0))",
+            rollout(STREAM)),
+    Mistake(7, "the refresh of history is not noised", "diffusion/sampling.py",
+            '"fixed": ((self.refresh_sigma,) * 2,)', '"fixed": ((0.0,) * 2,)',
+            sampling("histories_differ_in_evaluations_windows_and_noise")),
+    Mistake(7, "exit_only reads each step's own ring", "diffusion/sampling.py",
+            "return 1 if self.shares_history else self.num_steps", "return self.num_steps",
+            (*rollout(STREAM), *sampling("histories_differ_in_evaluations_windows_and_noise"))),
+    Mistake(7, "a rollout reads each step's own ring whatever the history", "training/rollout.py",
+            "own_history = not settings.shares_history", "own_history = True", rollout(STREAM)),
+    Mistake(7, "a stream renoises every step with the same noise", "streaming/sampler.py",
+            "self._put(self._new_noise(block, step)) if renoises",
+            "self._put(self._new_noise(block, 0)) if renoises", rollout(STREAM)),
+    Mistake(7, "the seeded noise of every step is the same", "streaming/plan.py",
+            "jax.random.fold_in(of_block, step)", "of_block",
+            streams("new_noise_is_another_for_every_block_and_evaluation")),
+    Mistake(7, "slices renoise with the noise of the first", "streaming/pipeline.py",
+            "self._new_noise(b, s * count + step)", "self._new_noise(b, step)",
+            streams("every_layout_of_a_student_does_so[2-settings0]")),
+    Mistake(7, "a tick emits the noised block of the refresh", "streaming/pipeline.py",
+            "latent = latent if is_refresh else after", "latent = after",
+            streams("every_layout_of_a_student_does_so[1+1-settings1]")),
+    Mistake(7, "a student's folder tells its noise levels only", "training/distillation_task.py",
+            "return self.generator.settings.sampling()",
+            'return {"sigmas": self.generator.settings.sampling()["sigmas"]}',
+            distillation("the_exported_folder_is_a_model_with_the_student[0]")),
+    Mistake(7, "a stream forgets the history of its model", "streaming/model.py",
+            "**self.sampling(), aas", "sigmas=self.sigmas, aas",
+            distillation("the_exported_folder_is_a_model_with_the_student[0]")),
+    Mistake(7, "a plan does not count the refresh of history", "planning/stream.py",
+            '"first_frame_s": settings.num_evaluations', '"first_frame_s": settings.num_steps',
+            planned("the_refresh_of_history_is_one_more_evaluation_and_one_window")),
     Mistake(8, "renoising stays at the level", "diffusion/step.py",
             "noise.astype(jnp.float32), next_sigma)", "noise.astype(jnp.float32), sigma)",
             invariants("renoising_with_the_predicted_noise_is_eulers_step")),

@@ -4,9 +4,13 @@ from tests.planted.mistake import Mistake, tests_in
 
 __all__ = ["OPERATIONS"]
 
+clock = tests_in("training/test_clock")
 loggers = tests_in("training/test_loggers")
 train = tests_in("launch/test_train")
 
+RATES = clock("rates_are_of_the_interval_without_compilation_and_evaluation")
+WORK = clock("work_of_a_step_follows_batch_clips_adapters_and_hardware")
+TRACED = clock("steps_are_traced_where_asked")
 RESUMED = loggers("metrics_go_to_every_logger_and_a_resumed_run_is_the_same_one_there")
 STARTS = loggers("every_start_is_recorded")
 
@@ -19,8 +23,8 @@ OPERATIONS = tuple(Mistake("run", *row) for row in (
     ("missing event files are not told", "training/journal.py",
      "except ImportError:\n            warn(", "except ImportError:\n            str(",
      loggers("missing_event_files_are_told")),
-    ("what W&B refuses is a traceback", "training/loggers.py",
-     "except wandb.errors.Error as error:", "except KeyError as error:",
+    ("what W&B refuses takes several lines", "training/loggers.py",
+     "{' '.join(str(error).split())}", "{error}",
      loggers("a_missing_or_refusing_library_is_one_clear_line_before_the_first_step")),
     ("the record of a resumed run replaces the first one", "training/run_record.py",
      '(workdir / RUNS).open("a")', '(workdir / RUNS).open("w")', STARTS),
@@ -28,5 +32,31 @@ OPERATIONS = tuple(Mistake("run", *row) for row in (
      '"loop": dataclasses.asdict(config)}', '"loop": {}}', STARTS),
     ("training compiles again after every start", "launch/train.py",
      "    keep_compiled()\n", "", train("training_keeps_what_it_compiles")),
+    ("a wait counts although the devices are at work", "training/clock.py",
+     "max(0.0, end - max(start, self._finished))", "end - start",
+     clock("waiting_for_data_counts_only_while_the_devices_are_idle[0.15-0.03]")),
+    ("a step begins before the one ahead of it has ended", "training/clock.py",
+     "        start = max(start, self._finished)\n", "",
+     clock("waiting_for_data_counts_only_while_the_devices_are_idle[0.01-0.1]")),
+    ("evaluations slow the steps down", "training/clock.py",
+     ' - seconds["evaluation"]', "", RATES),
+    ("a step that compiles counts like others", "training/clock.py",
+     "        self._kinds.add(kind)\n", "        self._kinds.add(kind)\n        self._steps += 1\n",
+     RATES),
+    ("rates are means since the start", "training/clock.py",
+     "        self._steps, self._started = 0, time.monotonic()",
+     "        self._steps, self._started = 0, self.__dict__.get('_started', time.monotonic())",
+     RATES),
+    ("a backend that does not count memory ends the run", "training/clock.py",
+     "device.memory_stats() or {}", "device.memory_stats()",
+     clock("memory_is_left_out_where_a_backend_does_not_count")),
+    ("MFU leaves out the gradient", "planning/work.py",
+     "(2 if rank else 3) * weights + 3 * attention", "weights + attention", WORK),
+    ("MFU takes an unknown device for a known one", "planning/work.py",
+     "if hardware else 0.0", "if hardware else 1e12", WORK),
+    ("a trace is a step too long", "training/profile.py",
+     "step >= self._range[1]", "step > self._range[1]", TRACED),
+    ("a trace may go beyond the run", "training/step.py",
+     "traced[1] > self.num_steps", "False", clock("a_range_that_cannot_be_traced_is_named")),
 ))
 # fmt: on

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_avatar.io.checkpoint import add_to_config, load_weights, save_orbax
+from jax_avatar.io.checkpoint import add_to_config, load_weights, save_json, save_orbax
 from jax_avatar.models.lora import add_adapter, init_adapter
 from jax_avatar.models.params import flatten
 from jax_avatar.streaming.model import load_model, load_settings
@@ -62,6 +62,31 @@ def test_rounded_weights_are_stored_as_they_are(folder, weights):
     add_to_config(folder, {"lora": "lora"})
     with pytest.raises(ValueError, match=rf"cannot be added to {weights} weights.*--merge"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("stored", "told", "message"),
+    [
+        ({}, {"sigmas": (1.0, 0.5, 0.0)}, r"sigmas \(1.0, 0.75.*told sigmas \(1.0, 0.5, 0.0\)"),
+        ({}, {"sampler": "renoise"}, "trained with sampler euler; .* told sampler renoise"),
+        ({"refresh": "clean"}, {"refresh": "none"}, "trained with refresh clean; .* refresh none"),
+        ({}, {"refresh": "fixed"}, "trained with refresh none; .* refresh fixed"),
+        ({"cache": "exit_only"}, {"cache": "per_step"}, "cache exit_only; .* cache per_step"),
+        ({"refresh_sigma": 0.5}, {"refresh_sigma": 0.6}, "refresh_sigma 0.5; .* refresh_sigma 0.6"),
+    ],
+)
+def test_a_stream_unlike_the_training_is_refused_unless_it_is_forced(
+    tmp_path, stored, told, message
+):
+    stream = {"fps": 16, "size": [64, 64], "sigmas": [1.0, 0.75, 0.5, 0.0], **stored}
+    content = {"name": "n", "dit": "wan_s2v", "vae": "light", "speech": "mel", "stream": stream}
+    save_json(tmp_path / "config.json", content)
+    with pytest.raises(ValueError, match=f"{message}.*--force_sampler"):
+        load_settings(tmp_path, **told)
+    forced = load_settings(tmp_path, force_sampler=True, **told)
+    assert {name: getattr(forced, name) for name in told} == told
+    same = load_settings(tmp_path, sink_distance=(3, 3), **stored)  # nothing that was trained
+    assert same.sigmas == (1.0, 0.75, 0.5, 0.0) and same.sink_distance == (3, 3)
 
 
 def test_a_folder_that_lacks_something_says_what(folder):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.streaming.mesh import make_mesh, parse_layout
+from jax_avatar.streaming.model import StreamSettings
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
@@ -55,6 +56,62 @@ def test_every_layout_makes_the_same_latents(mesh, aas):
     np.testing.assert_allclose(run(pipelined(mesh, aas)), sequential(aas), atol=1e-5)
 
 
+def run_student(mesh, settings):
+    """A stream of two steps, which are compiled in half the time."""
+    plan = StreamPlan(sigmas=(1.0, 0.6, 0.0), **settings)
+    arguments = (GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS)
+    if mesh == "1":
+        return run(SequentialStream(*arguments))
+    return run(PipelinedStream(*arguments, make_mesh(parse_layout(mesh, 2))[0]))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings"),
+    [
+        ("2", {"sampler": "renoise"}),
+        ("1+1", {"refresh": "fixed", "sampler": "renoise"}),
+        *(
+            pytest.param(mesh, settings, marks=pytest.mark.slow)
+            for mesh, settings in [
+                ("1+1", {"cache": "exit_only"}),
+                ("1+1", {"refresh": "clean"}),
+                ("1x2+1", {"refresh": "clean", "sampler": "renoise"}),
+                ("2x2+1", {"sampler": "renoise"}),
+            ]
+        ),
+    ],
+)
+def test_every_layout_of_a_student_does_so(mesh, settings):
+    np.testing.assert_allclose(run_student(mesh, settings), run_student("1", settings), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["2", "2+1", "2x2+1"])
+@pytest.mark.parametrize(
+    "history", [{"cache": "exit_only"}, {"refresh": "clean"}, {"refresh": "fixed"}], ids=str
+)
+def test_blocks_that_follow_one_another_are_not_spread_over_slices(history, layout):
+    """Refused by the settings, before anything is read, and by the stream that is built anyway."""
+    settings = StreamSettings(fps=16, size=(64, 64), sigmas=(1.0, 0.6, 0.0), **history)
+    message = r"TPP.*Pass --mesh 1, or 1\+1"
+    with pytest.raises(ValueError, match=message):
+        settings.layout(layout)
+    mesh, _ = make_mesh(parse_layout(layout, 2))
+    with pytest.raises(ValueError, match=message):
+        PipelinedStream(GRAPHDEF, PARAMS, CONFIG, settings.plan(0), CONDITIONS, mesh)
+    assert settings.layout("1+1").stages == settings.layout("1").stages == 1
+
+
+def test_new_noise_is_another_for_every_block_and_evaluation():
+    plan, shape = StreamPlan(sampler="renoise", seed=3), (1, 2, 4, 4, 4)
+    start, anew = plan.make_noise(shape, "float32"), plan.make_new_noise(shape, "float32")
+    drawn = [start(0), start(1), *(anew(block, step) for block in (0, 1, 2) for step in range(4))]
+    alike = np.corrcoef([np.ravel(noise) for noise in drawn])
+    assert np.abs(alike - np.eye(len(drawn))).max() < 0.4  # 128 values
+    other = StreamPlan(seed=4).make_new_noise(shape, "float32")
+    assert np.abs(anew(1, 2) - other(1, 2)).max() > 0.1
+    np.testing.assert_array_equal(anew(1, 2), plan.make_new_noise(shape, "float32")(1, 2))
+
+
 @pytest.mark.slow
 def test_half_precision_survives_the_pipeline():
     config = CONFIG.replace(dtype="bfloat16")
@@ -89,7 +146,7 @@ def test_only_the_latent_moves_between_slices():
     positions = [jax.tree.map(lambda *parts: np.stack(parts), *step) for step in positions]
     text = stream._tick.lower(
         stream.params, stream._noise(0), stream._latents, np.stack([AUDIO[n] for n in numbers]),
-        stream.conditions.pose, stream._caches, stream._sinks, positions, stream._levels,
+        stream.conditions.pose, stream._caches, stream._sinks, positions, stream._levels, None,
     ).compile().as_text()  # fmt: skip
     permutes = [line for line in text.splitlines() if " collective-permute(" in line]
     assert len(permutes) == 1

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.io.checkpoint import load_json, load_weights, save_json
 from jax_avatar.models.lora import add_adapter, init_adapter
 from jax_avatar.models.params import flatten
@@ -248,21 +249,29 @@ def test_fresh_adapters_change_nothing_at_all():
     np.testing.assert_array_equal(*clips)
 
 
-def make_task(model, **changes):
+def make_task(model, rollout=None, **changes):
     nano.save_model(model)
     config = dataclasses.replace(MODEL, num_layers=nano.CONFIG.num_layers, ring_blocks=4)
     settings = dataclasses.replace(SETTINGS, **changes)
     weights = DistillWeights(str(model), str(model))
-    return DistillTask(config, ROLLOUT, settings, weights, random_clips(3, 7, (4, 4), 4, (2, 6)))
+    clips = random_clips(3, 7, (4, 4), 4, (2, 6))
+    rollout = dataclasses.replace(ROLLOUT, **(rollout or {}))
+    return DistillTask(config, rollout, settings, weights, clips)
+
+
+OTHER = {"sampler": "renoise", "cache": "exit_only", "refresh": "fixed", "refresh_sigma": 0.3}
+OTHER |= {"sink_distance": (5, 9)}
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_exported_folder_is_a_model_with_the_student(tmp_path, rank):
-    task = make_task(tmp_path / "model", adapter_rank=rank)
+    task = make_task(tmp_path / "model", adapter_rank=rank, rollout=OTHER)
     weights = jax.tree.map(lambda p: p + 0.01, task.start(LOOP, KEY).ema)
     task.export(weights, tmp_path / "out", {"step": 3})
     model = load_model(tmp_path / "out")
-    assert model.settings.sigmas == ROLLOUT.sigmas
+    for settings in (model.settings, model.settings.plan(0)):
+        told = {name: getattr(settings, name) for name in Sampling.named()}
+        assert told == {"sigmas": ROLLOUT.sigmas, **OTHER}
     assert ("lora" in load_json(tmp_path / "out" / "config.json")) == bool(rank)
     base, found = load_weights(tmp_path / "model", "dit")[0], flatten(model.dit.params)
     scaling = task.settings.adapter_fields["scaling"] if rank else 0

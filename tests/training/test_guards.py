@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.training import step as training_step
+from jax_avatar.training.clock import is_timing
 from jax_avatar.training.evaluation import AverageEvaluation
 from jax_avatar.training.guards import (
     CAUSES,
@@ -63,7 +64,7 @@ def assert_same(left, right):
 
 def lines(folder):
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "steps_per_s"} for line in found]
+    return [{k: v for k, v in line.items() if not is_timing(k)} for line in found]
 
 
 @pytest.mark.parametrize(
