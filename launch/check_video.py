@@ -14,6 +14,7 @@ from absl import app, flags
 
 from jax_avatar.io.provenance import Marks, read_marks
 from jax_avatar.io.watermark import THRESHOLD
+from launch.console import outlive_readers
 
 flags.DEFINE_bool("json", False, "print one JSON line, with the whole manifest")
 FLAGS = flags.FLAGS
@@ -35,6 +36,7 @@ def describe(marks: Marks) -> str:
 
 
 def main(argv: list[str]) -> int:
+    outlive_readers()
     if len(argv) != 2:
         print("error: expected one video, as check_video.py avatar.mp4", file=sys.stderr)
         return 2

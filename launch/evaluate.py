@@ -39,6 +39,8 @@ from jax_avatar.models.params import merge
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.model import SMALL, load_model
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
+from launch.common import check_devices, refuse_input_as_output
+from launch.console import check_finite, outlive_readers
 
 flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
 flags.DEFINE_string("data", "data/people", "folder written by launch/prepare_data.py people")
@@ -97,12 +99,23 @@ def stream_long(stream, clips, seconds):
     return score_stream(frames, portraits, window=5 * fps), frames, waves
 
 
+def make_folder(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror}).") from error
+
+
 def main(argv):
+    outlive_readers()
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1:]}: only --flags are expected")
     out = Path(FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        check_finite(FLAGS)
+        refuse_input_as_output("out", out, checkpoint=FLAGS.checkpoint, data=FLAGS.data)
+        check_devices()
+        make_folder(out)
         model = load_model(FLAGS.checkpoint)
         stream = BatchStream(model, stream_plan(model), sample=sampler(model))
         train = read_clips(FLAGS.data, "train")

@@ -21,6 +21,7 @@ from jax_avatar.streaming.live import LiveSession, LiveSettings
 from jax_avatar.streaming.model import SMALL, load_model, load_settings
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from launch.common import frame_size, log_warnings, prepare_jax
+from launch.console import outlive_readers
 
 try:
     from livekit import rtc
@@ -105,6 +106,7 @@ async def work(core: AvatarSession, url: str, token: str) -> None:
 
 
 def main(argv: list[str]) -> int:
+    outlive_readers()
     if len(argv) > 1:
         say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
         return 2

@@ -7,6 +7,7 @@ overridden, not only those in the file; `build_section` names the nearest to a m
 import ast
 import difflib
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,10 @@ def read_config(file: str, overrides: dict[str, str]) -> dict[str, Any]:
     spec.loader.exec_module(module)
     settings = module.get_config(*([argument] if colon else [])).to_dict()
     for name, value in overrides.items():
-        _change(settings, name, _parsed(value))
+        parsed = _parsed(value)
+        if isinstance(parsed, float) and not math.isfinite(parsed):
+            raise ValueError(f"--config.{name}={value}: expected a finite number.")
+        _change(settings, name, parsed)
     return settings
 
 
@@ -81,6 +85,8 @@ def _change(settings: dict[str, Any], name: str, value: Any) -> None:
 def _parsed(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
+    if text.lstrip("+-").lower() in ("nan", "inf", "infinity"):
+        return float(text)
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

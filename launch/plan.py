@@ -30,6 +30,7 @@ from jax_avatar.planning.stream import DTYPES, plan_stream
 from jax_avatar.planning.tables import plan_as_dict, plan_as_text
 from jax_avatar.planning.training import plan_training
 from jax_avatar.training.mesh import parse_training_mesh
+from launch.console import outlive_readers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TASKS = ["stream", "diffusion_forcing", "dmd"]
@@ -126,6 +127,7 @@ def run() -> None:
 
 
 def main(argv: list[str]) -> int:
+    outlive_readers()
     if len(argv) > 1:
         say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
         return 2

@@ -27,6 +27,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from tqdm import tqdm
 
+from launch.console import finite, outlive_readers
+
 PORTRAITS = {"amara": (5006, 9), "jun": (5008, 5), "lena": (5029, 1)}
 """Seeds of person and scene; the seeds of training people end below 5000."""
 
@@ -48,7 +50,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     people.add_argument("--size", type=int, default=96, help="edge of the pictures in pixels")
     people.add_argument("--num_frames", type=int, default=49, help="frames per clip, 1 + 4n")
     people.add_argument("--fps", type=int, default=16, help="frames per second")
-    people.add_argument("--movement", type=float, default=0.3, help="scale of the head's movements")
+    people.add_argument(
+        "--movement", type=finite, default=0.3, help="scale of the head's movements"
+    )
     people.add_argument("--seed", type=int, default=0, help="another seed, other people")
     people.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes to render with"
@@ -69,21 +73,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     videos.add_argument("--out", required=True, help="folder to write to")
     videos.add_argument("--size", type=int, nargs=2, default=(96, 96), help="height and width")
     videos.add_argument("--fps", type=int, default=16, help="frames per second, 16 or 25")
-    videos.add_argument("--min_s", type=float, default=2.0, help="shortest clip in seconds")
-    videos.add_argument("--max_s", type=float, default=20.0, help="longest clip in seconds")
+    videos.add_argument("--min_s", type=finite, default=2.0, help="shortest clip in seconds")
+    videos.add_argument("--max_s", type=finite, default=20.0, help="longest clip in seconds")
     videos.add_argument(
-        "--face_share", type=float, default=0.15, help="least height of a face, of the picture's"
+        "--face_share", type=finite, default=0.15, help="least height of a face, of the picture's"
     )
     videos.add_argument(
-        "--face_zoom", type=float, default=0.0, help="crop height in face heights; 0: all that fits"
+        "--face_zoom",
+        type=finite,
+        default=0.0,
+        help="crop height in face heights; 0: all that fits",
     )
-    videos.add_argument("--speech_share", type=float, default=0.7, help="least share of speech")
-    videos.add_argument("--looks_per_s", type=float, default=4.0, help="looks for faces per second")
+    videos.add_argument("--speech_share", type=finite, default=0.7, help="least share of speech")
+    videos.add_argument(
+        "--looks_per_s", type=finite, default=4.0, help="looks for faces per second"
+    )
     videos.add_argument(
         "--latents_step", type=int, default=4, help="clips have 1 + 4n frames, n a multiple of this"
     )
     videos.add_argument(
-        "--held_out_share", type=float, default=0.05, help="share of the videos kept for tests"
+        "--held_out_share", type=finite, default=0.05, help="share of the videos kept for tests"
     )
     videos.add_argument(
         "--filter",
@@ -256,6 +265,7 @@ def draw_portraits(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    outlive_readers()
     arguments = parse_arguments(argv)
     try:
         check_programs(arguments)

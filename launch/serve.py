@@ -22,6 +22,7 @@ from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load
 from jax_avatar.streaming.prompts import prompt_encoder, prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from launch.common import frame_size, log_warnings, prepare_jax
+from launch.console import check_finite, outlive_readers
 
 try:
     from jax_avatar.serving.admission import ServerState
@@ -99,6 +100,10 @@ def ice_servers() -> tuple[str, ...]:
 
 
 def run() -> None:
+    check_finite(FLAGS)
+    for name in ("idle_s", "drain_s"):
+        if FLAGS[name].value < 0:
+            raise ValueError(f"--{name} {FLAGS[name].value}: expected seconds, at least 0.")
     token = FLAGS.token
     if token is None:
         token = "" if FLAGS.host in _LOCAL else secrets.token_urlsafe(16)
@@ -125,6 +130,7 @@ def run() -> None:
 
 
 def main(argv: list[str]) -> int:
+    outlive_readers()
     if len(argv) > 1:
         say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
         return 2

@@ -5,6 +5,7 @@ python launch/stream.py --mesh 5 --image portrait.png --audio speech.wav --out a
 arecord -q -t raw -f S16_LE -r 16000 | python launch/stream.py --audio - --out live.mp4
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -27,9 +28,10 @@ from jax_avatar.io.provenance import can_sign, make_signer, sign_video
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
 from jax_avatar.streaming.prompts import prompt_states
-from jax_avatar.streaming.run import for_duration, stream_to_file
+from jax_avatar.streaming.run import StreamReport, for_duration, stream_to_file
 from jax_avatar.streaming.session import AvatarSession, num_slices
-from launch.common import frame_size, prepare_jax
+from launch.common import frame_size, prepare_jax, refuse_input_as_output
+from launch.console import check_finite, outlive_readers
 
 ASSETS = SMALL.parent
 flags.DEFINE_string("mesh", "5", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
@@ -60,6 +62,7 @@ flags.DEFINE_string("c2pa_cert", None, "PEM file: certificates of the signer; ma
 flags.DEFINE_string("c2pa_key", None, "PEM file: private key of the first certificate")
 config_flags.DEFINE_config_file("config", str(Path(__file__).parents[1] / "configs" / "stream.py"))
 FLAGS = flags.FLAGS
+_SHORTEST_S, _LONGEST_S = 0.001, 1e9
 
 
 def say(text: str) -> None:
@@ -108,13 +111,53 @@ def open_signer():
     return None
 
 
+def check_numbers_and_output() -> None:
+    """What can be refused without opening anything."""
+    check_finite(FLAGS)
+    if FLAGS.duration is not None and not _SHORTEST_S <= FLAGS.duration <= _LONGEST_S:
+        raise ValueError(
+            f"--duration {FLAGS.duration}: expected {_SHORTEST_S:g} to {_LONGEST_S:g} seconds."
+        )
+    if FLAGS.config.in_flight < 1:
+        raise ValueError(f"--config.in_flight={FLAGS.config.in_flight}: expected at least 1.")
+    inputs = {name: FLAGS[name].value for name in ("audio", "image", "c2pa_cert", "c2pa_key")}
+    refuse_input_as_output("out", FLAGS.out, **inputs, checkpoint=FLAGS.checkpoint)
+
+
+@contextlib.contextmanager
+def open_writer(width: int, height: int, fps: int, sample_rate: int):
+    """Where the video goes; says where an older one of that name is, if it had to be kept."""
+    writer = VideoWriter(FLAGS.out, width, height, fps, sample_rate, is_marked=FLAGS.watermark)
+    try:
+        with writer:
+            yield writer
+    finally:
+        if writer.older:
+            say(f"the video that was {FLAGS.out} before is kept as {writer.older}")
+
+
+def tell(report: StreamReport, model_name: str, compile_s: float) -> None:
+    first = report.time_to_first_frame_s
+    say(
+        f"{FLAGS.out}: {report.frames} frames, {report.video_s:.2f} s; {report.fps:.1f} FPS, "
+        f"{report.real_time_factor:.2f}x real time, first frame after "
+        f"{'-' if first is None else f'{first:.2f} s'} (and {compile_s:.1f} s of start-up)"
+        + ("" if report.is_complete else "; stopped before the end")
+    )
+    if report.is_silent and report.frames:
+        warn(f"{FLAGS.audio} is silent, so the face does not speak.")
+    if FLAGS.json:
+        device = jax.devices()[0].device_kind
+        extra = {"out": FLAGS.out, "mesh": FLAGS.mesh, "model": model_name, "device": device}
+        print(json.dumps(report.to_dict() | extra | {"startup_s": compile_s}))
+
+
 def run() -> int:
+    check_numbers_and_output()
     changes = {k: v for k, v in FLAGS.config.stream.to_dict().items() if v is not None}
     changes["force_sampler"] = FLAGS.force_sampler
     settings = load_settings(FLAGS.checkpoint, **changes)
     layout = settings.layout(FLAGS.mesh)
-    if FLAGS.duration is not None and FLAGS.duration <= 0:
-        raise ValueError(f"--duration {FLAGS.duration}: expected a number of seconds above 0.")
     signer = open_signer()
     image = load_image(FLAGS.image)
     height, width = frame_size(settings, image.shape, FLAGS.size)
@@ -127,9 +170,7 @@ def run() -> int:
     chunk = 4 * model.dit.config.frames_per_block * speech.samples_per_frame
     audio = open_audio(speech.sample_rate, chunk)
 
-    with VideoWriter(
-        FLAGS.out, width, height, settings.fps, speech.sample_rate, is_marked=FLAGS.watermark
-    ) as writer:
+    with open_writer(width, height, settings.fps, speech.sample_rate) as writer:
         began = time.perf_counter()
         session = AvatarSession(
             model, portrait, layout, seed=FLAGS.seed, text=text, in_flight=FLAGS.config.in_flight
@@ -153,26 +194,16 @@ def run() -> int:
                 bar.set_postfix_str(f"{bar.n / settings.fps:.1f} s of video")
 
             report = stream_to_file(session, for_duration(audio, wanted, chunk), writer, on_frames)
+        writer.close(is_whole=report.is_complete)
 
     if signer is not None and writer.num_frames:
         sign_video(FLAGS.out, signer)
-    first = report.time_to_first_frame_s
-    say(
-        f"{FLAGS.out}: {report.frames} frames, {report.video_s:.2f} s; {report.fps:.1f} FPS, "
-        f"{report.real_time_factor:.2f}x real time, first frame after "
-        f"{'-' if first is None else f'{first:.2f} s'} (and {compile_s:.1f} s of start-up)"
-        + ("" if report.is_complete else "; stopped before the end")
-    )
-    if report.is_silent and report.frames:
-        warn(f"{FLAGS.audio} is silent, so the face does not speak.")
-    if FLAGS.json:
-        device = jax.devices()[0].device_kind
-        extra = {"out": FLAGS.out, "mesh": FLAGS.mesh, "model": model.name, "device": device}
-        print(json.dumps(report.to_dict() | extra | {"startup_s": compile_s}))
+    tell(report, model.name, compile_s)
     return 0 if report.is_complete else 130
 
 
 def main(argv: list[str]) -> int:
+    outlive_readers()
     if len(argv) > 1:
         say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
         return 2

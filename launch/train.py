@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from absl import app, flags, logging
 
+from launch.console import outlive_readers
 from launch.hosts import join_hosts
 from launch.overrides import read_config, split_arguments
 
@@ -73,7 +74,7 @@ def check_workdir() -> None:
 
 def run(overrides: dict[str, str]) -> None:
     # Late, so that --help and misspelt flags answer at once.
-    from launch.common import keep_compiled
+    from launch.common import check_devices, keep_compiled
 
     keep_compiled()
     join_hosts(MULTIHOST.value, COORDINATOR.value, HOSTS.value, HOST.value)
@@ -82,6 +83,7 @@ def run(overrides: dict[str, str]) -> None:
 
     settings = read_config(CONFIG.value or "", overrides)
     build_task, loop = build_stage(settings, small_batch=SMALL_BATCH.value)
+    check_devices()
     if DRY_RUN.value:
         from jax_avatar.planning.run import plan_run
 
@@ -104,6 +106,7 @@ def run(overrides: dict[str, str]) -> None:
 
 
 def main(argv: list[str], overrides: dict[str, str]) -> int:
+    outlive_readers()
     if len(argv) > 1:
         print(f"train.py: {argv[1:]} not understood; every argument is a --flag", file=sys.stderr)
         return 2

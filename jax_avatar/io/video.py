@@ -1,7 +1,12 @@
-"""Frames and samples -> a video file that plays even if it is never closed."""
+"""Frames and samples -> a video file that plays even if it is never closed.
+
+frames, samples --> NAME.part-PROCESS.mp4 --close--> NAME.mp4
+"""
 
 import contextlib
+import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -37,7 +42,13 @@ _MATROSKA = {"cluster_time_limit": "1000", "flush_packets": "1"}
 class VideoWriter:
     """H.264 and AAC, written as they come; use as a context manager.
 
-    Video frame 0 and audio sample 0 are both at time 0.
+    Video frame 0 and audio sample 0 are both at time 0. The file gets its name when it is closed;
+    until then an older one stays, and after that too, under another name, if this one is not whole.
+
+    Attributes:
+        path: of the video.
+        part: where frames are until it is closed; `path` itself if that is a device.
+        older: what an older video is called now that a part took its name; None if there is none.
     """
 
     def __init__(
@@ -53,7 +64,7 @@ class VideoWriter:
         """Checks that the file can be written; the first frame creates it.
 
         Args:
-            path: ends in .mp4, .mov or .mkv; replaced if it exists.
+            path: ends in .mp4, .mov or .mkv; replaced if it exists, but a link stays one.
             width: pixels, even.
             height: pixels, even.
             fps: frames per second.
@@ -80,11 +91,9 @@ class VideoWriter:
             raise ValueError(
                 f"output {path} {wrong}; give the name of a file in an existing folder."
             )
+        self.older: Path | None = None
         try:
-            is_new = not self.path.exists()
-            self.path.open("ab").close()  # an older video stays until there is a new one
-            if is_new:
-                self.path.unlink()
+            self.part = self._find_part()
         except OSError as error:
             raise ValueError(f"output {path} cannot be written ({error.strerror}).") from error
         self.width, self.height, self.fps, self._audio_rate = width, height, fps, audio_rate
@@ -98,8 +107,8 @@ class VideoWriter:
     def __enter__(self) -> "VideoWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        self.close(is_whole=kind is None)
 
     def write_frames(self, frames: UInt8[np.ndarray, "T H W 3"]) -> None:
         """Appends 8-bit RGB frames.
@@ -129,16 +138,20 @@ class VideoWriter:
         if self._audio_rate is not None:
             self._waiting = np.concatenate([self._waiting, samples.astype(np.float32)])
 
-    def close(self) -> None:
+    def close(self, *, is_whole: bool = True) -> None:
         """Ends the file; sound without frames is dropped, frames without sound are silent.
 
         Without a single frame there is no file, and an older one of that name stays.
+
+        Args:
+            is_whole: False after an interrupt or an error: an older file is kept then.
         """
         if not self._is_open:
             return
         self._is_open = False
         if self._container is None:
             return
+        is_ended = False
         try:
             if self._audio is not None:
                 missing = self._samples_until(self.num_frames) - self._samples_written
@@ -147,15 +160,54 @@ class VideoWriter:
                 self._write_sound_up_to(self.num_frames)
                 self._encode(self._audio, None)
             self._encode(self._video, None)
+            is_ended = is_whole
         finally:
-            with self._explained():
-                self._container.close()
+            try:
+                with self._explained():
+                    self._container.close()
+            except ValueError:
+                is_ended = False
+                raise
+            finally:
+                self._name(is_ended)
+
+    def _find_part(self) -> Path:
+        """A new name beside the file, checked to be writable."""
+        target = Path(os.path.realpath(self.path))
+        if target.exists() and not target.is_file():
+            target.open("ab").close()
+            return target
+        is_new = not target.exists()
+        target.open("ab").close()
+        if is_new:
+            target.unlink()
+        # Names have at most 255 bytes, a character up to four of them.
+        part = target.with_name(f"{target.stem[:50]}.part-{os.getpid()}{target.suffix}")
+        part = _unused(part)
+        part.open("xb").close()
+        part.unlink()
+        return part
+
+    def _name(self, is_whole: bool) -> None:
+        """Gives what was written the name of the file."""
+        target = Path(os.path.realpath(self.path))
+        if self.part == target or not self.part.exists():
+            return
+        with self._explained():
+            if target.exists():
+                shutil.copymode(target, self.part)
+                if not is_whole:
+                    self.older = _unused(
+                        target.with_name(f"{target.stem[:50]}.before{target.suffix}")
+                    )
+                    os.replace(target, self.older)
+            os.replace(self.part, target)
 
     def _create(self) -> None:
         kind = _SUFFIXES[self.path.suffix.lower()]
         options = _MATROSKA if kind == "matroska" else _MOV
         with self._explained():
-            self._container = av.open(media_url(self.path), "w", format=kind, options=options)
+            self._container = av.open(media_url(self.part), "w", format=kind, options=options)
         self._container.metadata["comment"] = COMMENT
         self._video = self._container.add_stream("libx264", rate=self.fps)
         self._video.width, self._video.height = self.width, self.height
@@ -196,6 +248,12 @@ class VideoWriter:
         made.pts, made.time_base = self._samples_written, Fraction(1, self._audio_rate)
         self._samples_written += count  # first, as above
         self._encode(self._audio, made)
+
+
+def _unused(path: Path) -> Path:
+    """The name, with a number behind it if it is taken."""
+    names = (path.with_stem(f"{path.stem}-{i}") if i else path for i in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def read_video(

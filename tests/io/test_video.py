@@ -47,7 +47,7 @@ def test_a_file_that_was_never_closed_plays(tmp_path, suffix):
     writer = VideoWriter(tmp_path / f"a.{suffix}", 48, 32, FPS, RATE)
     writer.write_audio(samples)
     writer.write_frames(frames)
-    shutil.copy(tmp_path / f"a.{suffix}", tmp_path / f"killed.{suffix}")
+    shutil.copy(writer.part, tmp_path / f"killed.{suffix}")
     writer.close()
     seen, _, heard, _ = read_video(tmp_path / f"killed.{suffix}")
     assert len(frames) - FPS <= len(seen) < len(frames)
@@ -124,6 +124,62 @@ def test_without_a_frame_an_older_video_stays(tmp_path):
             writer.write_audio(np.zeros(100, np.float32))
     assert (tmp_path / "old.mp4").read_bytes() == b"precious"
     assert not (tmp_path / "new.mp4").exists()
+
+
+def write_grey(path, level, frames=8, *, is_whole=True):
+    with VideoWriter(path, 32, 32, FPS) as writer:
+        writer.write_frames(np.full((frames, 32, 32, 3), level, np.uint8))
+        writer.close(is_whole=is_whole)
+    return writer
+
+
+def level_of(path):
+    return round(float(read_video(path)[0].mean()) / 50) * 50
+
+
+def test_an_older_video_stays_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_grey(path, 50)
+    path.chmod(0o640)
+    writer = VideoWriter(path, 32, 32, FPS)
+    writer.write_frames(np.full((40, 32, 32, 3), 150, np.uint8))
+    assert level_of(path) == 50 and writer.part.parent == tmp_path
+    writer.close()
+    assert level_of(path) == 150 and path.stat().st_mode & 0o777 == 0o640
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and writer.older is None
+
+
+def test_a_part_takes_the_name_and_an_older_video_is_kept(tmp_path):
+    path = tmp_path / "a.mp4"
+    assert write_grey(path, 50, is_whole=False).older is None and level_of(path) == 50
+    writer = write_grey(path, 100, is_whole=False)
+    assert level_of(path) == 100 and level_of(writer.older) == 50
+    with pytest.raises(RuntimeError), VideoWriter(path, 32, 32, FPS) as writer:
+        writer.write_frames(np.full((8, 32, 32, 3), 150, np.uint8))
+        raise RuntimeError
+    assert level_of(path) == 150 and level_of(writer.older) == 100
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.before-1.mp4", "a.before.mp4", "a.mp4"]  # fmt: skip
+
+
+def test_links_stay_links(tmp_path):
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "real.mp4", tmp_path / "a.mp4"
+    for _ in range(2):  # it dangles at first
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        write_grey(link, 100)
+        assert link.is_symlink() and level_of(target) == 100
+    assert [p.name for p in target.parent.iterdir()] == ["real.mp4"]
+
+
+@pytest.mark.parametrize(
+    "name", ["-a b'c\"d#e%20f%d.mp4", "é漢字🙂.mkv", "漢" * 80 + ".mp4", "a.b.mov", "[1]*?.MP4"]
+)
+def test_any_name_is_written_and_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_grey(name, 100)
+    assert level_of(name) == 100 and [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_a_colon_in_the_name_is_no_protocol(tmp_path, monkeypatch):

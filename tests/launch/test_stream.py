@@ -126,7 +126,7 @@ def test_an_interrupt_leaves_a_playable_file(inputs):
     process.stdin.flush()
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-        if (inputs / "cut.mp4").exists() and (inputs / "cut.mp4").stat().st_size > 2000:
+        if any(part.stat().st_size > 2000 for part in inputs.glob("cut.part-*.mp4")):
             break
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -134,6 +134,47 @@ def test_an_interrupt_leaves_a_playable_file(inputs):
     assert process.returncode == 130, errors.decode()
     assert b"stopped before the end" in errors
     assert len(read_video(inputs / "cut.mp4")[0]) > 0
+
+
+TRY = """
+import json, sys
+from absl.testing import flagsaver
+import launch.stream as stream
+for argv in json.loads(sys.argv[1]):
+    with flagsaver.flagsaver():
+        stream.FLAGS(["stream.py", *argv])
+        print("code", stream.main(["stream.py"]), file=sys.stderr)
+"""
+
+
+def test_numbers_that_make_no_video_and_outputs_that_are_inputs_are_refused(inputs):
+    (inputs / "link.mp4").symlink_to(inputs / "speech.mp4")
+    os.link(inputs / "speech.mp4", inputs / "hard.mp4")
+    os.link(inputs / "face.png", inputs / "face.mp4")
+    wanted = f"--out={inputs / 'new.mp4'}"
+    audio = f"--audio={inputs / 'speech.mp4'}"
+    cases = [
+        *[([wanted, f"--duration={x}"], f"--duration {y}: expected") for x, y in (
+            ("inf", "inf"), ("nan", "nan"), ("-inf", "-inf"), ("1e-9", "1e-09"), ("0", "0.0"),
+            ("-1", "-1.0"), ("1e300", "1e+300"))],
+        ([wanted, "--size=0*0"], "--size 0*0: expected HEIGHT*WIDTH"),
+        ([wanted, "--size=-64*-64"], "--size -64*-64: expected"),
+        *[([audio, f"--out={inputs / x}"], f"{x} is what --audio reads") for x in (
+            "speech.mp4", "link.mp4", "hard.mp4", "model/../speech.mp4")],
+        ([f"--image={inputs / 'face.png'}", f"--out={inputs / 'face.mp4'}"],
+         "is what --image reads"),
+        ([f"--out={inputs / 'model' / 'a.mp4'}"], "lies in what --checkpoint reads"),
+    ]  # fmt: skip
+    model = f"--checkpoint={inputs / 'model'}"
+    done = subprocess.run(
+        [sys.executable, "-c", TRY, json.dumps([[model, *argv] for argv, _ in cases])],
+        capture_output=True, text=True, cwd=ROOT, env=environment(inputs), timeout=200,
+    )  # fmt: skip
+    said = done.stderr.splitlines()
+    assert len(said) == 2 * len(cases), done.stderr
+    for (_, message), error, code in zip(cases, said[::2], said[1::2], strict=True):
+        assert error.startswith("error: ") and message in error and code == "code 2"
+    assert not (inputs / "new.mp4").exists()
 
 
 @pytest.mark.parametrize(
