@@ -3,6 +3,7 @@
 python launch/plan.py --model wan_s2v_14b --mesh 5 --hardware h200
 python launch/plan.py --model wan_s2v_14b --mesh 4x2+1 --hardware v6e --json
 python launch/plan.py --task dmd --mesh 8x1 --hardware h100     training: data x model devices
+python launch/plan.py --task dmd --mesh 16x8x1 --hardware h100  replica x data x model
 
 The real step is compiled on shapes alone: for TPUs by the TPU compiler, which needs no TPU
 (pip install -e ".[plan]"; minutes), for all others by the compiler for CPUs (seconds).
@@ -35,7 +36,9 @@ from launch.console import outlive_readers
 CONFIGS = Path(__file__).parents[1] / "configs"
 TASKS = ["stream", "diffusion_forcing", "dmd"]
 flags.DEFINE_string("model", "wan_s2v_14b", "a config of sizes: a name in configs/, or a .py file")
-flags.DEFINE_string("mesh", "5", "slices as in stream.py: 5, 1, 4x2+1, ...; training: 8 or 4x2")
+flags.DEFINE_string(
+    "mesh", "5", "slices as in stream.py: 5, 1, 4x2+1, ...; training: 8, 4x2 or 16x8x1"
+)
 flags.DEFINE_string("hardware", "h200", "h100, h200, h800, v5e, v5p, v6e, v7x or cpu")
 flags.DEFINE_enum("task", "stream", TASKS, "what the devices are to do")
 flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels; the model's usual if not given")

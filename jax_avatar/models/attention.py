@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -218,14 +219,16 @@ def _over_heads(function):
 
     def run(query, key, value, lengths):
         # Where one sample is left, a `vmap` has the others (see `constrain`).
-        spread = query.shape[0] > 1 and query.shape[0] % mesh.shape.get("data", 1) == 0
-        batch = "data" if spread and "data" in mesh.shape else None
+        axes = [axis for axis in ("replica", "data") if axis in mesh.shape]
+        devices = math.prod(mesh.shape[axis] for axis in axes)
+        spread = axes and query.shape[0] > 1 and query.shape[0] % devices == 0
+        batch = tuple(axes) if spread else None
         heads = PartitionSpec(batch, None, "model")
         return jax.shard_map(
             function,
             in_specs=(heads, heads, heads, PartitionSpec(batch)),
             out_specs=heads,
-            axis_names={"model", "data"} & set(mesh.shape),
+            axis_names={"model", *axes},
             check_vma=False,
         )(query, key, value, lengths)
 

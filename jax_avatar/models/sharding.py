@@ -3,12 +3,14 @@
 "stage"   every slice of a pipeline has its own copy
 "model"   tensor parallelism: heads and feed-forward are split
 "data"    FSDP: what is left of a large weight is cut once more, and gathered where it is used
+"replica" every replica has its own copy; in training it has its own clips, as "data" has
 
 In training, activations are told where to lie (`constrain`) and a layer's weights are gathered
 while it runs (`gathered`); without a mesh that has "data", both do nothing.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_avatar.shapes import Array, PyTree
 
 __all__ = [
+    "clip_axes",
     "constrain",
     "constrain_params",
     "gathered",
@@ -86,14 +89,24 @@ def put_on(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(place, tree, shardings)
 
 
+def clip_axes(axes: Mapping[str, int] | None = None) -> str | tuple[str, str]:
+    """The mesh axes that the clips of a batch are spread over: "data", and "replica" if there.
+
+    Args:
+        axes: mesh axis -> devices, `mesh.shape`; those of the mesh in sight if not given.
+    """
+    axes = jax.sharding.get_abstract_mesh().shape if axes is None else axes
+    return ("replica", "data") if "replica" in axes else "data"
+
+
 def constrain(x: Array, *axes: Any) -> Array:
     """Says how an activation lies on the mesh of a training step.
 
     Args:
         x: any array.
         axes: for each of its first axes a mesh axis (left out where it does not divide), None for
-            whole, or `...` for as it comes. In a `vmap` over clips with `spmd_axis_name="data"`,
-            clips are spread in any case.
+            whole, or `...` for as it comes; "data" stands for `clip_axes`. In a `vmap` over clips
+            with `spmd_axis_name=clip_axes()`, clips are spread in any case.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if "data" not in mesh.shape or mesh.size == 1:
@@ -102,10 +115,17 @@ def constrain(x: Array, *axes: Any) -> Array:
     def place(axis, size):
         if axis is ...:
             return PartitionSpec.UNCONSTRAINED
-        return axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+        axis = clip_axes(mesh.shape) if axis == "data" else axis
+        parts = _devices(mesh.shape, axis)
+        return axis if parts > 1 and size % parts == 0 else None
 
     spec = [place(axis, size) for axis, size in zip(axes, x.shape, strict=False)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def _devices(axes: Mapping[str, int], names: str | Sequence[str] | None) -> int:
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(axes[name] for name in names)
 
 
 def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:

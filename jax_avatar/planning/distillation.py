@@ -1,7 +1,7 @@
 """What self-forcing distillation asks of its devices: both real updates, compiled on shapes.
 
     frozen base, two adapters, average, moments   computed, spread over the mesh
-    generator's update (Algorithm 2), critic's    compiled, one clip per "data" device
+    generator's update (Algorithm 2), critic's    compiled, one clip per data device
 
 The formula beside them counts what must be kept, whichever is more: while clips are made, keys and
 values of the blocks and the rings of the steps before the exit; for the gradient, inputs of the
@@ -19,15 +19,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import abstract
-from jax_avatar.models.sharding import on_mesh
+from jax_avatar.models.sharding import clip_axes, on_mesh
 from jax_avatar.planning.figures import DeviceUse, Figure, Needs
 from jax_avatar.planning.hardware import Hardware
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
-from jax_avatar.planning.training import placed, training_devices
+from jax_avatar.planning.training import placed, summed_over_replicas, training_devices
 from jax_avatar.streaming.model import _KINDS
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import make_distiller
-from jax_avatar.training.mesh import abstract_on
+from jax_avatar.training.mesh import abstract_on, clip_devices
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.step import LoopConfig
 
@@ -52,11 +52,11 @@ def distillation_programs(
         grid: latent rows and columns.
         mesh: from `make_training_mesh`.
         rollout: how the generator makes clips.
-        settings: what is trained; the batch is one clip per "data" device.
+        settings: what is trained; the batch is one clip per device that has its own clips.
         attention: kernel, see `DiTConfig`.
     """
     config = model.dit.config.replace(attention=attention, rematerialise=True)
-    settings = dataclasses.replace(settings, batch_size=mesh.shape["data"])
+    settings = dataclasses.replace(settings, batch_size=clip_devices(mesh))
     build = _KINDS["dit"][model.dit.metadata["kind"]][0]
     base = abstract(lambda: build(config, rngs=nnx.Rngs(0)))[1]
     loop = LoopConfig(num_steps=1000, betas=(0.0, 0.999))
@@ -132,7 +132,7 @@ def plan_distillation(
     Args:
         model: from `abstract_model`.
         grid: latent rows and columns.
-        text: the mesh, "8" or "4x2".
+        text: the mesh, "8", "4x2" or "16x8x1".
         hardware: to plan for.
         sections: `model`, `rollout` and `task` of a config such as `configs/dmd.py`.
         say: told what is being done, since compiling takes minutes.
@@ -159,12 +159,15 @@ def plan_distillation(
     figures = {k: Figure(v / mesh.shape["model"], "computed") for k, v in kept.items()}
     advice = ()
     if not all(use.fits for use in uses):
-        data, parts = mesh.shape["data"], mesh.shape["model"]
-        advice = (f"--mesh {data}x{2 * parts}, or history.cache exit_only (rollout.cache)",)
+        *data, parts = mesh.devices.shape
+        larger = "x".join(map(str, (*data, 2 * parts)))
+        advice = (f"--mesh {larger}, or history.cache exit_only (rollout.cache)",)
     remarks = (
-        f"the batch is {mesh.shape['data']} clips of {settings.latents} latents, one per data "
+        f"the batch is {clip_devices(mesh)} clips of {settings.latents} latents, one per data "
         "device; more are accumulated (loop.accumulate) in the same memory",
         f"history: {rollout.cache}, {config.ring_blocks - 1} past blocks seen",
+        # One network is updated at a time.
+        *summed_over_replicas(mesh, programs[0].held["averaged generator"]),
     )
     return Needs(compiled_for, tuple(uses), figures, 0, advice, seconds, remarks)
 
@@ -178,4 +181,4 @@ def _told(config, grid, settings, mesh) -> Told:
     features = array(1, 4 * settings.latents, config.audio_layers, config.audio_width)
     pose = array(1, *grid, config.pose_channels)
     told = Told(text, text, portrait, features, pose, array(dtype=jnp.int32))
-    return placed(told, NamedSharding(mesh, PartitionSpec("data")))
+    return placed(told, NamedSharding(mesh, PartitionSpec(clip_axes(mesh.shape))))

@@ -1,6 +1,7 @@
 """What a training step asks of its devices: the real step on the run's own mesh, on shapes.
 
-One clip per "data" device; weights, optimiser and average are spread as `models.sharding` says.
+One clip per device of "data" and "replica"; weights, optimiser and average are spread as
+`models.sharding` says.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import abstract
+from jax_avatar.models.sharding import clip_axes
 from jax_avatar.planning.figures import DeviceUse, Figure, Needs
 from jax_avatar.planning.hardware import Hardware, stand_ins
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
@@ -24,11 +26,23 @@ from jax_avatar.streaming.mesh import Layout
 from jax_avatar.streaming.model import _KINDS
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.latents import LatentClips
-from jax_avatar.training.mesh import abstract_on, make_training_mesh, parse_training_mesh
+from jax_avatar.training.mesh import (
+    abstract_on,
+    clip_devices,
+    make_training_mesh,
+    parse_training_mesh,
+)
 from jax_avatar.training.state import start_state
 from jax_avatar.training.step import LoopConfig, compiled_step, make_optimiser
 
-__all__ = ["placed", "plan_training", "still_clips", "training_devices", "training_program"]
+__all__ = [
+    "placed",
+    "plan_training",
+    "still_clips",
+    "summed_over_replicas",
+    "training_devices",
+    "training_program",
+]
 
 
 def training_program(
@@ -45,12 +59,12 @@ def training_program(
         model: from `abstract_model`, with the window of training.
         grid: latent rows and columns.
         mesh: from `make_training_mesh`.
-        settings: what is trained; the batch is one clip per "data" device.
+        settings: what is trained; the batch is one clip per device that has its own clips.
         attention: kernel, see `DiTConfig`.
     """
     # Framepack needs motion latents, which this training does not use.
     config = model.dit.config.replace(attention=attention, rematerialise=True, framepack=False)
-    settings = dataclasses.replace(settings, batch_size=mesh.shape["data"])
+    settings = dataclasses.replace(settings, batch_size=clip_devices(mesh))
     network = _KINDS["dit"][model.dit.metadata["kind"]][0]
     clips = still_clips(config, settings.latents, grid)
     task = ForcingTask(config, settings, clips, network=network)
@@ -60,7 +74,7 @@ def training_program(
         lambda trained: start_state(trained, make_optimiser(loop)), settings.trained(base)
     )
     state, base = abstract_on(mesh, state), abstract_on(mesh, base) if rank else None
-    batch = placed(task.batches(0), NamedSharding(mesh, PartitionSpec("data")))
+    batch = placed(task.batches(0), NamedSharding(mesh, PartitionSpec(clip_axes(mesh.shape))))
     key = placed(jax.random.key(0), NamedSharding(mesh, PartitionSpec()))
     what = "adapter" if rank else "weights"
     held = {what: state.params, f"averaged {what}": state.ema, "optimiser": state.optimiser}
@@ -82,16 +96,33 @@ def training_devices(text: str, hardware: Hardware, num_heads: int) -> tuple[Mes
     """Stand-ins for the devices of a training mesh, and what they are.
 
     Args:
-        text: "8" or "4x2", as `loop.mesh`.
+        text: "8", "4x2" or "16x8x1", as `loop.mesh`.
         hardware: to plan for.
         num_heads: of the transformer.
     """
-    data, parts = parse_training_mesh(text)
-    devices, compiled_for = stand_ins(hardware, Layout(1, data * parts, False, 1))
+    replicas, shards, parts = parse_training_mesh(text)
+    count = replicas * shards * parts
+    devices, compiled_for = stand_ins(hardware, Layout(1, count, False, 1))
     mesh = make_training_mesh(
-        text, data, num_heads=num_heads, devices=list(devices)[: data * parts]
+        text, replicas * shards, num_heads=num_heads, devices=list(devices)[:count]
     )
     return mesh, compiled_for
+
+
+def summed_over_replicas(mesh: Mesh, trained: PyTree) -> tuple[str, ...]:
+    """A remark on what crosses between replicas in an update, if there are any.
+
+    Args:
+        mesh: of the run.
+        trained: what gets a gradient.
+    """
+    if "replica" not in mesh.shape:
+        return ()
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(trained)) / 1e9
+    return (
+        f"weights are gathered within the {mesh.shape['data']} devices of a replica; gradients, "
+        f"{size:.2g} GB in float32, are summed over {mesh.shape['replica']} replicas",
+    )
 
 
 def plan_training(
@@ -108,7 +139,7 @@ def plan_training(
     Args:
         model: from `abstract_model`.
         grid: latent rows and columns.
-        text: the mesh, "8" or "4x2".
+        text: the mesh, "8", "4x2" or "16x8x1".
         hardware: to plan for.
         sections: `model` and `task` of a config such as `configs/diffusion_forcing.py`.
         say: told what is being done, since compiling takes minutes.
@@ -138,9 +169,10 @@ def plan_training(
         )
     frames, rank = settings.latents, settings.adapter_rank
     remarks = [
-        f"the batch is {mesh.shape['data']} clips of {frames} latents, one per data device; more "
+        f"the batch is {clip_devices(mesh)} clips of {frames} latents, one per data device; more "
         "are accumulated (loop.accumulate) in the same memory",
         f"adapters of rank {rank}" if rank else "all weights are trained",
+        *summed_over_replicas(mesh, program.held["adapter" if rank else "weights"]),
     ]
     flops = {"training_flop": Figure(_training_flops(config, grid, frames), "computed")}
     seconds = {"step": made.seconds}

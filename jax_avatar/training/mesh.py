@@ -2,6 +2,8 @@
 
 "8x1"   eight devices, each with its own clips and an eighth of the state ("data", FSDP)
 "4x2"   four groups with their own clips; in a group, heads and feed-forward are split ("model")
+"16x8x1"  sixteen replicas ("replica") of "8x1": state is cut within a replica only, and gradients
+        are summed over replicas, so that the network between hosts carries no weights
 
 Weights, optimiser and average are spread by `models.sharding`, batches by their leading axis.
 """
@@ -15,11 +17,12 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_avatar.models.sharding import param_shardings, put_on
+from jax_avatar.models.sharding import clip_axes, param_shardings, put_on
 from jax_avatar.shapes import PyTree
 
 __all__ = [
     "abstract_on",
+    "clip_devices",
     "fetched",
     "gathered_values",
     "local_rows",
@@ -32,20 +35,22 @@ __all__ = [
 ]
 
 
-def parse_training_mesh(text: str) -> tuple[int, int]:
-    """Reads "DATAxMODEL" or "DATA".
+def parse_training_mesh(text: str) -> tuple[int, int, int]:
+    """Reads "REPLICAxDATAxMODEL", "DATAxMODEL" or "DATA" into replicas, data and model.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of them.
     """
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).replace(" ", ""))
-    data, model = (int(part or 1) for part in match.groups()) if match else (0, 0)
-    if not data or not model:
+    parts = str(text).replace(" ", "").split("x")
+    if not (len(parts) <= 3 and all(re.fullmatch(r"0*[1-9]\d*", part) for part in parts)):
         raise ValueError(
-            f"training mesh {text!r}: expected DATAxMODEL devices such as 4x2, or a number such "
-            "as 8, which is 8x1."
+            f"training mesh {text!r}: expected DATAxMODEL devices such as 4x2, a number such as 8, "
+            "which is 8x1, or REPLICAxDATAxMODEL such as 16x8x1."
         )
-    return data, model
+    sizes = [int(part) for part in parts]
+    if len(sizes) == 3:
+        return tuple(sizes)
+    return (1, sizes[0], sizes[1] if len(sizes) == 2 else 1)
 
 
 def make_training_mesh(
@@ -56,7 +61,7 @@ def make_training_mesh(
     num_heads: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """The mesh with the axes "data" and "model".
+    """The mesh with the axes "data" and "model", and before them "replica" if there are several.
 
     Args:
         text: as `parse_training_mesh` reads it; "" takes all devices for "data" if the clips of a
@@ -76,33 +81,42 @@ def make_training_mesh(
             "a divisor."
         )
     clips = None if batch_size is None else batch_size // accumulate
-    if text:
-        data, model = parse_training_mesh(text)
-    else:
-        data, model = (1 if clips is None or clips % len(devices) else len(devices)), 1
+    if not text:
+        text = "1" if clips is None or clips % len(devices) else str(len(devices))
+    replicas, shards, model = parse_training_mesh(text)
+    data = replicas * shards
+    layout = f"{replicas}x{shards}x{model}" if replicas > 1 else f"{shards}x{model}"
     if data * model > len(devices) or len(devices) % (data * model):
         raise ValueError(
-            f"loop.mesh={data}x{model} takes {data * model} devices, of {len(devices)} here; "
+            f"loop.mesh={layout} takes {data * model} devices, of {len(devices)} here; "
             f"choose DATAxMODEL whose product divides {len(devices)}."
         )
     if jax.process_count() > 1 and data * model != len(devices):
         raise ValueError(
-            f"loop.mesh={data}x{model} leaves devices of some hosts idle; take all {len(devices)}, "
+            f"loop.mesh={layout} leaves devices of some hosts idle; take all {len(devices)}, "
             f"for example {len(devices)}x1, with a batch that divides by them."
         )
     if clips is not None and clips % data:
         raise ValueError(
-            f"loop.mesh={data}x{model} spreads {clips} clips over {data} devices (a batch of "
+            f"loop.mesh={layout} spreads {clips} clips over {data} devices (a batch of "
             f"{batch_size} in {accumulate} parts); choose a batch that is a multiple of "
             f"{data * accumulate}, or fewer devices for data."
         )
     if num_heads is not None and num_heads % model:
         raise ValueError(
-            f"loop.mesh={data}x{model} splits {num_heads} attention heads over {model} devices; "
+            f"loop.mesh={layout} splits {num_heads} attention heads over {model} devices; "
             f"choose a divisor of {num_heads} for model."
         )
-    grid = np.array(devices[: data * model]).reshape(data, model)
-    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    axes = {"replica": replicas, "data": shards, "model": model}
+    if replicas == 1:
+        del axes["replica"]
+    grid = np.array(devices[: data * model]).reshape(*axes.values())
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def clip_devices(mesh: Mesh) -> int:
+    """Over how many devices the clips of a batch are spread."""
+    return mesh.shape.get("replica", 1) * mesh.shape["data"]
 
 
 def place_state(state: PyTree, mesh: Mesh) -> PyTree:
@@ -120,7 +134,7 @@ def abstract_on(mesh: Mesh, state: PyTree) -> PyTree:
 
 
 def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Spreads the clips of a batch over "data".
+    """Spreads the clips of a batch over "data" and replicas.
 
     Args:
         batch: host arrays with clips on their leading axis, or scalars for all; on several hosts
@@ -130,7 +144,7 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     Raises:
         ValueError: the clips do not spread evenly.
     """
-    sharding, data = NamedSharding(mesh, PartitionSpec("data")), mesh.shape["data"]
+    sharding, data = _by_clip(mesh), clip_devices(mesh)
     hosts = jax.process_count()
 
     def place(leaf):
@@ -139,8 +153,8 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
             return put_on(leaf, NamedSharding(mesh, PartitionSpec()))
         if hosts == 1 and leaf.shape[0] % data:
             raise ValueError(
-                f"a batch of {leaf.shape[0]} clips does not spread over the {data} devices of "
-                f"loop.mesh={data}x{mesh.shape['model']}; choose another mesh or batch."
+                f"a batch of {leaf.shape[0]} clips does not spread over {data} devices of "
+                f"loop.mesh={'x'.join(map(str, mesh.devices.shape))}; choose another mesh or batch."
             )
         if hosts == 1:
             return jax.device_put(leaf, sharding)
@@ -151,10 +165,14 @@ def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     """Numbers of the clips of a batch that this host's devices get, ascending."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = _by_clip(mesh)
     places = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = np.arange(batch_size)
     return np.unique(np.concatenate([rows[index] for index in places]))
+
+
+def _by_clip(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(clip_axes(mesh.shape)))
 
 
 def fetched(tree: PyTree) -> PyTree:

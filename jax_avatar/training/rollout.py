@@ -24,7 +24,7 @@ from jax_avatar.diffusion.step import move
 from jax_avatar.models.cache import Sink, frame_table, position_in
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
-from jax_avatar.models.sharding import constrain_params
+from jax_avatar.models.sharding import clip_axes, constrain_params
 from jax_avatar.shapes import Array, IntScalar, Latent, PyTree
 
 __all__ = [
@@ -343,7 +343,7 @@ def roll_out(
     def one(clip, chance):
         return generator.rollout(params, clip, chance, exit_step, keeps_history=keeps_history)
 
-    return jax.vmap(one, spmd_axis_name="data")(clips, draws)
+    return jax.vmap(one, spmd_axis_name=clip_axes())(clips, draws)
 
 
 def made_clips(traces: Trace) -> Latent:
@@ -398,7 +398,7 @@ def clip_gradient(
             def one(trace, clip, chance):
                 return generator.exit_block(params, trace, clip, chance, exit_step, number)
 
-            return jax.vmap(one, spmd_axis_name="data")(traces, clips, draws)
+            return jax.vmap(one, spmd_axis_name=clip_axes())(traces, clips, draws)
 
         again, pull = jax.vjp(exits, weights)
         (grads,) = pull(slope[:, number].astype(again.dtype))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jax_avatar.models.sharding import constrain_params, on_mesh
+from jax_avatar.models.sharding import clip_axes, constrain_params, on_mesh
 from jax_avatar.shapes import Array, IntScalar, PyTree
 from jax_avatar.training.accumulate import accumulated, clip_keys
 from jax_avatar.training.guards import judge, rate_factor, report
@@ -111,7 +111,8 @@ class LoopConfig:
         max_grad_norm: global-norm clip.
         ema_decay: of the averaged weights.
         accumulate: parts that a batch is computed in, one after the other, to save memory.
-        mesh: devices, DATAxMODEL as in "4x2"; "" takes all for data if the batch divides, else one.
+        mesh: devices, DATAxMODEL as in "4x2", or REPLICAxDATAxMODEL as in "16x8x1"; "" takes all
+            for data if the batch divides, else one.
         seed: of initialisation and of the loss's random numbers.
         log_every: steps between lines in `metrics.jsonl`.
         evaluate_every: steps between evaluations; 0 for none.
@@ -272,7 +273,7 @@ def _mean_loss(task, config, frozen):
         def one(clip, key):
             return task.loss(params, jax.tree.map(lambda leaf: leaf[None], clip), key, *more)
 
-        each = jax.vmap(one, spmd_axis_name="data")(batch, clip_keys(key, rows))
+        each = jax.vmap(one, spmd_axis_name=clip_axes())(batch, clip_keys(key, rows))
         return jax.tree.map(jnp.mean, each)
 
     return mean

@@ -5,11 +5,18 @@ import dataclasses
 import jax
 import pytest
 
+from jax_avatar.models import sharding
 from jax_avatar.models.config import wan_s2v_14b
 from jax_avatar.planning.distillation import kept_bytes, plan_distillation
 from jax_avatar.planning.hardware import HARDWARE
-from jax_avatar.planning.programs import abstract_model
-from jax_avatar.planning.training import plan_training
+from jax_avatar.planning.programs import abstract_model, placed_bytes
+from jax_avatar.planning.training import (
+    plan_training,
+    summed_over_replicas,
+    training_devices,
+    training_program,
+)
+from jax_avatar.training.diffusion_forcing import ForcingConfig
 from jax_avatar.training.rollout import RolloutConfig
 from tests.nano import CONFIG, GRID
 from tests.planning.test_stream import NANO
@@ -50,6 +57,24 @@ SECTIONS = {
     "rollout": {"sigmas": (1.0, 0.8, 0.0)},
     "task": {"latents": 6, "adapter_rank": 2},
 }
+
+
+def test_replicas_hold_what_one_of_them_alone_does(monkeypatch):
+    """And each device has a clip of its own; gradients are what replicas exchange."""
+    monkeypatch.setattr(sharding, "SMALL", 1)  # however small, weights are cut
+    held, batches, remarks = [], [], []
+    for text in ("2x2x1", "2x1", "4x1"):
+        mesh, _ = training_devices(text, HARDWARE["h100"], CONFIG.num_heads)
+        model = abstract_model(NANO).resized(FORCING["model"])
+        settings = ForcingConfig(**FORCING["task"])
+        program = training_program(model, GRID, mesh, settings, attention="chunked")
+        held.append({name: placed_bytes(tree) for name, tree in program.held.items()})
+        batches.append(program.arguments[1]["latent"].shape[0])
+        remarks.append(summed_over_replicas(mesh, program.held["weights"]))
+    assert held[0] == held[1] and batches == [4, 2, 4]
+    assert held[2]["weights"] < 0.6 * held[0]["weights"]
+    assert remarks[1] == () and "within the 2 devices" in remarks[0][0]
+    assert "summed over 2 replicas" in remarks[0][0]
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ evaluation = tests_in("evaluation/test_in_training")
 loop = tests_in("training/test_loop")
 memory = tests_in("training/test_memory")
 mesh = tests_in("training/test_mesh")
+planning = tests_in("planning/test_training")
 rollout = tests_in("training/test_rollout")
 sampling = tests_in("diffusion/test_sampling")
 sizes = tests_in("configs/test_sizes")
@@ -217,7 +218,17 @@ INVARIANTS = (
             mesh("clips_have_their_own_chance_and_one_exit")),
     Mistake(11, "stage 1 draws by the place in the part", "training/step.py",
             "clip_keys(key, rows)", "clip_keys(key, jnp.arange(len(rows)))",
-            mesh("diffusion_forcing_is_the_same_on_every_layout[2x2-4]")),
+            mesh("diffusion_forcing_is_the_same_on_every_layout[2x2x2-2]")),
+    Mistake(11, "replicas have the same clips", "models/sharding.py",
+            'return ("replica", "data") if "replica" in axes else "data"', 'return "data"',
+            mesh("replicas_have_clips_of_their_own")),
+    Mistake(11, "a replica has every n-th device", "training/mesh.py",
+            "reshape(*axes.values())",
+            "reshape(*[*axes.values()][::-1]).transpose(*range(len(axes))[::-1])",
+            mesh("replicas_have_clips_of_their_own")),
+    Mistake(11, "a plan counts one replica's clips", "training/mesh.py",
+            'mesh.shape.get("replica", 1) * mesh.shape["data"]', 'mesh.shape["data"]',
+            planning("replicas_hold_what_one_of_them_alone_does")),
     Mistake(11, "gradients of parts are added up", "training/accumulate.py",
             "g.astype(t.dtype) / parts", "g.astype(t.dtype)",
             mesh("parts_of_a_batch_have_its_mean_and_its_order")),

@@ -39,8 +39,18 @@ SETTINGS = DistillConfig(batch_size=BATCH, latents=6, adapter_rank=2, adapter_al
 LOOP = LoopConfig(num_steps=9, warmup_steps=0, betas=(0.5, 0.999), max_grad_norm=1e6)
 KEY = jax.random.key(11)
 
-LAYOUTS = [("2x2", 4)]
-MORE = [("1", 4), ("2", 1), ("4", 1), ("8", 1), ("1x2", 1), ("4x2", 1)]
+LAYOUTS = [("2x2x2", 2)]
+MORE = [
+    ("2x2x1", 2),
+    ("2x1x1", 4),
+    ("2x2", 4),
+    ("1", 4),
+    ("2", 1),
+    ("4", 1),
+    ("8", 1),
+    ("1x2", 1),
+    ("4x2", 1),
+]
 EVERY = [*LAYOUTS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)]
 
 
@@ -190,11 +200,15 @@ def test_diffusion_forcing_is_the_same_on_every_layout(layout, accumulate):
 
 
 def test_the_state_stays_where_it_was_put():
-    state, _ = forcing("2x2", 4)
+    state, _ = forcing("2x2x2", 2)
     kernel = state.params["blocks"]["ffn_in"]["kernel"]
     assert tuple(kernel.sharding.spec) == (None, "data", "model")
     moment = first_moment(state.optimiser)["blocks"]["ffn_in"]["kernel"]
     assert moment.sharding.is_equivalent_to(kernel.sharding, kernel.ndim)
+    # Eight devices hold quarters: both replicas have all of it.
+    assert len({str(shard.index) for shard in kernel.addressable_shards}) == 4
+    axes = {axis for leaf in jax.tree.leaves(state) for axis in str(leaf.sharding.spec).split("'")}
+    assert "replica" not in axes and {"data", "model"} <= axes
 
 
 @pytest.mark.slow
@@ -250,10 +264,28 @@ def test_without_a_mesh_all_devices_share_a_batch_that_divides():
     np.testing.assert_array_equal(local_rows(16, make_training_mesh("4x2", 16)), np.arange(16))
 
 
+def test_replicas_have_clips_of_their_own():
+    """A shard group is a run of neighbouring devices, those of a host."""
+    mesh = make_training_mesh("2x4x1", 8)
+    assert dict(mesh.shape) == {"replica": 2, "data": 4, "model": 1}
+    assert [[d.id for d in group] for group in mesh.devices[..., 0]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    clips = place_batch(np.arange(8), mesh)
+    assert [int(s.data[0]) for s in clips.addressable_shards] == list(range(8))
+    np.testing.assert_array_equal(local_rows(8, mesh), np.arange(8))
+    weights = place_state({"blocks": {"ffn_in": {"kernel": np.zeros((1, 8, 4))}}}, mesh)
+    (kernel,) = jax.tree.leaves(weights)
+    assert tuple(kernel.sharding.spec) == (None, "data", None)
+    assert dict(make_training_mesh("1x8x1", 8).shape) == {"data": 8, "model": 1}
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
         ("4by2", {}, r"'4by2': expected DATAxMODEL devices such as 4x2"),
+        ("2x2x1x2", {}, r"'2x2x1x2': expected .* or REPLICAxDATAxMODEL such as 16x8x1"),
+        ("2x0x1", {}, r"'2x0x1': expected"),
+        ("2x2x4", {}, r"2x2x4 takes 16 devices, of 8 here"),
+        ("2x4x1", {"batch_size": 12}, r"=2x4x1 spreads 12 clips over 8 devices"),
         ("3", {}, r"3x1 takes 3 devices, of 8 here; choose DATAxMODEL whose product divides 8"),
         ("4x4", {}, r"4x4 takes 16 devices, of 8 here"),
         ("8", {"batch_size": 12}, r"spreads 12 clips over 8 devices .* a multiple of 8"),
@@ -267,5 +299,6 @@ def test_what_does_not_divide_is_named(text, options, message):
         make_training_mesh(text, **{"batch_size": BATCH, "num_heads": 2} | options)
 
 
-def test_a_mesh_is_data_times_model():
-    assert (parse_training_mesh("4x2"), parse_training_mesh("8")) == ((4, 2), (8, 1))
+def test_a_mesh_is_replicas_times_data_times_model():
+    texts = ("4x2", "8", "16x8x1")
+    assert [parse_training_mesh(text) for text in texts] == [(1, 4, 2), (1, 8, 1), (16, 8, 1)]
