@@ -55,14 +55,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def time_steps(model, session, features: np.ndarray, repeats: int) -> dict:
-    """Every denoising step of a block on one device, with a full window behind it."""
+    """Every evaluation of a block on one device, with a full window behind it."""
     dit, plan = model.dit, session.stream.plan
-    times = [[] for _ in range(plan.num_steps)]
+    times = [[] for _ in plan.levels]
     began = 0.0
 
     def tap(block, step, latent):
         nonlocal began
-        latent.block_until_ready()
+        jax.block_until_ready(latent)
         now = time.perf_counter()
         times[step].append(now - began)
         began = now
@@ -76,12 +76,14 @@ def time_steps(model, session, features: np.ndarray, repeats: int) -> dict:
     for _ in range(skipped + repeats):
         began = time.perf_counter()
         stream.push(audio)
+        if plan.refresh != "none":  # history is refreshed after the block has left
+            tap(0, plan.num_steps, stream.caches)
     steady = [of_step[skipped:] for of_step in times]
     return {
         "step": quantiles([t for of_step in steady for t in of_step]),
         "steps": [
             {"sigma": sigma} | quantiles(of_step)
-            for sigma, of_step in zip(plan.sigmas, steady, strict=False)
+            for (sigma, _), of_step in zip(plan.levels, steady, strict=True)
         ],
         "block_of_all_steps": quantiles(np.sum(steady, axis=0)),
     }

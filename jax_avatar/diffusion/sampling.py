@@ -90,6 +90,12 @@ class Sampling:
         return self.refresh != "none" or self.cache == "exit_only"
 
     @property
+    def history(self) -> str:
+        """The setting that decides what is read as history, for messages."""
+        name = "cache" if self.refresh == "none" else "refresh"
+        return f"{name} {getattr(self, name)}"
+
+    @property
     def num_windows(self) -> int:
         """Windows of keys and values that a stream keeps."""
         return 1 if self.shares_history else self.num_steps

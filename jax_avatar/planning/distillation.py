@@ -165,7 +165,7 @@ def plan_distillation(
     remarks = (
         f"the batch is {clip_devices(mesh)} clips of {settings.latents} latents, one per data "
         "device; more are accumulated (loop.accumulate) in the same memory",
-        f"history: {rollout.cache}, {config.ring_blocks - 1} past blocks seen",
+        f"history: {rollout.history}, {config.ring_blocks - 1} past blocks seen",
         # One network is updated at a time.
         *summed_over_replicas(mesh, programs[0].held["averaged generator"]),
     )

@@ -94,7 +94,11 @@ def _schedule(stage: str, sections: Mapping[str, Any], loop: LoopConfig) -> Iter
             f"{task.text_dropout:.0%}; adapters of rank {task.adapter_rank}"
         )
         return
-    yield f"denoising steps: {', '.join(f'{1000 * s:g}' for s in rollout.sigmas[:-1])}"
+    yield (
+        f"denoising steps: {', '.join(f'{1000 * s:g}' for s in rollout.sigmas[:-1])}; "
+        f"{rollout.sampler}; history: {rollout.history}, so a block of a stream takes "
+        f"{rollout.num_evaluations} evaluations"
+    )
     yield (
         f"generator updates: {loop.num_steps // task.generator_every:,}, one in "
         f"{task.generator_every} steps; critic's learning rate {task.critic_learning_rate:g}; "

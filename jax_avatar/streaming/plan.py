@@ -138,9 +138,8 @@ def check_slices(sampling: Sampling, slices: int) -> None:
     """
     if slices == 1 or not sampling.shares_history:
         return
-    name = "cache" if sampling.refresh == "none" else "refresh"
     raise ValueError(
-        f"{name} {getattr(sampling, name)!r}: {slices} slices were asked for, but every step of a "
+        f"--mesh: {slices} denoising slices, but the model has {sampling.history}: every step of a "
         "block reads what the last evaluation of the block before has written. This dependency is "
         "what timestep-forcing pipeline parallelism (TPP) removes, by histories of the steps' own "
         "(cache per_step, refresh none). Pass --mesh 1, or 1+1 for a VAE on its own device."

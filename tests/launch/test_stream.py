@@ -186,6 +186,7 @@ def test_numbers_that_make_no_video_and_outputs_that_are_inputs_are_refused(inpu
         (["--audio=gone.wav"], "gone.wav does not exist"),
         (["--out=film.avi"], "ending in .mp4"),
         (["--c2pa_cert=cert.pem"], "both or neither"),
+        (["--force_sampler", "--config.stream.refresh=clean"], "TPP"),
     ],
 )
 def test_wrong_flags_get_one_clear_line(inputs, flags, message):
