@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import librosa
@@ -107,6 +109,46 @@ def test_default_size_and_protocol():
     count = sum(p.size for p in jax.tree.leaves(nnx.state(encoder, nnx.Param)))
     assert 2e5 < count < 4e5
     assert encoder.encode(_wave(0.3), 3).shape == (1, 1, 3, 5, 96)
+
+
+def test_every_size_is_in_the_weights():
+    def shapes(**changes):
+        graph = nnx.eval_shape(lambda: _encoder(dataclasses.replace(SMALL, **changes)))
+        return jax.tree.map(lambda leaf: leaf.shape, nnx.state(graph, nnx.Param).flat_state())
+
+    other = {"bands": 17, "width": 9, "kernel": 4, "dilations": (1,), "units": ("jawOpen",)}
+    for name, value in other.items():
+        assert str(shapes(**{name: value})) != str(shapes()), name
+
+
+def test_rates_and_frequencies_are_those_of_the_settings():
+    """A tone below the lowest band or above the highest one is not heard."""
+    wave = jnp.asarray(np.sin(2 * np.pi * 1000 * np.arange(8000) / 16000), jnp.float32)
+
+    def loudness(**changes):
+        return float(log_mel(wave, dataclasses.replace(SMALL, **changes)).max())
+
+    for other in ({"min_hz": 1500.0}, {"max_hz": 700.0}):
+        assert loudness(**other) < loudness() - 1
+    for rate, fps, lookahead_ms in ((16000, 20, 0), (8000, 16, 40)):
+        config = dataclasses.replace(SMALL, sample_rate=rate, fps=fps, lookahead_ms=lookahead_ms)
+        assert config.hop == rate // fps // 4
+        heard = 3 * rate // fps + rate * lookahead_ms // 1000
+        assert config.sample_range(0, 4)[1] == heard
+
+
+def test_bands_are_normalised_before_the_network():
+    """Twice the deviation around the mean is the same as half of everything."""
+    wave, mean = _wave(0.4), (1.0,) * 16
+    encode = {
+        std: _encoder(dataclasses.replace(SMALL, mel_mean=mean, mel_std=(std,) * 16)).encode(
+            wave, 3
+        )
+        for std in (1.0, 2.0)
+    }
+    plain = _encoder().encode(wave, 3)
+    for left, right in ((encode[1.0], encode[2.0]), (encode[1.0], plain)):
+        assert np.abs(left - right).max() > 1e-3
 
 
 def test_impossible_rates_and_chunks_are_refused():

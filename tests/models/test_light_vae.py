@@ -1,5 +1,7 @@
 """The light VAE: frame layout, causality, chunks, and its linear start."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,3 +124,17 @@ def test_configs_are_checked():
         LightVAEConfig(z_dim=4, latent_std=(1.0, 2.0))
     with pytest.raises(ValueError, match="strides 8 and 4"):
         LightVAEConfig(spatial_stride=16)
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["z_dim", "latent_width", "frame_width", "stem_width", "encoder_blocks", "latent_blocks",
+     "frame_blocks"],
+)  # fmt: skip
+def test_every_size_is_in_the_weights(field):
+    def shapes(**changes):
+        config = dataclasses.replace(NANO, latent_mean=(), latent_std=(), **changes)
+        graph = nnx.eval_shape(lambda: LightVAE(config, rngs=nnx.Rngs(0)))
+        return str(jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(nnx.state(graph))))
+
+    assert shapes() != shapes(**{field: getattr(NANO, field) + 1})

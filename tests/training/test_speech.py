@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 from importlib import resources
@@ -75,6 +76,25 @@ def test_corpus_is_synthesised_once(task):
     assert not train & new
     assert {u.voice for u in checks["new_voice"]} == {speech.HELD_OUT_VOICE}
     assert speech.HELD_OUT_VOICE not in {u.voice for u in corpus}
+
+
+def test_corpus_and_clips_are_as_many_and_as_long_as_told(task, tmp_path_factory):
+    assert len(task.corpus) == 8 and {len(group) for group in task.checks.values()} == {3}
+    (folder,) = tmp_path_factory.getbasetemp().glob("corpus[0-9]")
+    assert len(list(folder.glob("*.npz"))) == 3
+    batch = task.batches(0)
+    assert batch["wave"].shape == (4, 1, task.config.sample_range(0, 17)[1])
+    assert batch["units"].shape == (4, 1, 16 * 4 + 1, 2)
+
+
+def test_another_seed_makes_other_sentences_and_other_clips(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(speech, "synthesise", _whistle)
+    other = dataclasses.replace(task.task, seed=1, cache=str(tmp_path))
+    corpus, _ = load_corpus(other)
+    assert [u.text for u in corpus] != [u.text for u in task.corpus]
+    drawn = copy.copy(task)
+    drawn.task = other
+    assert np.any(drawn.batches(3)["wave"] != task.batches(3)["wave"])
 
 
 def test_dense_targets_pass_through_those_of_the_frames(task):
