@@ -248,6 +248,7 @@ class _Golden:
                         self._motion,
                         self._latent("train.cond_states"),
                         self._audio("train.audio_input"),
+                        audio_context="clip",
                         tap=taps.__setitem__ if tapped else None,
                     ),
                     taps,

@@ -15,7 +15,7 @@ __all__ = ["Sampling", "noised"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Noise levels, sampler and history of a student, as in its training.
+    """Noise levels, sampler, history and hearing of a student, as in its training.
 
     A block's keys and values are its history for the blocks after it. With `cache` "per_step" and
     `refresh` "none" every step has a history of its own, at its own noise level, so that steps of
@@ -31,6 +31,8 @@ class Sampling:
             finished block at level 0, from one more evaluation of the network; "fixed", that of
             the finished block noised to `refresh_sigma`. The last two replace `cache`.
         refresh_sigma: noise level of "fixed".
+        audio_context: what a block hears of the time before it: "block_reset", nothing, as in the
+            release, or "clip", the end of the speech of the block before.
         sink_distance: how far the rolling reference stands ahead of a block, in latent frames,
             drawn per block and evaluation from this inclusive range; (4, 30) in the release. Equal
             ends fix it.
@@ -44,6 +46,7 @@ class Sampling:
     cache: str = "per_step"
     refresh: str = "none"
     refresh_sigma: float = 0.557
+    audio_context: str = "block_reset"
     sink_distance: Sequence[int] = (4, 30)
 
     SECTION: ClassVar[str] = ""  # where the settings are written, for messages
@@ -51,6 +54,7 @@ class Sampling:
         "sampler": ("euler", "renoise"),
         "cache": ("per_step", "exit_only"),
         "refresh": ("none", "clean", "fixed"),
+        "audio_context": ("block_reset", "clip"),
     }
 
     def __post_init__(self):

@@ -14,7 +14,19 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.layers import layer_norm, linear, modulate
 from jax_avatar.shapes import Array, AudioFeatures, Float
 
-__all__ = ["AudioInjector", "AudioTokens", "CausalAudioEncoder"]
+__all__ = [
+    "AUDIO_CONTEXTS",
+    "EARLIER_FRAMES",
+    "AudioInjector",
+    "AudioTokens",
+    "CausalAudioEncoder",
+]
+
+AUDIO_CONTEXTS = ("block_reset", "clip")
+"""What the convolutions see before a block: its first feature repeated, or the clip before it."""
+
+EARLIER_FRAMES = 8
+"""Video frames before a block that its audio tokens depend on (five), as whole latents."""
 
 AudioTokens = tuple[Array, Array]
 """Local `[b u t tokens d]` and global `[b u t d]` audio tokens per latent frame."""
@@ -76,6 +88,27 @@ class CausalAudioEncoder(nnx.Module):
         local, overall = self.encode(features)
         dropped = -(-history // _FRAMES_PER_LATENT)
         return local[:, :, dropped:], overall[:, :, dropped:]
+
+    def by_block(self, features: AudioFeatures) -> AudioTokens:
+        """Tokens of the latent frames, every block's from its own features alone.
+
+        Its first feature stands for the history, as in a stream, which encodes block by block.
+
+        Args:
+            features: four video frames for every latent frame, whole blocks.
+        """
+        frames = 4 * self.config.frames_per_block
+        if features.shape[2] % frames:
+            raise ValueError(
+                f"speech features of {features.shape[2]} video frames are no whole number of "
+                f"blocks; pass a multiple of {frames} frames, or audio_context='clip'."
+            )
+        b = features.shape[0]
+        local, overall = self(rearrange(features, "b u (g T) k a -> (b g) u T k a", T=frames))
+        return (
+            rearrange(local, "(b g) u t k d -> b u (g t) k d", b=b),
+            rearrange(overall, "(b g) u t d -> b u (g t) d", b=b),
+        )
 
     def encode(self, features: AudioFeatures) -> AudioTokens:
         """Tokens of all features, a quarter as many (rounded up), nothing added or dropped."""

@@ -17,7 +17,13 @@ import numpy as np
 from flax import nnx
 
 from jax_avatar.models.attention import Attention, attend, block_causal_mask
-from jax_avatar.models.audio_tokens import AudioInjector, AudioTokens, CausalAudioEncoder
+from jax_avatar.models.audio_tokens import (
+    AUDIO_CONTEXTS,
+    EARLIER_FRAMES,
+    AudioInjector,
+    AudioTokens,
+    CausalAudioEncoder,
+)
 from jax_avatar.models.cache import BlockPosition, KVCache, Sink
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.layers import (
@@ -187,6 +193,8 @@ class DiT(nnx.Module):
     ) -> Latent:
         """Velocity of a whole clip in which every token sees every other.
 
+        The audio encoder hears the clip as one: its context is "clip".
+
         Args:
             noisy: noisy latents.
             timestep: 0..1000 per latent frame.
@@ -202,7 +210,7 @@ class DiT(nnx.Module):
         """
         return self._clip(
             noisy, timestep, text, reference, motion, pose, audio, speaker_mask,
-            self.config.reference_frame, is_causal=False, tap=tap,
+            self.config.reference_frame, "clip", is_causal=False, tap=tap,
         )  # fmt: skip
 
     def block_causal(
@@ -218,6 +226,7 @@ class DiT(nnx.Module):
         first_frame: Frame = 0,
         reference_frame: Frame | None = None,
         past_blocks: int | None = None,
+        audio_context: str = "block_reset",
         speaker_mask: SpeakerMask | None = None,
         tap: Tap = None,
     ) -> Latent:
@@ -231,15 +240,21 @@ class DiT(nnx.Module):
                 not given. No frame may be beyond `LAST_FRAME`.
             past_blocks: earlier blocks that a block sees; all if not given. A stream sees
                 `ring_blocks - 1`.
+            audio_context: what the audio encoder hears before a block: "block_reset", nothing, as
+                in a stream, or "clip", all that the clip has, as in the released training code.
 
         Source: Live Avatar (arXiv 2512.04677), block-wise diffusion forcing.
         """
+        if audio_context not in AUDIO_CONTEXTS:
+            raise ValueError(
+                f"audio_context {audio_context!r} must be one of {', '.join(AUDIO_CONTEXTS)}."
+            )
         if reference_frame is None:
             reference_frame = self.config.reference_frame
         return self._clip(
             noisy, timestep, text, reference, motion, pose, audio, speaker_mask,
-            reference_frame, is_causal=True, first_frame=first_frame, past_blocks=past_blocks,
-            tap=tap,
+            reference_frame, audio_context, is_causal=True, first_frame=first_frame,
+            past_blocks=past_blocks, tap=tap,
         )  # fmt: skip
 
     def prefill(
@@ -306,7 +321,8 @@ class DiT(nnx.Module):
             noisy: the block at its noise level.
             timestep: 0..1000 per latent frame.
             pose: pose latents of the block.
-            audio: speech features of the block's video frames.
+            audio: speech features of the block's video frames; with those of the `EARLIER_FRAMES`
+                before them, they are heard, too (audio context "clip").
             cache: window of this denoising step.
             sink: from `prefill`.
             position: where the block stands, from `block_position`.
@@ -360,7 +376,7 @@ class DiT(nnx.Module):
             noisy: the block at its noise level.
             timestep: 0..1000 per latent frame.
             pose: pose latents of the block.
-            audio: speech features of the block's video frames.
+            audio: speech features, as in `stream_block`.
             past: layer number -> keys and values of earlier blocks, `[b s m e]` each, filled ones
                 first; there are `position.filled - 1` of them.
             sink: from `prefill`.
@@ -393,7 +409,7 @@ class DiT(nnx.Module):
 
     def _clip(
         self, noisy, timestep, text, reference, motion, pose, audio, speaker_mask,
-        reference_frame, *, is_causal, first_frame=0, past_blocks=None, tap,
+        reference_frame, audio_context, *, is_causal, first_frame=0, past_blocks=None, tap,
     ):  # fmt: skip
         config = self.config
         b, t, h, w, _ = noisy.shape
@@ -431,7 +447,8 @@ class DiT(nnx.Module):
             )
             return seen, None
 
-        inject = self._injection(audio, (b, t, h, w), speaker_mask, tap)
+        tokens = self._audio_tokens(audio, t, audio_context, tap)
+        inject = self._injection(tokens, speaker_mask, tap)
 
         def layer(x, block, index, xs, carry, tap):
             x, _ = block(x, time_rows, spread, self_attention, *xs, tap=tap)
@@ -453,7 +470,7 @@ class DiT(nnx.Module):
         rotated, and values of the block and of the sink.
         """
         half = self.config.half_rotary
-        b, t, h, w, _ = noisy.shape
+        _, t, h, w, _ = noisy.shape
         embedding, time_rows = self._time(timestep, tap)
         x = self._noisy_tokens(noisy, pose, tap)
         own = self._grid_rotation(position.frame, h, w, half=half)
@@ -463,7 +480,7 @@ class DiT(nnx.Module):
             for name, rotation in (("noisy", own), ("cond", cond)):
                 tap(f"rope_{name}_cos", rotation.cos)
                 tap(f"rope_{name}_sin", rotation.sin)
-        inject = self._injection(audio, (b, t, h, w), speaker_mask, tap)
+        inject = self._injection(self._audio_tokens(audio, t, "clip", tap), speaker_mask, tap)
         spread = _spread_frames(t, x.shape[1])
 
         def layer(x, block, index, xs, carry, tap):
@@ -530,29 +547,34 @@ class DiT(nnx.Module):
             kept.append(here)
         return x, carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
-    def _injection(self, audio, shape, speaker_mask, tap):
-        """Returns `(noisy tokens, layer index) -> noisy tokens` with the audio bound."""
-        b, t = shape[:2]
-        if audio.shape[2] != 4 * t:
+    def _audio_tokens(self, audio, t, context, tap) -> AudioTokens:
+        """Audio tokens of `t` latent frames; features may begin `EARLIER_FRAMES` before them."""
+        if audio.shape[2] - 4 * t not in (0, EARLIER_FRAMES):
             raise ValueError(
                 f"audio features cover {audio.shape[2]} video frames; {t} latent frames need "
-                f"{4 * t}. Pass four feature frames per latent frame."
+                f"{4 * t}, or {EARLIER_FRAMES} more before them. Pass four feature frames per "
+                "latent frame."
             )
-        mask = None
-        if speaker_mask is not None:
-            mask = speaker_mask[:, :, :t].reshape(b, audio.shape[1], -1)
-        elif audio.shape[1] > 1:
-            raise ValueError(
-                f"audio features of {audio.shape[1]} speakers came without a speaker mask; pass "
-                "speaker_mask [b u t h/2 w/2] or the features of one speaker."
-            )
-        tokens: AudioTokens = self.audio(audio)
         if tap:
             # Other code keeps the outputs of the repeated history; make them for comparison.
             repeated = [audio[:, :, :1]] * self.config.audio_history
             local, overall = self.audio.encode(jnp.concatenate([*repeated, audio], axis=2))
             tap("audio_local", local)
             tap("audio_global", overall)
+        encode = self.audio.by_block if context == "block_reset" else self.audio
+        return jax.tree.map(lambda tokens: tokens[:, :, -t:], encode(audio))
+
+    def _injection(self, tokens: AudioTokens, speaker_mask, tap):
+        """Returns `(noisy tokens, layer index) -> noisy tokens` with the audio bound."""
+        b, speakers, t = tokens[1].shape[:3]
+        mask = None
+        if speaker_mask is not None:
+            mask = speaker_mask[:, :, :t].reshape(b, speakers, -1)
+        elif speakers > 1:
+            raise ValueError(
+                f"audio features of {speakers} speakers came without a speaker mask; pass "
+                "speaker_mask [b u t h/2 w/2] or the features of one speaker."
+            )
         layers = self.config.audio_inject_layers
         count = self.config.num_layers
         slot_of_layer = [layers.index(i) if i in layers else -1 for i in range(count)]

@@ -9,7 +9,6 @@ all of it for motion. From outside it is a `DiT`: the same arguments come, the v
 """
 
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 
 from jax_avatar.models.audio_tokens import AudioTokens, CausalAudioEncoder
@@ -18,33 +17,17 @@ from jax_avatar.models.dit import DiT
 from jax_avatar.models.layers import layer_norm
 from jax_avatar.shapes import Array, AudioFeatures, Float, Latent
 
-__all__ = ["BlockAudioEncoder", "PortraitDiT"]
+__all__ = ["NormalisedAudioEncoder", "PortraitDiT"]
 
 _SMALLEST_SIGMA = 0.1  # below, the division by sigma would amplify what the network cannot know
 
 
-class BlockAudioEncoder(CausalAudioEncoder):
-    """Audio tokens of every block from that block's features alone, as a stream makes them.
-
-    Hidden states are normalised first: those of a residual encoder grow from layer to layer.
-    """
+class NormalisedAudioEncoder(CausalAudioEncoder):
+    """Audio tokens of normalised features: a residual encoder's grow from layer to layer."""
 
     def __call__(self, features: AudioFeatures) -> AudioTokens:
         """Tokens of the latent frames; see `CausalAudioEncoder`."""
-        frames = min(4 * self.config.frames_per_block, features.shape[2])
-        if features.shape[2] % frames:
-            raise ValueError(
-                f"speech features of {features.shape[2]} video frames are no whole number of "
-                f"blocks; pass a multiple of {frames} frames."
-            )
-        b = features.shape[0]
-        features = layer_norm(features, self.config.eps)
-        blocks = rearrange(features, "b u (g T) k a -> (b g) u T k a", T=frames)
-        local, overall = super().__call__(blocks)
-        return (
-            rearrange(local, "(b g) u t k d -> b u (g t) k d", b=b),
-            rearrange(overall, "(b g) u t d -> b u (g t) d", b=b),
-        )
+        return super().__call__(layer_norm(features, self.config.eps))
 
 
 class PortraitDiT(DiT):
@@ -61,7 +44,7 @@ class PortraitDiT(DiT):
                 f"{config.latent_channels}: the pose input is the portrait's latent."
             )
         super().__init__(config, rngs=rngs)
-        self.audio = BlockAudioEncoder(config, rngs=rngs)
+        self.audio = NormalisedAudioEncoder(config, rngs=rngs)
 
     def velocity(
         self, out: Latent, noisy: Latent, timestep: Float[Array, "b t"], pose: Latent

@@ -65,7 +65,8 @@ _KINDS = {
     "text": {"umt5": (UMT5Encoder, UMT5Config)},
 }
 _STREAMED = ("dit", "vae", "speech")  # the prompt encoder is loaded apart, and only if needed
-_TRAINED = ("sigmas", "sampler", "cache", "refresh", "refresh_sigma")  # as in training, or forced
+# As in training, or forced.
+_TRAINED = ("sigmas", "sampler", "cache", "refresh", "refresh_sigma", "audio_context")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ class StreamSettings(Sampling):
             told: the settings to stream with.
 
         Raises:
-            ValueError: their noise levels, sampler or history are others.
+            ValueError: their noise levels, sampler, history or audio context are others.
         """
         wrong = [name for name in _TRAINED if getattr(self, name) != getattr(told, name)]
         if wrong:

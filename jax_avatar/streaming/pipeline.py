@@ -236,6 +236,7 @@ class PipelinedStream:
             self.conditions = self._put(conditions, _EVERYWHERE)
         self._now = self.conditions
         self._sinks = self._prefill(self.params, self._now)
+        self._hear = self.plan.make_hearing()
         self._first_latent = None
         self._is_stale = False
         self._coming = {}  # block -> sinks from that block on, swapped in slice by slice
@@ -265,7 +266,7 @@ class PipelinedStream:
             audio: speech features of the block's video frames.
         """
         block = self._next_block
-        self._audio[block] = np.asarray(audio)
+        self._audio[block] = self._hear(np.asarray(audio))
         self._next_block += 1
         finished = []
         if self.plan.is_renewal(block):

@@ -15,10 +15,11 @@ import numpy as np
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import euler_schedule
 from jax_avatar.diffusion.step import move
+from jax_avatar.models.audio_tokens import EARLIER_FRAMES
 from jax_avatar.models.cache import BlockPosition, KVCache, Sink, block_position
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
-from jax_avatar.shapes import Array, PyTree, Scalar
+from jax_avatar.shapes import Array, AudioFeatures, PyTree, Scalar
 
 __all__ = ["Conditions", "StreamPlan", "check_slices", "denoise", "make_prefill"]
 
@@ -96,6 +97,24 @@ class StreamPlan(Sampling):
     def is_renewal(self, block: int) -> bool:
         """Whether the sink is renewed before this block."""
         return bool(self.aas_after_blocks) and block == self.aas_after_blocks
+
+    def make_hearing(self) -> Callable[[AudioFeatures], AudioFeatures]:
+        """Returns `features of a block -> what it hears`, to be called block by block."""
+        if self.audio_context == "block_reset":
+            return lambda features: features
+        earlier = None
+
+        def hear(features):
+            nonlocal earlier
+            # Host arrays stay on the host, where nothing waits for a device.
+            arrays = np if isinstance(features, np.ndarray) else jnp
+            if earlier is None:
+                earlier = arrays.repeat(features[:, :, :1], EARLIER_FRAMES, axis=2)
+            heard = arrays.concatenate([earlier, features], axis=2)
+            earlier = heard[:, :, -EARLIER_FRAMES:]
+            return heard
+
+        return hear
 
     def make_noise(self, shape: tuple[int, ...], dtype) -> Callable[[int], Array]:
         """Returns `block -> noise`; seeded by block, so that no layout changes it."""

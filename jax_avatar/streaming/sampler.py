@@ -172,6 +172,7 @@ class SequentialStream:
         self._sink = self._prefill(self.params, self._now)
         self._is_stale = False
         self.caches = [self._empty() for _ in range(self.plan.num_windows)]
+        self._hear = self.plan.make_hearing()
         self._first_latent = None
         self._next_block = 0
 
@@ -197,7 +198,7 @@ class SequentialStream:
         if self._is_stale:
             self._sink = self._prefill(self.params, self._now)
             self._is_stale = False
-        audio = self._put(jnp.asarray(audio))
+        audio = self._put(self._hear(jnp.asarray(audio)))
         latent = self._put(self._noise(block))
         for step in range(plan.num_steps):
             latent = self._evaluate(block, step, latent, audio)

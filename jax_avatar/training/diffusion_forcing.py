@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jax_avatar.diffusion.flow import add_noise
+from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import gaussian_weight, level_of_draw
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import LAST_FRAME, DiT
@@ -48,6 +49,9 @@ class ForcingConfig(AdapterConfig):
         still_share: share of every person's windows to train on, those nearest to the portrait.
             A small network trained for an hour blurs large movements of the head.
         form: of the transformer, "block_causal" or "bidirectional".
+        audio_context: what a block of the form "block_causal" hears of the time before it:
+            "block_reset", nothing, or "clip", what the window has. A stream does the same as the
+            student. "bidirectional" hears the window as one.
         shift: moves noise levels toward noise; uniform levels before the shift.
         shared_share: share of the clips whose blocks all have the same noise level.
         smallest_sigma: levels are drawn between this one and 1.
@@ -70,6 +74,7 @@ class ForcingConfig(AdapterConfig):
     latents: int = 21
     still_share: float = 1.0
     form: str = "block_causal"
+    audio_context: str = "block_reset"
     shift: float = 5.0
     shared_share: float = 0.0
     smallest_sigma: float = 0.0
@@ -86,6 +91,7 @@ class ForcingConfig(AdapterConfig):
 
     CHOICES = {
         "form": ("block_causal", "bidirectional"),
+        "audio_context": Sampling.CHOICES["audio_context"],
         "sink": ("follow", "fixed"),
         "weight": ("uniform", "gaussian", "clean"),
     }
@@ -119,6 +125,11 @@ class ForcingConfig(AdapterConfig):
                 f"task.shift_max {self.shift_max} must be within 0..{room}, since rotary frames "
                 f"end at {LAST_FRAME}."
             )
+
+    def sampling(self) -> dict[str, Any]:
+        """Settings of `Sampling` that a stream must share, as plain values."""
+        is_causal = self.form == "block_causal"
+        return {"audio_context": self.audio_context} if is_causal else {}
 
 
 class ForcingTask:
@@ -286,6 +297,7 @@ class ForcingTask:
             first_frame=first,
             reference_frame=face,
             past_blocks=model.ring_blocks - 1,
+            audio_context=self.settings.audio_context,
         )
 
     def _places(self, key: Array, b: int) -> tuple[Array, Array]:

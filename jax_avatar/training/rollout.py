@@ -21,6 +21,7 @@ from jax_avatar.diffusion.flow import clean_from_velocity
 from jax_avatar.diffusion.sampling import Sampling, noised
 from jax_avatar.diffusion.schedule import few_step_schedule
 from jax_avatar.diffusion.step import move
+from jax_avatar.models.audio_tokens import EARLIER_FRAMES
 from jax_avatar.models.cache import Sink, frame_table, position_in
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
@@ -282,7 +283,12 @@ class Generator:
             draws.distance[number, step],
             first_frame=draws.first_frame,
         )
-        features = jax.lax.dynamic_slice_in_dim(clip.features, 4 * t * number, 4 * t, axis=2)
+        features, frames = clip.features, 4 * t
+        if self.settings.audio_context == "clip":
+            before = jnp.repeat(features[:, :, :1], EARLIER_FRAMES, axis=2)
+            features = jnp.concatenate([before, features], axis=2)
+            frames += EARLIER_FRAMES
+        features = jax.lax.dynamic_slice_in_dim(features, 4 * t * number, frames, axis=2)
         timestep = jnp.broadcast_to(1000 * sigma, latent.shape[:2])
         velocity, own = merge(self.graphdef, params).block_after(
             latent, timestep, clip.pose, features, past, sink, position

@@ -203,7 +203,7 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
     clips = load_latents(encoders, "train")
     check_fit(clips, model, task.latents, fps=content["stream"].get("fps"))
     sides = {"size": [_STRIDE * side for side in clips.grid]}
-    stream = sides if content["stream"].get("size") else {}
+    stream = {**(sides if content["stream"].get("size") else {}), **task.sampling()}
 
     def export(folder, params, metadata, *, adapter):
         export_model(

@@ -6,6 +6,8 @@ import pytest
 
 from configs.sizes import PAPER_MODEL
 from jax_avatar.models.config import wan_s2v_14b
+from jax_avatar.training import stages
+from jax_avatar.training.latents import random_clips
 from jax_avatar.training.stages import build_stage, load_latents, read_sections
 
 SIZES = {
@@ -103,6 +105,21 @@ def test_a_misspelt_or_missing_section_is_named():
     del settings["rollout"]
     with pytest.raises(ValueError, match=r"config\.rollout is missing in stage dmd"):
         build_stage(settings)
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"), [("diffusion_forcing", {"audio_context": "clip"}), ("teacher", {})]
+)
+def test_what_a_block_heard_goes_with_a_model_that_streams(stage, expected, monkeypatch):
+    settings, written = get(stage, "tiny"), {}
+    settings["task"]["audio_context"] = "clip"
+    model = read_sections(settings)[0]["model"]
+    states = (model.audio_layers, model.audio_width)
+    clips = random_clips(2, 9, (12, 12), model.latent_channels, states)
+    monkeypatch.setattr(stages, "load_latents", lambda *_: clips)
+    monkeypatch.setattr(stages, "export_model", lambda *_, **options: written.update(options))
+    build_stage(settings)[0]().export({}, "", {})
+    assert written["stream"] == {"size": [96, 96], **expected}
 
 
 def test_large_networks_want_large_batches():

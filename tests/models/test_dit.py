@@ -35,8 +35,8 @@ def causal(latents, timestep, audio, reference_frame=None):
     return run(PARAMS)
 
 
-def constant_audio(blocks):
-    return jnp.broadcast_to(make_audio(1)[0][:, :, :1], (1, 1, 4 * FRAMES * blocks, 2, 6))
+def clip_audio(blocks):
+    return jnp.concatenate([jnp.asarray(audio) for audio in make_audio(blocks)], axis=2)
 
 
 def stream(blocks, latents, timestep, audio, distance, first_block=0):
@@ -54,16 +54,16 @@ def stream(blocks, latents, timestep, audio, distance, first_block=0):
 
 
 def test_streaming_equals_the_training_form():
-    """Same timesteps, constant audio, reference not yet rolling: the two forms must agree."""
+    """Same timesteps, reference not yet rolling: the two forms must agree."""
     latents, timestep = make_latents(12), jnp.full((1, 12), 600.0)
-    audio = constant_audio(4)
+    audio = clip_audio(4)
     whole = causal(latents, timestep, audio)
     np.testing.assert_allclose(stream(4, latents, timestep, audio, 21), whole, atol=2e-5)
 
 
 def test_a_rolled_window_equals_one_recomputed_from_its_blocks():
     """After the ring has wrapped, only the last four blocks matter, in any slot order."""
-    audio, timestep = constant_audio(7), jnp.full((1, 21), 300.0)
+    audio, timestep = clip_audio(7), jnp.full((1, 21), 300.0)
     latents = make_latents(21)
     rolled = stream(7, latents, timestep, audio, 16)[:, -FRAMES:]
     # In one layer keys do not depend on older blocks, so a fresh window gives the same.
@@ -85,7 +85,7 @@ def test_a_rolled_window_equals_one_recomputed_from_its_blocks():
                 )
             velocity, cache = step(
                 latents[:, frames], timestep[:, frames], CONDITIONS.pose,
-                audio[:, :, : 4 * FRAMES], cache, sink, position,
+                audio[:, :, 4 * frames.start : 4 * frames.stop], cache, sink, position,
             )  # fmt: skip
         return velocity
 
@@ -95,7 +95,7 @@ def test_a_rolled_window_equals_one_recomputed_from_its_blocks():
 
 def test_a_block_sees_earlier_blocks_but_not_later_ones():
     latents, timestep = make_latents(9), jnp.full((1, 9), 500.0)
-    audio = jnp.concatenate([jnp.asarray(a) for a in make_audio(3)], axis=2)
+    audio = clip_audio(3)
     before = np.asarray(causal(latents, timestep, audio))
     changed = latents.at[:, 3:6].add(1.0)
     after = np.asarray(causal(changed, timestep, audio))
@@ -105,7 +105,7 @@ def test_a_block_sees_earlier_blocks_but_not_later_ones():
 
 def test_later_audio_never_changes_earlier_frames():
     latents, timestep = make_latents(9), jnp.full((1, 9), 500.0)
-    audio = jnp.concatenate([jnp.asarray(a) for a in make_audio(3)], axis=2)
+    audio = clip_audio(3)
     before = np.asarray(causal(latents, timestep, audio))
     after = np.asarray(causal(latents, timestep, audio.at[:, :, 24:].add(1.0)))
     np.testing.assert_array_equal(before[:, :6], after[:, :6])
@@ -118,7 +118,7 @@ def test_hour_100_equals_minute_1(shift):
     config = CONFIG.replace(framepack=False)  # packed motion frames stay behind by design
     graphdef, params = make_dit(config)
     dit = merge(graphdef, params)
-    latents, audio = make_latents(18), constant_audio(6)
+    latents, audio = make_latents(18), clip_audio(6)
 
     @jax.jit
     def step(latent, features, cache, sink, position):
@@ -131,9 +131,8 @@ def test_hour_100_equals_minute_1(shift):
         for block in range(6):
             frames = slice(block * FRAMES, (block + 1) * FRAMES)
             position = block_position(config, block, 16, first_frame=first_frame)
-            velocity, cache = step(
-                latents[:, frames], audio[:, :, : 4 * FRAMES], cache, sink, position
-            )
+            features = audio[:, :, 4 * frames.start : 4 * frames.stop]
+            velocity, cache = step(latents[:, frames], features, cache, sink, position)
             out.append(np.asarray(velocity))
         return np.stack(out)
 
@@ -214,7 +213,7 @@ def test_impossible_sizes_are_refused(change, message):
 
 def test_gradients_reach_every_parameter():
     latents, timestep = make_latents(6), jnp.full((1, 6), 500.0)
-    audio = jnp.concatenate([jnp.asarray(a) for a in make_audio(2)], axis=2)
+    audio = clip_audio(2)
 
     @jax.jit
     @jax.grad

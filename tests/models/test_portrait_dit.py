@@ -5,10 +5,11 @@ import optax
 import pytest
 from flax import nnx
 
+from jax_avatar.models.audio_tokens import EARLIER_FRAMES, CausalAudioEncoder
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge, split
-from jax_avatar.models.portrait_dit import BlockAudioEncoder, PortraitDiT
+from jax_avatar.models.portrait_dit import NormalisedAudioEncoder, PortraitDiT
 
 CONFIG = DiTConfig(
     width=24,
@@ -27,6 +28,9 @@ CONFIG = DiTConfig(
     framepack=False,
     zero_init=False,
 )
+
+
+KEY = jax.random.key(3)
 
 
 def make_dit():
@@ -64,9 +68,28 @@ def test_a_stream_computes_what_was_trained():
         np.testing.assert_allclose(velocity, whole[:, part], atol=2e-4)
 
 
+@pytest.mark.parametrize("encoder", [CausalAudioEncoder, NormalisedAudioEncoder])
+def test_audio_tokens_depend_on_a_block_or_on_a_little_of_the_time_before_it(encoder):
+    """Of three blocks, the second begins at video frame 12."""
+    made, heard = encoder(CONFIG, rngs=nnx.Rngs(0)), jax.random.normal(KEY, (2, 1, 36, 2, 6))
+    encode, by_block = jax.jit(made.__call__), jax.jit(made.by_block)
+
+    def changed(tokens, frame):
+        pairs = zip(tokens(heard), tokens(heard.at[:, :, frame].add(1.0)), strict=True)
+        sizes = [np.abs(a - b).reshape(2, 9, -1).max((0, 2)) for a, b in pairs]
+        return np.flatnonzero(np.maximum(*sizes)).tolist()
+
+    assert [changed(by_block, frame) for frame in (6, 7, 11)] == [[1, 2], [1, 2], [2]]
+    assert [changed(encode, frame) for frame in (6, 7, 11)] == [[1, 2], [1, 2, 3], [2, 3, 4]]
+    # Eight frames of the past are history enough.
+    whole, cut = encode(heard), encode(heard[:, :, 12 - EARLIER_FRAMES :])
+    for a, b in zip(whole, cut, strict=True):
+        np.testing.assert_allclose(a[:, :, 3:], b[:, :, 2:], atol=1e-6)
+
+
 def test_dropped_speech_does_not_blow_up_the_gradient():
     """Dropped speech is zeros, and a norm of nothing but zeros multiplies gradients by 1000."""
-    graphdef, params = split(BlockAudioEncoder(CONFIG, rngs=nnx.Rngs(0)))
+    graphdef, params = split(NormalisedAudioEncoder(CONFIG, rngs=nnx.Rngs(0)))
 
     def total(params, features):
         local, overall = merge(graphdef, params)(features)

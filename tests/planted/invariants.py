@@ -28,6 +28,7 @@ streams = tests_in("streaming/test_streams")
 planned = tests_in("planning/test_stream")
 hosts = tests_in("launch/test_hosts")
 learning = tests_in("training/test_invariants_learning")
+streams = tests_in("streaming/test_streams")
 
 
 def golden(*stems):
@@ -131,12 +132,36 @@ INVARIANTS = (
     Mistake(6, "the sink is modulated with the clip's timestep", "models/dit.py",
             "[timestep, jnp.zeros((b, 1), timestep.dtype)]", "[timestep, timestep[:, -1:]]",
             invariants("the_training_form_is_prefill_and_streaming")),
+    Mistake(6, "in the training form a block hears the one before", "models/dit.py",
+            'self.audio.by_block if context == "block_reset" else self.audio', "self.audio",
+            (*invariants("the_training_form_is_prefill_and_streaming",
+                         "one_layer_sees_its_window_and_nothing_else"),
+             *dit("streaming_equals_the_training_form"))),
+    Mistake(6, "the teacher hears every block alone", "models/dit.py",
+            '"clip", is_causal=False', '"block_reset", is_causal=False',
+            forcing("a_block_sees_a_window_of_the_past_and_a_teacher_everything")),
+    Mistake(6, "stage 1 does not say what its blocks hear", "training/diffusion_forcing.py",
+            "audio_context=self.settings.audio_context,", "",
+            forcing("a_block_sees_a_window_of_the_past_and_a_teacher_everything")),
+    Mistake(6, "stage 1's folder does not say what its blocks heard", "training/stages.py",
+            "{}), **task.sampling()}", "{})}",
+            sizes("what_a_block_heard_goes_with_a_model_that_streams")),
+    Mistake(7, "a rollout's block never hears the one before", "training/rollout.py",
+            'if self.settings.audio_context == "clip":', "if False:",
+            rollout("a_rollout_hears_what_a_stream_hears")),
+    Mistake(7, "a stream's block hears the first of its own again", "streaming/plan.py",
+            "earlier = heard[:, :, -EARLIER_FRAMES:]", "earlier = None",
+            streams("a_block_hears_the_end_of_the_one_before_if_it_was_trained_so")),
+    Mistake(7, "a stream that starts again goes on hearing", "streaming/pipeline.py",
+            "self._hear = self.plan.make_hearing()",
+            'self._hear = getattr(self, "_hear", self.plan.make_hearing())',
+            streams("a_block_hears_the_end_of_the_one_before_if_it_was_trained_so")),
     Mistake(7, "every step reads the first step's history", "training/rollout.py",
             "_layer_of(ring, (step, 0)", "_layer_of(ring, (0, 0)", rollout(STREAM)),
     Mistake(7, "every step has the first step's distance", "training/rollout.py",
             "draws.distance[number, step]", "draws.distance[number, 0]", rollout(STREAM)),
     Mistake(7, "a block hears the speech one latent late", "training/rollout.py",
-            "clip.features, 4 * t * number", "clip.features, 4 * t * number + 4",
+            "features, 4 * t * number", "features, 4 * t * number + 4",
             rollout(STREAM)),
     Mistake(7, "the ring of a step is a block too long", "training/rollout.py",
             "min(self.config.ring_blocks - 1, num_blocks)",

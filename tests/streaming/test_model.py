@@ -72,6 +72,11 @@ def test_rounded_weights_are_stored_as_they_are(folder, weights):
         ({"refresh": "clean"}, {"refresh": "none"}, "trained with refresh clean; .* refresh none"),
         ({}, {"refresh": "fixed"}, "trained with refresh none; .* refresh fixed"),
         ({"cache": "exit_only"}, {"cache": "per_step"}, "cache exit_only; .* cache per_step"),
+        (
+            {"audio_context": "clip"},
+            {"audio_context": "block_reset"},
+            "context clip; .* block_reset",
+        ),
         ({"refresh_sigma": 0.5}, {"refresh_sigma": 0.6}, "refresh_sigma 0.5; .* refresh_sigma 0.6"),
     ],
 )

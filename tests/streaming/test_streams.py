@@ -112,6 +112,40 @@ def test_new_noise_is_another_for_every_block_and_evaluation():
     np.testing.assert_array_equal(anew(1, 2), plan.make_new_noise(shape, "float32")(1, 2))
 
 
+@pytest.mark.parametrize("mesh", ["", "1"])
+def test_a_block_hears_the_end_of_the_one_before_if_it_was_trained_so(mesh, monkeypatch):
+    """Nothing is denoised: what comes to the devices is what counts."""
+    plan, given = StreamPlan(audio_context="clip", aas_after_blocks=0), []
+    if mesh:
+        layout = make_mesh(parse_layout(mesh, 4))[0]
+        stream = PipelinedStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS, layout)
+
+        def advance(block):
+            given.append(stream._audio[block])
+            return []
+
+        monkeypatch.setattr(stream, "_advance", advance)
+    else:
+        stream = SequentialStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS)
+
+        def step(params, latent, audio, pose, cache, *others):
+            given.append(np.asarray(audio))
+            return latent, cache
+
+        monkeypatch.setattr(stream, "_step", step)
+    for start in range(2):
+        given.clear()
+        stream.reset()
+        for audio in AUDIO[start : start + 3]:
+            stream.push(audio)
+        heard = given if mesh else given[::4]
+        first = AUDIO[start]
+        before = [np.repeat(first[:, :, :1], 8, axis=2), first, AUDIO[start + 1]]
+        for audio, own, past in zip(heard, AUDIO[start : start + 3], before, strict=True):
+            np.testing.assert_array_equal(audio[:, :, -12:], own)
+            np.testing.assert_array_equal(audio[:, :, :-12], past[:, :, -8:])
+
+
 @pytest.mark.slow
 def test_half_precision_survives_the_pipeline():
     config = CONFIG.replace(dtype="bfloat16")
@@ -196,6 +230,7 @@ def test_seeds_make_streams():
         ({"sink_distance": (5, 4)}, "the smaller first"),
         ({"aas_after_blocks": -1}, "give 4"),
         ({"seed": -1}, "within 0"),
+        ({"audio_context": "all"}, "one of block_reset, clip"),
     ],
 )
 def test_impossible_plans_are_refused(fields, message):

@@ -146,23 +146,29 @@ def test_what_is_dropped_does_not_matter(dropout, given):
 
 
 @pytest.mark.parametrize(
-    ("network", "form", "seen"),
+    ("network", "form", "context", "seen", "heard"),
     [
-        (DiT, "block_causal", [False, True, True, False]),
-        (PortraitDiT, "block_causal", [False, True, True, False]),
-        (PortraitDiT, "bidirectional", [True, True, True, True]),
+        (DiT, "block_causal", "block_reset", [1, 2], [1]),
+        (PortraitDiT, "block_causal", "block_reset", [1, 2], [1]),
+        (DiT, "block_causal", "clip", [1, 2], [1, 2]),
+        (PortraitDiT, "bidirectional", "block_reset", [0, 1, 2, 3], [1, 2]),
     ],
 )
-def test_a_block_sees_a_window_of_the_past_and_a_teacher_everything(network, form, seen):
+def test_a_block_sees_a_window_of_the_past_and_a_teacher_everything(
+    network, form, context, seen, heard
+):
     """One layer, one block of the past; the second block of two clips is changed."""
-    settings = dataclasses.replace(SETTINGS, latents=12, form=form)
+    settings = dataclasses.replace(SETTINGS, latents=12, form=form, audio_context=context)
     task = make_task(settings, make_clips(2, 12), network, num_layers=1, ring_blocks=2)
     params, batch = with_head(task.init(jax.random.key(0))), task.batches(0)
     told = {name: jnp.asarray(batch[name]) for name in ("reference", "features", "text")}
     sigma, latent = jnp.full((2, 12), 0.7), jax.random.normal(KEY, batch["latent"].shape)
-    velocity = jax.jit(lambda latent: task._velocity(params, latent, sigma, told, KEY))
-    change = np.abs(velocity(latent) - velocity(latent.at[:, 3:6].add(1.0)))
-    assert (change.reshape(2, 4, -1).max((0, 2)) > 0).tolist() == seen
+    velocity = jax.jit(lambda latent, told: task._velocity(params, latent, sigma, told, KEY))
+    louder = told | {"features": told["features"].at[:, :, 12:24].add(1.0)}
+    others = (velocity(latent.at[:, 3:6].add(1.0), told), velocity(latent, louder))
+    for other, blocks in zip(others, (seen, heard), strict=True):
+        change = np.abs(other - velocity(latent, told)).reshape(2, 4, -1).max((0, 2))
+        assert np.flatnonzero(change).tolist() == blocks
 
 
 def test_the_portrait_follows_the_clip_or_stays():

@@ -260,7 +260,7 @@ def make_task(model, rollout=None, **changes):
 
 
 OTHER = {"sampler": "renoise", "cache": "exit_only", "refresh": "fixed", "refresh_sigma": 0.3}
-OTHER |= {"sink_distance": (5, 9)}
+OTHER |= {"sink_distance": (5, 9), "audio_context": "clip"}
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -11,7 +11,10 @@ import pytest
 from jax_avatar.diffusion.flow import noise_from_velocity
 from jax_avatar.diffusion.step import move
 from jax_avatar.models.cache import block_position, empty_cache
+from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import merge
+from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.training import distillation
 from jax_avatar.training import rollout as rollout_module
 from jax_avatar.training.distill_state import DistillConfig, Told
@@ -30,8 +33,8 @@ FRAMES = MODEL.frames_per_block
 
 
 @functools.cache
-def network(config=MODEL):
-    return nano.make_dit(config)
+def network(config=MODEL, kind=DiT):
+    return nano.make_dit(config, kind=kind)
 
 
 def make_clip(blocks=BLOCKS, seed=0):
@@ -153,47 +156,66 @@ def test_the_gradient_knows_over_what_it_is_normalised():
 # ---- the forms of the network ---------------------------------------------------------------
 
 
-def constant_speech(blocks):
-    """The same features in every video frame: the first of a block is then its own past."""
-    return jnp.broadcast_to(make_clip().features[:, :, :1], (1, 1, 4 * FRAMES * blocks, 2, 6))
+def speech(blocks):
+    """Features that change in every video frame."""
+    return make_clip(blocks).features
 
 
-def block_causal(config, noisy, timestep, features, **options):
-    clip, (graphdef, params) = make_clip(), network(config)
+def block_causal(config, noisy, timestep, features, *, kind=DiT, context="block_reset", **options):
+    run, params = causal_form(config, kind, context), network(config, kind)[1]
+    return run(params, noisy, timestep, features, options)
+
+
+@functools.cache
+def causal_form(config, kind, context):
+    clip, graphdef = make_clip(), network(config, kind)[0]
 
     @jax.jit
-    def run(params, noisy, features, options):
+    def run(params, noisy, timestep, features, options):
         pose = jnp.tile(clip.pose, (1, noisy.shape[1] // FRAMES, 1, 1, 1))
         told = (clip.text, clip.reference, None, pose, features)
-        dit = merge(graphdef, params)
+        past_blocks, dit = config.ring_blocks - 1, merge(graphdef, params)
         return dit.block_causal(
-            noisy, timestep, *told, past_blocks=config.ring_blocks - 1, **options
+            noisy, timestep, *told, past_blocks=past_blocks, audio_context=context, **options
         )
 
-    return run(params, noisy, features, options)
+    return run
 
 
-@pytest.mark.parametrize("ring_blocks", [2, 5])
-def test_the_training_form_is_prefill_and_streaming(ring_blocks):
+@pytest.mark.parametrize(
+    ("kind", "ring_blocks", "context"),
+    [
+        (DiT, 2, "block_reset"),
+        (DiT, 5, "block_reset"),
+        (DiT, 2, "clip"),
+        (PortraitDiT, 2, "block_reset"),
+    ],
+)
+def test_the_training_form_is_prefill_and_streaming(kind, ring_blocks, context):
     """Every block at its own noise level, the reference at one place, a window that rolls."""
     config, blocks, reference_frame = MODEL.replace(ring_blocks=ring_blocks), 6, 35
-    clip, (graphdef, params) = make_clip(), network(config)
+    clip, (graphdef, params) = make_clip(), network(config, kind)
     noisy = jax.random.normal(jax.random.key(2), (1, FRAMES * blocks, *GRID, 4))
-    levels = jnp.array([1000.0, 125, 900, 400, 777, 30])
-    timestep, features = jnp.repeat(levels, FRAMES)[None], constant_speech(blocks)
-    whole = block_causal(config, noisy, timestep, features, reference_frame=reference_frame)
+    levels = jnp.array([1000.0, 125, 900, 400, 777, 300])
+    timestep, features = jnp.repeat(levels, FRAMES)[None], speech(blocks)
+    whole = block_causal(
+        config, noisy, timestep, features, kind=kind, context=context,
+        reference_frame=reference_frame,
+    )  # fmt: skip
 
     step = jax.jit(merge(graphdef, params).stream_block)
     sink = jax.jit(merge(graphdef, params).prefill)(clip.text, clip.reference, None)
-    cache = empty_cache(config, 1, *GRID)
+    cache, hear = empty_cache(config, 1, *GRID), StreamPlan(audio_context=context).make_hearing()
     for block in range(blocks):
         frames = slice(FRAMES * block, FRAMES * (block + 1))
         position = block_position(config, block, reference_frame - frames.start)
+        heard = hear(features[:, :, 4 * frames.start : 4 * frames.stop])
         velocity, cache = step(
-            noisy[:, frames], timestep[:, frames], clip.pose, features[:, :, : 4 * FRAMES], cache,
-            sink, position,
-        )  # fmt: skip
-        np.testing.assert_allclose(velocity, whole[:, frames], atol=1e-5)
+            noisy[:, frames], timestep[:, frames], clip.pose, heard, cache, sink, position
+        )
+        # A velocity made of a clean prediction has the prediction's error over its level.
+        sigma = levels[block] / 1000 if kind is PortraitDiT else 1.0
+        np.testing.assert_allclose(sigma * velocity, sigma * whole[:, frames], atol=1e-5)
 
 
 def changed_blocks(before, after):
@@ -205,10 +227,12 @@ def changed_blocks(before, after):
 def test_one_layer_sees_its_window_and_nothing_else():
     """Block 1 of 5 is seen by itself and the next one, where blocks see one of the past."""
     noisy = jax.random.normal(jax.random.key(2), (1, 5 * FRAMES, *GRID, 4))
-    timestep, features = jnp.full((1, 5 * FRAMES), 500.0), constant_speech(5)
-    other = noisy.at[:, FRAMES : 2 * FRAMES].add(1.0)
-    made = [block_causal(ONE_LAYER, x, timestep, features) for x in (noisy, other)]
-    assert changed_blocks(*made) == [False, True, True, False, False]
+    timestep, features = jnp.full((1, 5 * FRAMES), 500.0), speech(5)
+    other, louder = noisy.at[:, FRAMES : 2 * FRAMES].add(1.0), features.at[:, :, 12:24].add(1.0)
+    told = ((noisy, features), (other, features), (noisy, louder))
+    before, *made = (block_causal(ONE_LAYER, x, timestep, heard) for x, heard in told)
+    assert changed_blocks(before, made[0]) == [False, True, True, False, False]
+    assert changed_blocks(before, made[1]) == [False, True, False, False, False]
 
     clip, draws = make_clip(5), make_draws(5)
     made = Generator(network(ONE_LAYER)[0], ONE_LAYER, SETTINGS)
@@ -241,7 +265,7 @@ def test_moving_everything_in_time_changes_nothing():
 
 def test_moving_a_training_clip_with_its_reference_changes_nothing():
     noisy = jax.random.normal(jax.random.key(2), (1, 3 * FRAMES, *GRID, 4))
-    timestep, features = jnp.full((1, 3 * FRAMES), 500.0), constant_speech(3)
+    timestep, features = jnp.full((1, 3 * FRAMES), 500.0), speech(3)
     made = [
         block_causal(MODEL, noisy, timestep, features, first_frame=at, reference_frame=ref)
         for at, ref in ((0, 25), (1003, 1028), (0, 28))

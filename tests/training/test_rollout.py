@@ -246,7 +246,7 @@ def test_the_rollout_to_the_last_step_is_the_stream(
 @pytest.mark.slow
 @pytest.mark.parametrize("ring_blocks", [1, 2, 4])
 @pytest.mark.parametrize("kind", [DiT, PortraitDiT])
-@pytest.mark.parametrize("history", HISTORIES, ids=str)
+@pytest.mark.parametrize("history", [*HISTORIES, {"audio_context": "clip"}], ids=str)
 def test_it_is_so_for_both_networks_and_every_window(
     history, kind, ring_blocks, in_pieces, shared_programs
 ):
@@ -259,6 +259,24 @@ def test_it_is_so_for_both_networks_and_every_window(
 def test_it_is_so_for_the_rollout_compiled_as_one_program(history, shared_programs):
     for settings in students(history, (2,)):
         assert_the_stream_is_the_rollout(settings, 3, compiler=jax.jit)
+
+
+@pytest.mark.parametrize("context", ["block_reset", "clip"])
+def test_a_rollout_hears_what_a_stream_hears(context, in_pieces, monkeypatch):
+    settings, given = dataclasses.replace(SETTINGS, audio_context=context), []
+    run = InPieces.block_after
+
+    def block_after(self, noisy, timestep, pose, audio, *others):
+        given.append(np.asarray(audio))
+        return run(self, noisy, timestep, pose, audio[:, :, -12:], *others)
+
+    monkeypatch.setattr(InPieces, "block_after", block_after)
+    clip, hear = make_clip(), StreamPlan(audio_context=context).make_hearing()
+    generator(settings).rollout(network()[1], clip, make_draws(settings), 1)
+    for block in range(BLOCKS):
+        heard = hear(clip.features[:, :, 12 * block : 12 * block + 12])
+        for audio in given[2 * block : 2 * block + 2]:
+            np.testing.assert_array_equal(audio, heard)
 
 
 def test_without_pass_b_the_window_is_history_enough(in_pieces):
@@ -379,3 +397,7 @@ def test_blocks_join_in_time():
 def test_settings_nobody_knows_are_named():
     with pytest.raises(ValueError, match=r"rollout\.refresh 'noisy' must be one of none, clean"):
         RolloutConfig(refresh="noisy")
+    with pytest.raises(
+        ValueError, match=r"rollout\.audio_context 'all' must be one of block_reset"
+    ):
+        RolloutConfig(audio_context="all")
