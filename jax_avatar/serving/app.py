@@ -106,7 +106,10 @@ def make_app(state: ServerState) -> FastAPI:
 def _is_foreign(headers: Headers) -> bool:
     """Whether it is a page of another site that uses this browser's way to us."""
     origin = headers.get("origin")
-    return bool(origin) and urlsplit(origin).netloc != headers.get("host")
+    try:
+        return bool(origin) and urlsplit(origin).netloc != headers.get("host")
+    except ValueError:  # no address at all
+        return True
 
 
 def _refusal(status: int, code: str, message: str) -> JSONResponse:

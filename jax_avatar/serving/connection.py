@@ -71,7 +71,8 @@ class _SocketLink(Link):
                 async with asyncio.timeout(_SLOW_CLIENT_S):
                     await sending
             except TimeoutError:
-                raise Closed("too slow") from None
+                told = f"a message was not taken for {_SLOW_CLIENT_S:g} s; the session ends."
+                raise Closed("too slow", told) from None
             except WebSocketDisconnect:
                 raise Gone from None
             except Exception:

@@ -34,7 +34,16 @@ class Gone(Exception):
 
 
 class Closed(Exception):
-    """The session is over, for a reason that is no failure."""
+    """The session is over, for a reason that is no failure.
+
+    Attributes:
+        error: what the client is told first, where it reached a limit; None where it asked for it.
+    """
+
+    def __init__(self, reason: str, told: str = ""):
+        super().__init__(reason)
+        code = reason.replace(" ", "_")
+        self.error = ProtocolError(code, told) if told else None
 
 
 class Link(abc.ABC):
@@ -97,7 +106,7 @@ class Conversation:
     async def run(self) -> None:
         """Returns when the client has gone or has been sent away."""
         state = self._state
-        reason, code = "client gone", 1000
+        reason, code, last = "client gone", 1000, None
         try:
             async with asyncio.timeout(_FIRST_MESSAGE_S):
                 create = await self._receive()
@@ -111,8 +120,9 @@ class Conversation:
                 await self._fail(error, is_fatal=True)
         except TimeoutError:
             reason, code = "no session.create", 1008
+            last = ProtocolError("timeout", f"no session.create within {_FIRST_MESSAGE_S:.0f} s.")
         except Closed as closed:
-            reason = str(closed)
+            reason, last = str(closed), closed.error
         except Gone:
             pass
         except asyncio.CancelledError:
@@ -121,9 +131,12 @@ class Conversation:
         except Exception:
             _log.exception("session %s failed", self._id)
             reason, code = "server failure", 1011
+            last = ProtocolError("server_failure", "the server failed; start another session.")
         finally:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(2):
+                    if last:
+                        await self._fail(last, is_fatal=True)
                     await self._say("session.closed", reason=reason)
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(5):
@@ -208,7 +221,8 @@ class Conversation:
         forgiven = (now - self._last_message) * limits.messages_per_s
         self._burst = max(0.0, self._burst - forgiven) + 1
         if self._burst > 10 * limits.messages_per_s:
-            raise Closed("too many messages")
+            most = f"at most {limits.messages_per_s:g} messages a second, over ten seconds."
+            raise Closed("too many messages", most)
         self._last_message = now
         return read_message(received, limits)
 
@@ -271,7 +285,7 @@ class Conversation:
     async def _watch_idle(self) -> None:
         while (left := self._last_message + self._state.idle_s - time.monotonic()) > 0:
             await asyncio.sleep(left)
-        raise Closed("idle")
+        raise Closed("idle", f"no message for {self._state.idle_s:g} s; the session ends.")
 
     # ---- out ---------------------------------------------------
 
@@ -309,8 +323,8 @@ class Conversation:
         self._state.metrics.errors.labels(code).inc()
         self._errors += 1
         await self._say("error", code=code, message=str(error), fatal=is_fatal)
-        if self._errors >= self._state.limits.errors:
-            raise Closed("too many errors")
+        if self._errors >= self._state.limits.errors and not is_fatal:
+            raise Closed("too many errors", f"{self._errors} bad messages; the session ends.")
 
     async def _say(self, kind: str, **fields: Any) -> None:
         await self._link.send(json.dumps({"type": kind, **fields}))

@@ -7,6 +7,7 @@ fragments of MP4 on the way out.
 import base64
 import binascii
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ _SCHEMA = {
     "close": {},
 }
 _BASE64 = {"portrait", "audio"}
+_UNUSABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def read_message(message: str | bytes, limits: Limits) -> ClientMessage:
     if isinstance(message, bytes):
         return _checked_sizes(ClientMessage("audio.append", {"audio": message}), limits)
     try:
-        content = json.loads(message)
+        content = json.loads(message, object_pairs_hook=_unique, parse_constant=_refused)
     except (ValueError, RecursionError):
         raise ProtocolError("bad_message", "expected a JSON object.") from None
     if not isinstance(content, dict) or not isinstance(content.get("type"), str):
@@ -117,7 +120,29 @@ def read_message(message: str | bytes, limits: Limits) -> ClientMessage:
             raise ProtocolError("bad_message", f"{kind}: {name!r} must be a {wanted.__name__}.")
         elif name in _BASE64:
             content[name] = _decoded(name, content[name])
+        else:
+            _check_value(name, content[name])
     return _checked_sizes(ClientMessage(kind, content), limits)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return dict(pairs)
+
+
+def _refused(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Refuses numbers and texts that nobody could use; a token is only ever compared."""
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ProtocolError("bad_message", f"{name!r} is out of range.")
+    if isinstance(value, str) and name != "token" and _UNUSABLE.search(value):
+        raise ProtocolError(
+            "bad_message", f"{name!r} holds control characters, or halves of surrogate pairs."
+        )
 
 
 def _decoded(name: str, text: str) -> bytes:

@@ -103,6 +103,7 @@ class _RtcLink(Link):
         self._channel: RTCDataChannel | None = None
         self._opened = asyncio.Event()
         self._end_of_it: Exception | None = None
+        self._is_slow = False
         self._player: _Player | None = None
         self._tasks: list[asyncio.Task] = []
 
@@ -152,7 +153,8 @@ class _RtcLink(Link):
             async with asyncio.timeout(_CONNECT_S):
                 await self._opened.wait()
         except TimeoutError:
-            raise Closed("no connection") from None
+            told = f"no connection within {_CONNECT_S:g} s of the answer."
+            raise Closed("no connection", told) from None
         self._tasks.append(asyncio.create_task(self._watch()))
         return {"delay_s": 0.0}
 
@@ -169,8 +171,9 @@ class _RtcLink(Link):
                 known = 400 if content["type"] == "error" else 500
                 self.answer_with(_STATUS.get(content.get("code"), known), content)
             return
-        if self._channel.bufferedAmount > _MOST_BUFFERED:
-            raise Closed("too slow")
+        if self._channel.bufferedAmount > _MOST_BUFFERED and not self._is_slow:
+            self._is_slow = True  # and is told so
+            raise Closed("too slow", f"{_MOST_BUFFERED} bytes wait to be taken; the session ends.")
         try:
             self._channel.send(text)
         except (InvalidStateError, ConnectionError):
@@ -224,7 +227,8 @@ class _RtcLink(Link):
         try:
             self._messages.put_nowait(message)
         except asyncio.QueueFull:
-            self._finish(Closed("too many messages"))
+            told = f"{_MOST_MESSAGES} messages wait to be read; the session ends."
+            self._finish(Closed("too many messages", told))
 
     def _take_track(self, track: MediaStreamTrack) -> None:
         if track.kind == "audio":
@@ -241,7 +245,8 @@ class _RtcLink(Link):
                 return
             heard_s += frame.samples / frame.sample_rate
             if heard_s > 10 + 1.5 * (time.monotonic() - began):
-                self._finish(Closed("more audio than time"))
+                told = "the microphone sends more sound than time passes; the session ends."
+                self._finish(Closed("more audio than time", told))
                 return
             if frame.sample_rate != gate.rate:
                 gate = SpeechGate(frame.sample_rate)

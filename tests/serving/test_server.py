@@ -381,3 +381,108 @@ def test_the_page_is_served_and_asks_for_nothing_from_elsewhere(served):
         )
     for path in ("/../messages.py", "/%2e%2e/app.py", "//etc/passwd"):
         assert served.get(path)[0] == 404
+
+
+def last_words(client):
+    """Types of the last two messages, and what the first of them says."""
+    with pytest.raises(ConnectionClosed):
+        client.read(20)
+    error, closed = client.events[-2:]
+    assert (error["type"], closed["type"]) == ("error", "session.closed") and error["fatal"]
+    return error, closed
+
+
+HOSTILE = [
+    ('{"type": "session.create", "version": 1, "token": "\\ud83d"}', "unauthorised"),
+    ('{"type": "session.create", "version": 1, "token": "a\\u0000\\nb"}', "unauthorised"),
+    ('{"type": "session.create", "version": 1, "token": "a", "token": "b"}', "bad_message"),
+    ('{"type": "session.create", "version": 1, "prompt": "\\udc00"}', "bad_message"),
+    ('{"type": "session.create", "version": 1, "prompt": "a\\u0007"}', "bad_message"),
+    ('{"type": "session.create", "version": NaN}', "bad_message"),
+    ('{"type": "session.create", "version": 1, "sample_rate": Infinity}', "bad_message"),
+    ('{"type": "session.create", "version": 1e999}', "bad_message"),
+    ('{"type": "session.create", "version": %s}' % ("9" * 4000), "bad_message"),
+    ('{"type": "session.create", "version": %s}' % ("9" * 5000), "bad_message"),
+    (json.dumps({"type": "session.create", "version": -1, "token": TOKEN}), "version"),
+    ('{"type": "session.create", "version": 1, "sdp": "\\ud800"}', "bad_message"),
+    ('{"type": "\\ud83d\\n"}', "bad_message"),
+    ('{"\\ud83d": 1, "type": "clear"}', "bad_message"),
+    ('{"type": "session.create", "version": %s}' % ("[" * 100_000), "bad_message"),
+    ("x" * 100_000, "bad_message"),
+    (b"\xff\xfe" * 100, "bad_message"),
+    (b"", "bad_message"),
+]
+
+
+def test_no_text_causes_a_traceback(served, caplog):
+    for message, code in HOSTILE:
+        with connect(served.url) as client:
+            client.send(message)
+            error, closed = (json.loads(client.recv(timeout=10)) for _ in range(2))
+            assert (error["type"], error["code"], error["fatal"]) == ("error", code, True), message
+            assert closed == {"type": "session.closed", "reason": code}
+            assert len(error["message"]) < 500
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{served.port}/v1/rtc",
+            message.encode(errors="replace") if isinstance(message, str) else message,
+        )
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=10)
+        assert refused.value.code in (400, 401), message
+    for headers in ({"Origin": "http://["}, {"Origin": "\xe9"}, {"authorization": "Bearer \xe9"}):
+        assert served.get("/metrics", **headers)[0] == 401
+    assert served.get("/%00")[0] == served.get("/" + "x" * 5000)[0] == 404
+    with pytest.raises(InvalidStatus):
+        connect(served.url, origin="http://[")
+    assert not [r for r in caplog.records if r.exc_info or r.levelname == "ERROR"]
+
+
+def test_strange_text_in_a_session_is_refused_and_the_session_goes_on(served, speaking, caplog):
+    with served.client() as client:
+        client.until("session.created")
+        for field, value in (("text", "\ud83d"), ("text", "a\x07"), ("text", 10**40)):
+            client.send("speech.create", **{field: value})
+            error = client.until("error")
+            assert error["code"] == "bad_message" and not error["fatal"]
+        client.send("state.update", state="\ud83d")
+        assert client.until("error")["code"] == "bad_message"
+        client.send("speech.create", text="hello\n\t\U0001f600")
+        client.until("playback_finished")
+    assert not [r for r in caplog.records if r.exc_info]
+
+
+def test_limits_that_end_a_session_are_errors_first(served, monkeypatch):
+    monkeypatch.setattr(served.state, "idle_s", 0.3)
+    with served.client() as client:
+        error, closed = last_words(client)
+        assert error["code"] == closed["reason"] == "idle" and "0.3 s" in error["message"]
+    monkeypatch.undo()
+    monkeypatch.setattr(served.state, "limits", Limits(messages_per_s=1.0))
+    with served.client() as client:
+        client.until("session.created")
+        for _ in range(12):
+            client.send("audio.commit")
+        error, closed = last_words(client)
+        assert error["code"] == "too_many_messages" and closed["reason"] == "too many messages"
+    monkeypatch.setattr(served.state, "limits", Limits(errors=2))
+    with served.client() as client:
+        client.until("session.created")
+        for _ in range(3):
+            client.send("nonsense")
+        assert last_words(client)[0]["code"] == "too_many_errors"
+    monkeypatch.undo()
+    monkeypatch.setattr("jax_avatar.serving.conversation._FIRST_MESSAGE_S", 0.2)
+    with connect(served.url) as client:
+        error, closed = (json.loads(client.recv(timeout=10)) for _ in range(2))
+        assert error["code"] == "timeout" and closed["reason"] == "no session.create"
+
+
+def test_a_client_that_breaks_off_causes_no_traceback(served, caplog):
+    for begun in (False, True):
+        client = served.client()
+        if begun:
+            client.until("session.created")
+            client.speak(voice(1.0))
+        client.socket.socket.close()  # no farewell
+        served.wait_until_free()
+    assert not [r for r in caplog.records if r.exc_info or r.levelname == "ERROR"]
