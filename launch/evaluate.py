@@ -3,8 +3,13 @@
     python launch/evaluate.py --checkpoint jax_avatar/assets/small --data data/people --out eval
 
 Streams every held-out clip from its portrait and its wave, compares lips, identity and motion with
-the renderer's truth, streams a minute to look for drift, and writes `scores.json`, contact sheets
-and videos. A teacher makes whole clips instead of streaming them, and no minute:
+the renderer's truth, streams a minute to look for drift, and writes `scores.json`, with 95 %
+bootstrap intervals over the clips, contact sheets and videos. `--baselines` scores what any model
+must be better than: the portrait standing still, and the same model in one step.
+
+    python launch/evaluate.py --data data/test --baselines --scores scores.json
+
+A teacher makes whole clips instead of streaming them, and no minute:
 
     python launch/evaluate.py --checkpoint runs/teacher --sampler teacher --steps 40 --guidance 4
 
@@ -15,6 +20,7 @@ The minute without what keeps long streams steady:
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -26,14 +32,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from jax_avatar.data.records import read_clips
+from jax_avatar.diffusion.schedule import Schedule
 from jax_avatar.evaluation.scores import (
     Truth,
     contact_sheet,
     fit_probe,
+    measure,
     reconstruct,
-    score,
     score_stream,
+    still_portraits,
 )
+from jax_avatar.evaluation.tables import rows_of, scored
+from jax_avatar.io.checkpoint import save_json
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.models.params import merge
 from jax_avatar.streaming.batch import BatchStream
@@ -45,6 +55,7 @@ from launch.console import check_finite, outlive_readers
 flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
 flags.DEFINE_string("data", "data/people", "folder written by launch/prepare_data.py people")
 flags.DEFINE_string("out", "eval", "folder to write to")
+flags.DEFINE_string("scores", "", "file for the scores; OUT/scores.json if not given")
 flags.DEFINE_list("splits", ["held_out_person", "held_out_voice", "held_out_both"], "to score")
 flags.DEFINE_integer("clips", 24, "clips per split", lower_bound=2)
 flags.DEFINE_integer("batch", 8, "portraits streamed side by side", lower_bound=1)
@@ -54,7 +65,8 @@ flags.DEFINE_integer("steps", 40, "denoising steps of the teacher", lower_bound=
 flags.DEFINE_float("guidance", 4.0, "guidance scale of the teacher; 1 is none")
 flags.DEFINE_bool("aas", True, "renew the sink with a generated latent, as the model says")
 flags.DEFINE_bool("rolling_rope", True, "let the sink move along with the stream")
-flags.DEFINE_integer("seed", 420, "of the noise", lower_bound=0)
+flags.DEFINE_bool("baselines", False, "also score the still portrait and one step, (1, 0)")
+flags.DEFINE_integer("seed", 420, "of the noise and the bootstrap's draws", lower_bound=0)
 FLAGS = flags.FLAGS
 
 
@@ -106,6 +118,59 @@ def make_folder(out):
         raise ValueError(f"--out {out} cannot be written ({error.strerror}).") from error
 
 
+def streams_of(model):
+    """What makes clips, by the name of its row."""
+    plan = stream_plan(model)
+    streams = {"generated": BatchStream(model, plan, sample=sampler(model))}
+    if FLAGS.baselines and FLAGS.sampler == "stream":
+        once = dataclasses.replace(plan, schedule=Schedule((1.0, 0.0)))
+        streams["one_step"] = BatchStream(model, once)
+    return streams
+
+
+def score_split(model, streams, split, probe, out):
+    """Scores of all rows on a split, written as pictures, too; and the clips."""
+    source = read_clips(FLAGS.data, split)
+    clips = [source[i] for i in range(min(FLAGS.clips, len(source)))]
+    truth = Truth.from_clips(clips)
+    made = {name: stream_split(stream, clips) for name, stream in streams.items()}
+    if FLAGS.baselines:
+        made["still"] = still_portraits(truth)
+    vae = merge(model.vae.graphdef, model.vae.params)
+    made["decoded_truth"] = reconstruct(vae, truth.frames)
+    rows = {
+        name: scored(measure(frames, truth, probe), seed=FLAGS.seed)
+        for name, frames in made.items()
+    }
+    frames = made["generated"]
+    Image.fromarray(contact_sheet(frames, truth)).save(out / f"{split}.png")
+    for i in range(min(3, len(clips))):
+        pair = np.concatenate([truth.frames[i], frames[i]], axis=2)
+        write(out / f"{split}_{i}.mp4", pair, clips[i].wave / 32768, model)
+    print(f"\n{split}, n {len(clips)}, seed {FLAGS.seed}", *rows_of(rows), sep="\n", flush=True)
+    return {"n": len(clips), **rows}, clips
+
+
+def evaluate(out):
+    """Everything that is scored, and how it was asked for."""
+    model = load_model(FLAGS.checkpoint)
+    streams = streams_of(model)
+    train = read_clips(FLAGS.data, "train")
+    probe = fit_probe([train[i] for i in range(0, len(train), max(1, len(train) // 200))])
+    told = ("checkpoint", "clips", "seed", "sampler", "aas", "rolling_rope")
+    told += ("steps", "guidance") if FLAGS.sampler == "teacher" else ()
+    scores = {"command": shlex.join(["python", "launch/evaluate.py", *sys.argv[1:]])}
+    scores |= {name: FLAGS[name].value for name in told}
+    for split in FLAGS.splits:
+        scores[split], clips = score_split(model, streams, split, probe, out)
+    if FLAGS.long_s and FLAGS.sampler == "stream":
+        found, frames, waves = stream_long(streams["generated"], clips, FLAGS.long_s)
+        scores["long"] = {"n": FLAGS.batch, "seconds": FLAGS.long_s, **found}
+        write(out / "long.mp4", frames[0], waves[0], model)
+        print("long", json.dumps(scores["long"]), flush=True)
+    return scores
+
+
 def main(argv):
     outlive_readers()
     if len(argv) > 1:
@@ -116,36 +181,11 @@ def main(argv):
         refuse_input_as_output("out", out, checkpoint=FLAGS.checkpoint, data=FLAGS.data)
         check_devices()
         make_folder(out)
-        model = load_model(FLAGS.checkpoint)
-        stream = BatchStream(model, stream_plan(model), sample=sampler(model))
-        train = read_clips(FLAGS.data, "train")
-        probe = fit_probe([train[i] for i in range(0, len(train), max(1, len(train) // 200))])
-        told = ("checkpoint", "clips", "seed", "sampler", "aas", "rolling_rope")
-        told += ("steps", "guidance") if FLAGS.sampler == "teacher" else ()
-        scores = {name: FLAGS[name].value for name in told}
-        for split in FLAGS.splits:
-            source = read_clips(FLAGS.data, split)
-            clips = [source[i] for i in range(min(FLAGS.clips, len(source)))]
-            truth = Truth.from_clips(clips)
-            frames = stream_split(stream, clips)
-            decoded = reconstruct(merge(model.vae.graphdef, model.vae.params), truth.frames)
-            scores[split] = {
-                "generated": score(frames, truth, probe),
-                "decoded_truth": score(decoded, truth, probe),
-            }
-            Image.fromarray(contact_sheet(frames, truth)).save(out / f"{split}.png")
-            for i in range(min(3, len(clips))):
-                pair = np.concatenate([truth.frames[i], frames[i]], axis=2)
-                write(out / f"{split}_{i}.mp4", pair, clips[i].wave / 32768, model)
-            print(split, json.dumps(scores[split]), flush=True)
-        if FLAGS.long_s and FLAGS.sampler == "stream":
-            scores["long"], frames, waves = stream_long(stream, clips, FLAGS.long_s)
-            write(out / "long.mp4", frames[0], waves[0], model)
-            print("long", json.dumps(scores["long"]), flush=True)
+        scores = evaluate(out)
     except ValueError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(1)
-    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    save_json(FLAGS.scores or out / "scores.json", scores)
 
 
 def write(path, frames, wave, model):
