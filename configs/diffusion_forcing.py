@@ -86,6 +86,8 @@ def _wan_s2v_14b() -> dict:
             **adam(25_000, 1e-5, 500, betas=[0.9, 0.999], max_grad_norm=1.0),
             "log_every": 10,
             "evaluate_every": 2500,
+            "evaluate_clips": 16,
+            "validation_clips": 512,
             "checkpoint_every": 500,
         },
     }

@@ -86,6 +86,8 @@ def _wan_s2v_14b() -> dict:
         "loop": {
             **_loop(num_steps=2500, learning_rate=1e-5, warmup_steps=20),
             "log_every": 1,
+            "evaluate_every": 250,
+            "evaluate_clips": 16,
             "checkpoint_every": 50,
         },
     }

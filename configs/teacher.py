@@ -85,6 +85,9 @@ def _wan_s2v_14b() -> dict:
         "loop": {
             **adam(25_000, 1e-4, 1000, betas=[0.9, 0.95], ema_decay=0.999),
             "log_every": 10,
+            "evaluate_every": 2500,
+            "evaluate_clips": 16,
+            "validation_clips": 512,
             "checkpoint_every": 500,
         },
     }

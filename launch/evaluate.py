@@ -179,6 +179,11 @@ def main(argv):
     try:
         check_finite(FLAGS)
         refuse_input_as_output("out", out, checkpoint=FLAGS.checkpoint, data=FLAGS.data)
+        if FLAGS.scores:
+            refuse_input_as_output(
+                "scores", FLAGS.scores, checkpoint=FLAGS.checkpoint, data=FLAGS.data
+            )
+            make_folder(Path(FLAGS.scores).parent)
         check_devices()
         make_folder(out)
         scores = evaluate(out)

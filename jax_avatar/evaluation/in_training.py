@@ -24,13 +24,10 @@ from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.model import AvatarModel, Network, load_network, load_settings
 from jax_avatar.training.mesh import on_first_host
 from jax_avatar.training.model_folder import fitting
-from jax_avatar.training.stages import load_clips
+from jax_avatar.training.stages import HELD_OUT, load_clips
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 
 __all__ = ["ClipEvaluation", "make_evaluation", "write_clip"]
-
-HELD_OUT = "held_out_person"
-"""Clips that are shown during training."""
 
 _PROBE_CLIPS, _PROBE_STEPS = 150, 8  # clips that the mouth's probe is fitted on, steps per clip
 _LONGEST_S = 5  # of a clip
@@ -143,6 +140,13 @@ def make_evaluation(
         _logger.warning(
             "no clips are streamed while training: config.data is empty, and encoded clips have no "
             "frames to compare with; give the folder of the raw ones."
+        )
+        return None
+    data = settings["data"]
+    if Path(data).is_dir() and data and not any(Path(data).glob(f"{HELD_OUT}-*.array_record")):
+        _logger.warning(
+            f"no clips are streamed while training: {data} has none of split {HELD_OUT}; prepare "
+            "some to have them."
         )
         return None
     graphdef, config = task.streamed

@@ -31,6 +31,8 @@ from jax_avatar.shapes import Array, Latent, PyTree
 from jax_avatar.training.adapters import AdapterConfig, FrozenBase
 from jax_avatar.training.latents import Clips
 from jax_avatar.training.mouth_reader import fit_mouth_reader
+from jax_avatar.training.step import LoopConfig
+from jax_avatar.training.validation import LEVELS_SEED, FlowValidation, levels_in_bins
 from jax_avatar.training.windows import Windows, check_fit
 
 __all__ = ["ForcingConfig", "ForcingTask"]
@@ -149,6 +151,7 @@ class ForcingTask:
         name: str = "diffusion_forcing",
         start: Callable[[Mesh | None], PyTree] | None = None,
         stream: Mapping[str, Any] | None = None,
+        held_out: Callable[[], Clips | None] | None = None,
         export: Callable[..., None] | None = None,
     ):
         """Checks that the parts fit together.
@@ -164,6 +167,7 @@ class ForcingTask:
             start: reads the parameters to start from, instead of random ones, for a mesh if there
                 is one; with adapters they are the frozen base.
             stream: stream settings that go with the transformer, instead of the model's.
+            held_out: reads clips to validate on, if there are any.
             export: writes the model folder: `(folder, parameters, metadata, adapter=...)`, the
                 latter two as `export_model` takes them.
         """
@@ -177,15 +181,7 @@ class ForcingTask:
         self.name, self.seed, self._pose = name, seed, pose
         self._network, self._start, self.batch_size = network, start, settings.batch_size
         self.content_hash = clips.content_hash
-        self.windows = Windows(
-            clips,
-            settings.latents,
-            settings.batch_size,
-            text_len=model.text_len,
-            text_width=model.text_width,
-            seed=[seed, 1],
-            still_share=settings.still_share,
-        )
+        self.windows = self._windows(clips, settings.still_share)
         self.graphdef, self._shapes = abstract(lambda: network(model, rngs=nnx.Rngs(0)))
         self._trained = self.graphdef
         if settings.adapter_rank:
@@ -196,9 +192,66 @@ class ForcingTask:
         if settings.mouth_probe_weight:
             few = clips.take(slice(None, None, max(1, len(clips) // 800)))
             self.reader, self._gap_scale = fit_mouth_reader(few), float(few.lip_gap.std()) + 1e-6
-        self.stream_settings = dict(stream or {})
+        self.stream_settings, self._held_out = dict(stream or {}), held_out
         if export:
             self.export = functools.partial(self._export, export)
+
+    def evaluations(self, config: LoopConfig, mesh: Mesh) -> list[FlowValidation]:
+        """The error of the velocity on held-out clips, where there are any."""
+        held_out = self._held_out() if self._held_out and config.validation_clips else None
+        if held_out is None:
+            return []
+        windows, frozen = self._windows(held_out), self.frozen(mesh)
+
+        def errors(weights, base, batch):
+            def one(clip):
+                key = jax.random.fold_in(jax.random.key(LEVELS_SEED), clip["row"])
+                return self.flow_errors(weights, jax.tree.map(lambda x: x[None], clip), key, base)
+
+            return jax.vmap(one, spmd_axis_name="data")(batch)
+
+        return [
+            FlowValidation(
+                errors,
+                lambda rows: windows.batch(0, rows) | {"row": rows.astype(np.int32)},
+                mesh,
+                count=min(config.validation_clips, len(windows.windows)),
+                at_once=self.batch_size // config.accumulate,
+                beside=lambda state: frozen,
+            )
+        ]
+
+    def flow_errors(
+        self, params: PyTree, batch: Mapping[str, Array], key: Array, frozen: PyTree | None = None
+    ) -> Float[Array, " n"]:
+        """Mean square error of the velocity of clips in every bin of the noise level.
+
+        Every latent has the level of its bin and nothing is dropped; the error has no weights.
+        """
+        params, clean = self.settings.bind(frozen)(params), batch["latent"]
+        level_key, noise_key, place_key = jax.random.split(key, 3)
+        noise = jax.random.normal(noise_key, clean.shape)
+        told = {name: batch[name] for name in ("reference", "features", "text")}
+
+        def error(level):
+            sigma = jnp.full(clean.shape[:2], level)
+            noised = add_noise(clean, noise, level)
+            velocity = self._velocity(params, noised, sigma, told, place_key)
+            return jnp.mean((velocity - (noise - clean)) ** 2)
+
+        return jax.lax.map(error, levels_in_bins(level_key))
+
+    def _windows(self, clips: Clips, still_share: float = 1.0) -> Windows:
+        settings, model = self.settings, self.model
+        return Windows(
+            clips,
+            settings.latents,
+            settings.batch_size,
+            text_len=model.text_len,
+            text_width=model.text_width,
+            seed=[self.seed, 1],
+            still_share=still_share,
+        )
 
     def init(self, key: Array) -> PyTree:
         """Random parameters or those to start from; or a fresh adapter."""

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Float
 
 from jax_avatar.diffusion.flow import add_noise, clean_from_velocity
 from jax_avatar.models.config import DiTConfig
@@ -56,6 +57,7 @@ from jax_avatar.training.rollout import (
 )
 from jax_avatar.training.state import scaled_update, update_ema
 from jax_avatar.training.step import LoopConfig, learning_rate, make_optimiser
+from jax_avatar.training.validation import levels_in_bins
 
 __all__ = ["Distiller", "make_distiller"]
 
@@ -273,6 +275,37 @@ class Distiller:
         metrics |= figures | report(state.guard, state.step)
         metrics["generator_updates"] = state.generator_updates
         return dataclasses.replace(state, step=state.step + 1, watch=watch), metrics
+
+    def critic_errors(
+        self, student: PyTree, critic: PyTree, base: PyTree, told: Told, key: Array
+    ) -> Float[Array, "b n"]:
+        """The critic's error on clips of the last step, for every clip and bin of the noise level.
+
+        Args:
+            student: weights or adapter that makes the clips.
+            critic: weights or adapter.
+            base: the teacher's weights.
+            told: what clips are told.
+            key: of all chance.
+        """
+        bind, generator = self.settings.bind(base), self.generator
+        clip_key, level_key, noise_key = jax.random.split(key, 3)
+        clips, draws = self._clips(told, clip_key)
+        last = jnp.int32(generator.settings.num_steps - 1)
+        traces = roll_out(generator, bind(student), clips, draws, last, keeps_history=False)
+        made = made_clips(traces)
+        noise = jax.vmap(lambda key: jax.random.normal(key, made.shape[1:]))(
+            clip_keys(noise_key, told.row)
+        )
+
+        def errors(level):
+            noisy = add_noise(made, noise, level)
+            sigma = jnp.full((len(made), 1, 1, 1, 1), level)
+            return _errors(
+                _score(generator.graphdef, bind(critic), noisy, sigma, told), made, noise
+            )
+
+        return jax.lax.map(errors, levels_in_bins(level_key)).T
 
     def _teach_critic(self, state, told, key, base):
         settings, generator = self.settings, self.generator

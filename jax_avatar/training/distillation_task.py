@@ -6,7 +6,7 @@ encoded clips: portraits and speech, no video needed
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from jax_avatar.training.model_folder import (
 from jax_avatar.training.monitors import ClipFigures, measure_data
 from jax_avatar.training.rollout import Generator, RolloutConfig
 from jax_avatar.training.step import LoopConfig, mesh_of
+from jax_avatar.training.validation import LEVELS_SEED, FlowValidation
 from jax_avatar.training.windows import Windows, check_fit
 
 __all__ = ["DistillTask", "DistillWeights"]
@@ -74,6 +75,7 @@ class DistillTask:
         clips: Clips,
         *,
         seed: int = 0,
+        held_out: Callable[[], Clips | None] | None = None,
     ):
         """Checks that the parts fit together.
 
@@ -84,6 +86,7 @@ class DistillTask:
             weights: folders.
             clips: portraits and speech to train on.
             seed: of the choice of clips.
+            held_out: reads clips to validate on, if there are any.
         """
         check_not_merged(weights)
         content = model_content(weights.model)
@@ -103,19 +106,10 @@ class DistillTask:
             )
         self.model, self.settings, self.weights = model, settings, weights
         self.clips, self.seed, self._content = clips, seed, content
+        self._held_out = held_out
         self.batch_size, self.content_hash = settings.batch_size, clips.content_hash
         self.replay_limit = settings.replay_limit_for(model.dtype)
-        self._windows = {
-            role: Windows(
-                clips,
-                settings.latents,
-                settings.batch_size,
-                text_len=model.text_len,
-                text_width=model.text_width,
-                seed=[seed, 2, number],
-            )
-            for role, number in _ROLES.items()
-        }
+        self._windows = {role: self._windows_of(clips, number) for role, number in _ROLES.items()}
         network, adapted = NETWORKS[content["dit"]], settings.adapted(model)
         self._build = functools.partial(network, model)
         self.graphdef, self._expected = abstract(lambda: self._build(rngs=nnx.Rngs(0)))
@@ -170,7 +164,30 @@ class DistillTask:
         if (step + 1) % self.settings.generator_every == 0:
             roles.append("generator")
         rows = np.arange(self.batch_size) if rows is None else rows
-        return {role: self._told(step, role, rows) for role in roles}
+        return {role: self._told(self._windows[role], step, rows) for role in roles}
+
+    def evaluations(self, config: LoopConfig, mesh: Mesh) -> list[FlowValidation]:
+        """The critic's error on clips that the student makes of held-out portraits and speech."""
+        held_out = self._held_out() if self._held_out and config.validation_clips else None
+        if held_out is None:
+            return []
+        windows, base = self._windows_of(held_out, len(_ROLES)), self._base.on(mesh)
+        distiller = self._distiller(config)
+
+        def errors(student, others, told):
+            return distiller.critic_errors(student, *others, told, jax.random.key(LEVELS_SEED))
+
+        return [
+            FlowValidation(
+                errors,
+                lambda rows: self._told(windows, 0, rows),
+                mesh,
+                count=min(config.validation_clips, len(windows.windows)),
+                at_once=self.batch_size // config.accumulate,
+                beside=lambda state: (state.critic, base),
+                name="critic_flow",
+            )
+        ]
 
     @property
     def streamed(self) -> tuple[Any, DiTConfig]:
@@ -203,8 +220,19 @@ class DistillTask:
         latents = some.latent[:, : self.settings.latents].astype(np.float32)
         return measure_data(latents, self.model.frames_per_block)
 
-    def _told(self, step: int, role: str, rows: np.ndarray) -> Told:
-        batch = self._windows[role].batch(step, rows)
+    def _windows_of(self, clips: Clips, number: int) -> Windows:
+        settings, model = self.settings, self.model
+        return Windows(
+            clips,
+            settings.latents,
+            settings.batch_size,
+            text_len=model.text_len,
+            text_width=model.text_width,
+            seed=[self.seed, 2, number],
+        )
+
+    def _told(self, windows: Windows, step: int, rows: np.ndarray) -> Told:
+        batch = windows.batch(step, rows)
         pose = reference = batch["reference"]
         if self._content["stream"].get("pose", "zeros") == "zeros":
             pose = np.zeros((*reference.shape[:-1], self.model.pose_channels), np.float32)

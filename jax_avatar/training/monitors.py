@@ -45,13 +45,14 @@ the four default steps, 0.625, 0.833 and 0.938."""
 GAP_LIMIT = 1.02
 """Above this ratio of the critic's to the teacher's error the critic lags behind."""
 
-ALARMS = {
-    "gap": ("above", GAP_LIMIT, "the critic lags behind the generator"),
-    "motion": ("below", 0.5, "clips move too little"),
-    "mean_shift": ("above", 3.0, "a latent channel drifts away from the data"),
-    "std_shift": ("above", 3.0, "the contrast of a latent channel leaves that of the data"),
-}
-"""Monitor -> side, limit and meaning of its alarm."""
+ALARMS = (
+    ("gap", "above", GAP_LIMIT, "the critic lags behind the generator"),
+    ("motion", "below", 0.5, "clips move too little"),
+    ("motion", "above", 1.25, "clips move too much, faster or restlessly"),
+    ("mean_shift", "above", 3.0, "a latent channel drifts away from the data"),
+    ("std_shift", "above", 3.0, "the contrast of a latent channel leaves that of the data"),
+)
+"""Monitor, side, limit and meaning of every alarm."""
 
 _LARGE = 4.0
 _SMALL = 1e-6
@@ -236,14 +237,14 @@ def review(
 def find_alarms(values: Mapping[str, float]) -> dict[str, str]:
     """Alarms of the monitors that have a value: name -> what is wrong, empty if nothing is."""
     found = {}
-    for name, (side, limit, meaning) in ALARMS.items():
+    for name, side, limit, meaning in ALARMS:
         if PREFIX + name not in values:
             continue
         value = values[PREFIX + name]
         is_wrong = value > limit if side == "above" else value < limit
-        found[name] = f"{PREFIX}{name} is {value:.3g}, {side} {limit:g}: {meaning}"
-        if not is_wrong:
-            found[name] = ""
+        found.setdefault(name, "")
+        if is_wrong:
+            found[name] = f"{PREFIX}{name} is {value:.3g}, {side} {limit:g}: {meaning}"
     return found
 
 

@@ -5,12 +5,13 @@ speech, vae --> latents and features --> teacher --> diffusion_forcing --> dmd
 
 import difflib
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
-from jax_avatar.data.encoded import is_complete
+from jax_avatar.data.encoded import is_complete, read_index
 from jax_avatar.data.records import ClipRecord, read_clips
 from jax_avatar.data.toy import toy_clips
 from jax_avatar.io.checkpoint import load_header
@@ -40,8 +41,12 @@ from jax_avatar.training.teacher import SamplerConfig
 from jax_avatar.training.vae import FaceWindows, VAELossConfig, VAETask
 from jax_avatar.training.windows import check_fit
 
-__all__ = ["build_stage", "load_clips", "load_latents", "read_sections"]
+__all__ = ["HELD_OUT", "build_stage", "load_clips", "load_latents", "read_sections"]
 
+HELD_OUT = "held_out_person"
+"""Clips that are evaluated and validated on during training."""
+
+_logger = logging.getLogger(__name__)
 _STRIDE = 8  # pixels per latent cell, of both kinds of VAE
 _STABLE_BATCH, _SMALL_NETWORK = 32, 50_000_000  # clips per update; weights
 _FLOW = {"weights": StageWeights, "model": DiTConfig, "task": ForcingConfig}
@@ -150,6 +155,18 @@ def load_latents(settings: Mapping[str, Any], split: str) -> StoredClips:
     )
 
 
+def _held_out(settings: Mapping[str, Any]) -> StoredClips | None:
+    """Encoded clips of people that are not trained on; None, which is logged, without any."""
+    folder = settings["latents"]
+    if folder and HELD_OUT not in read_index(folder)["splits"]:
+        _logger.warning(
+            f"no validation loss while training: {folder} has no clips of split {HELD_OUT}; encode "
+            "some to have it."
+        )
+        return None
+    return load_latents(settings, HELD_OUT)
+
+
 def _check_base(weights: StageWeights, task: ForcingConfig) -> None:
     if task.adapter_rank and not weights.start:
         raise ValueError(
@@ -228,6 +245,7 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
         name=settings["stage"],
         start=start,
         stream=stream,
+        held_out=functools.partial(_held_out, encoders),
         export=export,
     )
 
@@ -235,4 +253,6 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
 def _dmd(settings, weights, model, rollout, task) -> OwnStepTask:
     encoders = {**settings, "weights": {"vae": weights.model, "speech": weights.model}}
     clips = load_latents(encoders, "train")
-    return DistillTask(model, rollout, task, weights, clips, seed=settings["seed"])
+    held_out = functools.partial(_held_out, encoders)
+    seed = settings["seed"]
+    return DistillTask(model, rollout, task, weights, clips, seed=seed, held_out=held_out)

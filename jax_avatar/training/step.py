@@ -117,6 +117,8 @@ class LoopConfig:
         log_every: steps between lines in `metrics.jsonl`.
         evaluate_every: steps between evaluations; 0 for none.
         evaluate_clips: held-out clips that are streamed in each.
+        validation_clips: held-out windows that the error of the velocity is measured on in each; 0
+            for none.
         checkpoint_every: steps between checkpoints; the last step is always kept.
         keep: latest checkpoints kept. The last good one stays, too: none of the 100 steps before it
             was skipped, and where there are evaluations, it passed one.
@@ -142,6 +144,7 @@ class LoopConfig:
     log_every: int = 20
     evaluate_every: int = 0
     evaluate_clips: int = 8
+    validation_clips: int = 16
     checkpoint_every: int = 500
     keep: int = 3
     keep_every: int = 500
@@ -152,7 +155,7 @@ class LoopConfig:
     # Free to change between the parts of a run.
     BOOKKEEPING = (
         *("accumulate", "mesh"),
-        *("log_every", "evaluate_every", "evaluate_clips"),
+        *("log_every", "evaluate_every", "evaluate_clips", "validation_clips"),
         *("checkpoint_every", "keep", "keep_every", "max_minutes", "profile", "wandb"),
     )
 
@@ -179,6 +182,8 @@ class LoopConfig:
                 f"loop.profile={self.profile}: the run has {self.num_steps} steps; end the trace "
                 "there or before."
             )
+        if self.validation_clips < 0:
+            raise ValueError(f"loop.validation_clips {self.validation_clips} must be 0 or more.")
         check_project(self.wandb)
 
 

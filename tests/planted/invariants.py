@@ -17,6 +17,9 @@ latents = tests_in("training/test_latents")
 lora = tests_in("models/test_lora")
 adapter = tests_in("models/test_adapter")
 evaluation = tests_in("evaluation/test_in_training")
+scores = tests_in("evaluation/test_scores")
+validation = tests_in("training/test_validation")
+monitors = tests_in("training/test_monitors")
 loop = tests_in("training/test_loop")
 memory = tests_in("training/test_memory")
 mesh = tests_in("training/test_mesh")
@@ -272,6 +275,28 @@ INVARIANTS = (
     Mistake(13, "the averaged weights are scored twice", "evaluation/in_training.py",
             "self._scores(state.params, self._truth", "self._scores(state.ema, self._truth",
             evaluation("the_weights_of_the_moment_are_streamed_scored_and_shown")),
+    Mistake(11, "clips that fill the last part are counted, too", "training/validation.py",
+            "found[: self._count]", "found",
+            validation("every_bin_has_a_level_and_clips_come_once_whatever_the_mesh")),
+    Mistake(13, "the averaged weights are validated twice", "training/validation.py",
+            "self._mean(state, state.params)", "self._mean(state, state.ema)",
+            validation("every_bin_has_a_level_and_clips_come_once_whatever_the_mesh")),
+    Mistake(13, "clips are validated at one level", "training/diffusion_forcing.py",
+            "sigma = jnp.full(clean.shape[:2], level)",
+            "sigma = jnp.full(clean.shape[:2], 0.5)",
+            validation("the_error_is_that_of_the_velocity_at_the_level_of_the_bin")),
+    Mistake(13, "the critic is validated on clips of the average", "training/distillation_task.py",
+            "critic_errors(student, *others", "critic_errors(others[0], *others",
+            validation("of_a_critic_it_is_the_error_on_clips_of_the_student"), slow=True),
+    Mistake(13, "intervals have their own level", "evaluation/scores.py",
+            "outside = (1 - level) / 2", "outside = 0.025",
+            scores("the_interval_of_a_mean_is_that_of_its_normal_distribution")),
+    Mistake(13, "PSNR is above that of the truth", "evaluation/scores.py",
+            "(psnr[:, 0] - psnr[:, 1])", "psnr[:, 0]",
+            scores("the_still_portrait_is_what_others_are_above")),
+    Mistake(13, "clips that move too much set no alarm", "training/monitors.py",
+            '("motion", "above", 1.25,', '("motion", "above", 125,',
+            monitors("clips_that_move_too_much_ring_as_those_that_move_too_little_do")),
     Mistake(12, "a fresh adapter's second factor is not zero", "models/lora.py",
             "jnp.zeros(leaf.shape, dtype)", "jnp.full(leaf.shape, 0.02, dtype)",
             (*lora("a_fresh_adapter_changes_nothing"),
@@ -417,7 +442,7 @@ INVARIANTS = (
             "self._velocity(params, noisy,", "self._velocity(params, clean,",
             forcing("two_clips_are_learnt_by_heart[DiT-block_causal]"), slow=True),
     Mistake(21, "stage 1's target has the other sign", "training/diffusion_forcing.py",
-            "(velocity - (noise - clean))", "(velocity + (noise - clean))",
+            "(velocity - (noise - clean)) ** 2, axis", "(velocity + (noise - clean)) ** 2, axis",
             forcing("an_exact_velocity_costs_nothing_and_a_wrong_one_its_square")),
     Mistake(21, "the student flees the teacher", "training/dmd.py",
             "(fake - real) / jnp", "(real - fake) / jnp",
