@@ -81,7 +81,7 @@ def _wan_s2v_14b() -> dict:
         },
         "model": paper_dit(),
         # 1000, 937.5, 833.333 and 625: evenly spaced levels, shifted by 5.
-        "rollout": {"sigmas": [1.0, 0.9375, 5 / 6, 0.625, 0.0]},
+        "rollout": {"sigmas": "self_forcing"},
         "task": {"batch_size": 128, "latents": 21, "adapter_rank": 128, "adapter_alpha": 64.0},
         "loop": {
             **_loop(num_steps=2500, learning_rate=1e-5, warmup_steps=20),

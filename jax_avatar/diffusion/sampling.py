@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from jax_avatar.diffusion.flow import add_noise
-from jax_avatar.diffusion.schedule import Schedule
+from jax_avatar.diffusion.schedule import Schedule, named_schedule
 from jax_avatar.shapes import Array, Latent
 
 __all__ = ["Sampling", "noised"]
@@ -23,7 +23,8 @@ class Sampling:
     writes one history for all steps of the next blocks, so that blocks follow one another.
 
     Attributes:
-        sigmas: noise levels, falling to 0.
+        sigmas: noise levels, falling to 0, or the name of one of `STEP_SETS`, such as "shift3" or,
+            with another number of steps, "shift3:2".
         sampler: "euler", or "renoise", which noises every clean prediction anew.
         cache: "per_step", every step sees history at its own noise level, or "exit_only", all see
             that of the last step (Algorithm 1 as printed; in training, of the exit step).
@@ -41,7 +42,7 @@ class Sampling:
     "clean" is Self-Forcing's (arXiv 2506.08009).
     """
 
-    sigmas: Sequence[float]
+    sigmas: Sequence[float] | str
     sampler: str = "euler"
     cache: str = "per_step"
     refresh: str = "none"
@@ -58,6 +59,8 @@ class Sampling:
     }
 
     def __post_init__(self):
+        if isinstance(self.sigmas, str):
+            object.__setattr__(self, "sigmas", named_schedule(self.sigmas).sigmas)
         for name in ("sigmas", "sink_distance"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         Schedule(self.sigmas)

@@ -1,6 +1,9 @@
 """Noise levels from pure noise to clean, as the official samplers space them."""
 
+import functools
 import itertools
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -9,11 +12,13 @@ import numpy as np
 from jax_avatar.shapes import Array
 
 __all__ = [
+    "STEP_SETS",
     "Schedule",
     "euler_schedule",
     "few_step_schedule",
     "gaussian_weight",
     "level_of_draw",
+    "named_schedule",
     "shift_sigma",
     "uniform_schedule",
 ]
@@ -90,6 +95,31 @@ def few_step_schedule(num_steps: int = 4, shift: float = 5.0) -> Schedule:
     if num_steps < 1:
         raise ValueError(f"{num_steps} denoising steps; at least 1 is expected.")
     return Schedule((*shift_sigma(np.linspace(1.0, 0.0, num_steps + 1)[:-1], shift).tolist(), 0.0))
+
+
+STEP_SETS: dict[str, Callable[[int], Schedule]] = {
+    "self_forcing": few_step_schedule,
+    "shift3": functools.partial(few_step_schedule, shift=3.0),
+    "paper_uniform": uniform_schedule,
+    "released": euler_schedule,
+}
+"""Levels by name, for a number of steps; with four they are the timesteps 1000, 937.5, 833.3, 625;
+1000, 900, 750, 500; 1000, 750, 500, 250; and 1000, 857.7, 602.2, 8.9."""
+
+
+def named_schedule(name: str) -> Schedule:
+    """One of `STEP_SETS`, and after a colon its number of steps: "shift3", or "shift3:2".
+
+    Raises:
+        ValueError: the name or the number is unknown.
+    """
+    kind, colon, count = name.partition(":")
+    if kind not in STEP_SETS or (colon and not re.fullmatch(r"[1-9]\d*", count)):
+        raise ValueError(
+            f"sigmas {name!r}: expected one of {', '.join(STEP_SETS)}, and after a colon the "
+            "number of steps, as in self_forcing:3; or the levels themselves, as in 1.0,0.5,0.0."
+        )
+    return STEP_SETS[kind](int(count) if colon else 4)
 
 
 def level_of_draw(draw: np.ndarray | Array, shift: float) -> Array:

@@ -59,7 +59,7 @@ class RolloutConfig(Sampling):
             (Algorithm 1); the same gradient, more memory.
     """
 
-    sigmas: Sequence[float] = few_step_schedule(4).sigmas
+    sigmas: Sequence[float] | str = few_step_schedule(4).sigmas
     kv_noise: float = 0.0
     kv_noise_on: str = "both"
     kv_noise_sink: bool = False

@@ -29,6 +29,24 @@ def test_histories_differ_in_evaluations_windows_and_noise(settings, levels, win
     assert Sampling(**sampling.sampling()) == sampling
 
 
+@pytest.mark.parametrize(
+    ("name", "timesteps"),
+    [
+        ("self_forcing", [1000, 937.5, 833.333, 625]),
+        ("self_forcing:3", [1000, 909.091, 714.286]),
+        ("self_forcing:2", [1000, 833.333]),
+        ("shift3", [1000, 900, 750, 500]),
+        ("paper_uniform", [1000, 750, 500, 250]),
+        ("released", [1000, 857.692, 602.151, 8.929]),
+        ("released:1", [1000]),
+    ],
+)
+def test_levels_have_names(name, timesteps):
+    sampling = Sampling(sigmas=name)
+    np.testing.assert_allclose(1000 * np.array(sampling.sigmas), [*timesteps, 0], atol=1e-3)
+    assert sampling.sampling()["sigmas"] == list(sampling.sigmas)
+
+
 def test_a_finished_block_is_noised_in_float32_and_left_alone_at_level_0():
     clean, noise = jax.random.normal(jax.random.key(0), (2, 1, 3, 2, 2, 4))
     half = clean.astype("bfloat16")
@@ -45,6 +63,12 @@ def test_a_finished_block_is_noised_in_float32_and_left_alone_at_level_0():
         ({"refresh": "dirty"}, "refresh 'dirty' must be one of none, clean, fixed"),
         ({"refresh_sigma": 1.0}, "refresh_sigma 1.0 must be between 0 and 1"),
         ({"sigmas": (1.0, 0.5)}, "must fall"),
+        (
+            {"sigmas": "shift4"},
+            r"'shift4': expected one of self_forcing, shift3, .* self_forcing:3",
+        ),
+        ({"sigmas": "shift3:0"}, r"'shift3:0': expected"),
+        ({"sigmas": "shift3:"}, r"'shift3:': expected"),
         ({"sink_distance": (5, 4)}, "the smaller first"),
         ({"sink_distance": (5,)}, "two numbers"),
     ],

@@ -7,6 +7,7 @@ __all__ = ["SETTINGS"]
 conditions = tests_in("training/test_conditions")
 distill = tests_in("training/test_distill_settings")
 forcing = tests_in("training/test_diffusion_forcing")
+sampling = tests_in("diffusion/test_sampling")
 schedules = tests_in("training/test_schedules")
 
 CHANCE = distill("nothing_that_is_drawn_shares_a_key")
@@ -37,6 +38,11 @@ SETTINGS = tuple(Mistake("setting", *row) for row in (
     ("the critic has the loop's schedule", "training/distillation.py",
      "schedule=settings.critic_schedule or loop.schedule", "schedule=loop.schedule",
      schedules("both_networks_follow_the_outer_step")),
+    ("a named set of levels forgets its shift", "diffusion/schedule.py",
+     "functools.partial(few_step_schedule, shift=3.0)", "few_step_schedule",
+     sampling("levels_have_names")),
+    ("a named set of levels has four steps in any case", "diffusion/schedule.py",
+     "int(count) if colon else 4", "4", sampling("levels_have_names")),
     ("a constant schedule falls", "training/step.py",
      "share = config.final_learning_rate if config.schedule == \"cosine\" else 1.0",
      "share = config.final_learning_rate",
