@@ -34,7 +34,7 @@ def _tiny() -> dict:
         "latents": "",
         "weights": weights(SMALL_MODEL),
         "model": tiny_dit(),
-        "task": {"batch_size": 2, "latents": 9, "weight": "clean"},
+        "task": {"batch_size": 2, "latents": 9, "smallest_sigma": 0.1, "weight": "clean"},
         "loop": {
             **adam(20, 1e-3, 5, betas=[0.9, 0.999], log_every=5),
             "evaluate_every": 20,

@@ -28,7 +28,13 @@ def _tiny() -> dict:
         "weights": {"model": SMALL_MODEL, "teacher": "", "student": ""},
         "model": tiny_dit(),
         "rollout": {"sigmas": [1.0, 0.97, 0.9, 0.8, 0.0], "shift_max": 100},
-        "task": {"batch_size": 2, "latents": 9, "ema_start": 10, "critic_learning_rate": 1e-4},
+        "task": {
+            "batch_size": 2,
+            "latents": 9,
+            "sigma_bounds": [0.1, 0.98],
+            "ema_start": 10,
+            "critic_learning_rate": 1e-4,
+        },
         "loop": {
             **_loop(num_steps=20, learning_rate=1e-4, warmup_steps=2),
             "log_every": 5,

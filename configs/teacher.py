@@ -35,7 +35,13 @@ def _tiny() -> dict:
         "latents": "",
         "weights": weights(SMALL_MODEL),
         "model": tiny_dit(),
-        "task": {**_clips(), "batch_size": 2, "latents": 9, "weight": "clean"},
+        "task": {
+            **_clips(),
+            "batch_size": 2,
+            "latents": 9,
+            "smallest_sigma": 0.1,
+            "weight": "clean",
+        },
         "sampler": {"num_steps": 4, "guidance": 4.0},
         "loop": {
             **adam(20, 1e-3, 5, betas=[0.9, 0.95], log_every=5),
@@ -57,6 +63,7 @@ def _small() -> dict:
             "latents": 9,
             # The network predicts the clean latent, whose error does not shrink with the noise.
             "weight": "clean",
+            "smallest_sigma": 0.1,
             # Without the portrait it would have to invent a face, which no one asks of it.
             "reference_dropout": 0.0,
             "reference_noise": 0.05,

@@ -10,6 +10,7 @@ All forms run the same layers. The network predicts the velocity `noise - clean`
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,9 @@ class Block(nnx.Module):
 
 class DiT(nnx.Module):
     """Latent block, timestep, speech, prompt and portrait -> velocity."""
+
+    smallest_sigma: ClassVar[float] = 0.0
+    """Noise level below which the velocity is no longer `noise - clean` of the prediction."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         d, c = config.width, config.latent_channels
@@ -693,6 +697,24 @@ class DiT(nnx.Module):
         if tap:
             tap("head_out", out)
         return unpatchify(out, (t, h // 2, w // 2), _PATCH)
+
+    @classmethod
+    def check_level(cls, setting: str, sigma: float) -> None:
+        """Refuses to ask for velocities below `smallest_sigma`.
+
+        Args:
+            setting: where the level comes from, for the message.
+            sigma: smallest noise level that is asked for.
+
+        Raises:
+            ValueError: it is too small.
+        """
+        if sigma < cls.smallest_sigma:
+            raise ValueError(
+                f"{setting} asks {cls.__name__} for noise level {sigma:g}; its velocity is that of "
+                f"its prediction from {cls.smallest_sigma:g} up. Give levels of "
+                f"{cls.smallest_sigma:g} or more."
+            )
 
     def velocity(
         self, out: Latent, noisy: Latent, timestep: Float[Array, "b t"], pose: Latent

@@ -19,8 +19,6 @@ from jax_avatar.shapes import Array, AudioFeatures, Float, Latent
 
 __all__ = ["NormalisedAudioEncoder", "PortraitDiT"]
 
-_SMALLEST_SIGMA = 0.1  # below, the division by sigma would amplify what the network cannot know
-
 
 class NormalisedAudioEncoder(CausalAudioEncoder):
     """Audio tokens of normalised features: a residual encoder's grow from layer to layer."""
@@ -37,6 +35,9 @@ class PortraitDiT(DiT):
     Generative Models Denoise", arXiv 2511.13720; the portrait as a base is this project's.
     """
 
+    # Below, the division by sigma would amplify what the network cannot know.
+    smallest_sigma = 0.1
+
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         if config.pose_channels != config.latent_channels:
             raise ValueError(
@@ -50,7 +51,7 @@ class PortraitDiT(DiT):
         self, out: Latent, noisy: Latent, timestep: Float[Array, "b t"], pose: Latent
     ) -> Latent:
         """The predicted change of the portrait -> velocity; arguments as in `DiT.velocity`."""
-        sigma = jnp.maximum(timestep.astype(jnp.float32) / 1000, _SMALLEST_SIGMA)
+        sigma = jnp.maximum(timestep.astype(jnp.float32) / 1000, self.smallest_sigma)
         clean = pose.astype(jnp.float32) + out.astype(jnp.float32)
         velocity = (noisy.astype(jnp.float32) - clean) / sigma[:, :, None, None, None]
         return velocity.astype(noisy.dtype)

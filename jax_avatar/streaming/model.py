@@ -270,6 +270,7 @@ def load_model(
         networks["dit"] = _with_adapter(networks["dit"], folder)
     if weights and weights != networks["dit"].config.weights:
         networks["dit"] = _in_eight_bits(networks["dit"], content["dit"], weights)
+    _KINDS["dit"][content["dit"]][0].check_level("stream.sigmas", settings.sigmas[-2])
     model = AvatarModel(content["name"], settings=settings, **networks)
     _check_fit(model, folder)
     return model

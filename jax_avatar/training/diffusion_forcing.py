@@ -56,7 +56,8 @@ class ForcingConfig(AdapterConfig):
             student. "bidirectional" hears the window as one.
         shift: moves noise levels toward noise; uniform levels before the shift.
         shared_share: share of the clips whose blocks all have the same noise level.
-        smallest_sigma: levels are drawn between this one and 1.
+        smallest_sigma: levels are drawn between this one and 1; at least the network's own
+            `smallest_sigma`.
         audio_dropout: share of the clips whose speech features are zeros.
         text_dropout: share of the clips whose prompt is the negative prompt, or zeros.
         reference_dropout: share of the clips whose portrait is zeros.
@@ -172,6 +173,7 @@ class ForcingTask:
                 latter two as `export_model` takes them.
         """
         check_fit(clips, model, settings.latents)
+        network.check_level("task.smallest_sigma", settings.smallest_sigma)
         if settings.mouth_probe_weight and not clips.has_lips:
             raise ValueError(
                 f"task.mouth_probe_weight={settings.mouth_probe_weight} needs clips whose lips are "

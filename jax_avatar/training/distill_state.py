@@ -33,7 +33,8 @@ class DistillConfig(AdapterConfig):
             the teacher is asked once more. 0 guides by both together, with `guidance_scale`.
         guidance_bounds: noise levels, both included, outside of which nothing is guided.
         timestep_shift: of the scores' noise levels, toward noise.
-        sigma_bounds: they are clamped to these.
+        sigma_bounds: they are clamped to these; the lower one is at least the network's own
+            `smallest_sigma`.
         normalizer: "clip" or "block", see `generator_gradient`.
         gradient_limit: largest element of the gradient.
         clean_limit: updates on clips with larger values are skipped; well above the data's.

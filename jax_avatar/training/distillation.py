@@ -12,7 +12,7 @@ Source: Live Avatar (arXiv 2512.04677), Algorithms 1 and 2; Self-Forcing (arXiv 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from jax_avatar.diffusion.flow import add_noise, clean_from_velocity
 from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.models.sharding import constrain, constrain_params
 from jax_avatar.shapes import Array, IntScalar, Latent, PyTree
@@ -59,7 +60,7 @@ from jax_avatar.training.state import scaled_update, update_ema
 from jax_avatar.training.step import LoopConfig, learning_rate, make_optimiser
 from jax_avatar.training.validation import levels_in_bins
 
-__all__ = ["Distiller", "make_distiller"]
+__all__ = ["Distiller", "check_levels", "make_distiller"]
 
 _GENERATOR, _CRITIC = 0, 1  # roles, folded into the key
 
@@ -402,7 +403,7 @@ class Distiller:
 
 
 def make_distiller(
-    network: Callable[..., Any],
+    network: type[DiT],
     model: DiTConfig,
     rollout: RolloutConfig,
     settings: DistillConfig,
@@ -419,11 +420,22 @@ def make_distiller(
         loop: of both optimisers.
         data: what monitors compare generated clips with.
     """
+    check_levels(network, rollout, settings)
     adapted = settings.adapted(model)
     teacher, student = (
         abstract(lambda size=size: network(size, rngs=nnx.Rngs(0)))[0] for size in (model, adapted)
     )
     return Distiller(Generator(student, adapted, rollout), teacher, settings, loop, data)
+
+
+def check_levels(network: type[DiT], rollout: RolloutConfig, settings: DistillConfig) -> None:
+    """Checks that neither the student nor the scores are asked for levels below the network's.
+
+    Raises:
+        ValueError: they are.
+    """
+    network.check_level("rollout.sigmas", rollout.sigmas[-2])
+    network.check_level("task.sigma_bounds", settings.sigma_bounds[0])
 
 
 def _score(graphdef, params, noisy, sigma, told):

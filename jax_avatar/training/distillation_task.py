@@ -24,7 +24,7 @@ from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.adapters import FrozenBase
 from jax_avatar.training.base_weights import check_not_merged, merge_record
 from jax_avatar.training.distill_state import DistillConfig, DistillState, Told
-from jax_avatar.training.distillation import Distiller
+from jax_avatar.training.distillation import Distiller, check_levels
 from jax_avatar.training.latents import Clips
 from jax_avatar.training.model_folder import (
     NETWORKS,
@@ -111,6 +111,7 @@ class DistillTask:
         self.replay_limit = settings.replay_limit_for(model.dtype)
         self._windows = {role: self._windows_of(clips, number) for role, number in _ROLES.items()}
         network, adapted = NETWORKS[content["dit"]], settings.adapted(model)
+        check_levels(network, rollout, settings)
         self._build = functools.partial(network, model)
         self.graphdef, self._expected = abstract(lambda: self._build(rngs=nnx.Rngs(0)))
         structure, _ = abstract(lambda: network(adapted, rngs=nnx.Rngs(0)))

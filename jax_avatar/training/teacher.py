@@ -30,7 +30,8 @@ class SamplerConfig:
     """How a teacher's clips are made.
 
     Attributes:
-        num_steps: of Euler, evenly spaced, then shifted.
+        num_steps: of Euler, evenly spaced, then shifted; none below the network's own
+            `smallest_sigma`, from where the last one leads to the clean clip.
         shift: of the noise levels, toward noise.
         guidance: scale in the standard form; 1 is none.
         seed: of the noise.
@@ -64,7 +65,7 @@ def make_sampler(
     Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598; the
     conditions are Wan2.2-S2V's.
     """
-    sigmas = np.float32(few_step_schedule(settings.num_steps, settings.shift).sigmas)
+    levels = few_step_schedule(settings.num_steps, settings.shift).sigmas[:-1]
 
     def velocity(params, latent, sigma, reference, features):
         b, t, h, w, _ = latent.shape
@@ -87,8 +88,11 @@ def make_sampler(
         def velocity_fn(latent, sigma, cache):
             return guided(params, latent, sigma, reference, features), cache
 
-        def step(latent, levels):
-            return euler_step(velocity_fn, latent, *levels, None)
+        def step(latent, pair):
+            return euler_step(velocity_fn, latent, *pair, None)
+
+        low = merge(graphdef, params).smallest_sigma
+        sigmas = np.float32([*dict.fromkeys(max(level, low) for level in levels), 0])
 
         b, _, *rest = reference.shape
         shape = (b, features.shape[2] // 4, *rest)

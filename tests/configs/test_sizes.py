@@ -6,7 +6,10 @@ import pytest
 
 from configs.sizes import PAPER_MODEL
 from jax_avatar.models.config import wan_s2v_14b
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.training import stages
+from jax_avatar.training.distillation import check_levels
 from jax_avatar.training.latents import random_clips
 from jax_avatar.training.stages import build_stage, load_latents, read_sections
 
@@ -17,6 +20,7 @@ SIZES = {
     "diffusion_forcing": ("tiny", "small", "wan_s2v_14b"),
     "dmd": ("tiny", "small", "wan_s2v_14b"),
 }
+FLOWS = ("teacher", "diffusion_forcing", "dmd")
 ALL = [(stage, size) for stage, sizes in SIZES.items() for size in sizes]
 
 
@@ -34,6 +38,16 @@ def test_a_size_is_a_stage(stage, size):
         assert sections["model"] == expected
     if size == "tiny":
         assert loop.num_steps <= 20 and not settings.get("data")
+
+
+@pytest.mark.parametrize(("stage", "size"), [pair for pair in ALL if pair[0] in FLOWS])
+def test_no_size_asks_for_levels_below_those_of_its_network(stage, size):
+    sections, _ = read_sections(get(stage, size))
+    network, task = DiT if size == "wan_s2v_14b" else PortraitDiT, sections["task"]
+    if stage == "dmd":
+        check_levels(network, sections["rollout"], task)
+    else:
+        network.check_level("task.smallest_sigma", task.smallest_sigma)
 
 
 @pytest.mark.parametrize("stage", SIZES)

@@ -101,6 +101,17 @@ def test_dropped_speech_does_not_blow_up_the_gradient():
     assert norms[0] < 5 * norms[1]
 
 
+def test_the_velocity_is_that_of_the_prediction_down_to_the_smallest_level():
+    dit, low = PortraitDiT(CONFIG, rngs=nnx.Rngs(0)), PortraitDiT.smallest_sigma
+    out, noisy, pose = jax.random.normal(KEY, (3, 1, 3, 4, 4, 4))
+    for sigma, is_exact in ((1.0, True), (low, True), (low / 2, False)):
+        velocity = dit.velocity(out, noisy, jnp.full((1, 3), 1000 * sigma), pose)
+        error = np.abs(noisy - sigma * velocity - (pose + out)).max()
+        assert (error < 1e-4) == is_exact
+    with pytest.raises(ValueError, match=r"the sampler asks PortraitDiT for noise level 0\.05"):
+        PortraitDiT.check_level("the sampler", low / 2)
+
+
 def test_pose_and_latent_channels_must_agree():
     with pytest.raises(ValueError, match="pose_channels 8 must equal latent_channels 4"):
         PortraitDiT(CONFIG.replace(pose_channels=8), rngs=nnx.Rngs(0))

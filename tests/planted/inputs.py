@@ -8,6 +8,7 @@ adapters = tests_in("training/test_adapters")
 encoded = tests_in("data/test_encoded")
 encoding = tests_in("training/test_encoding")
 latents = tests_in("training/test_latents")
+forcing = tests_in("training/test_diffusion_forcing")
 loop = tests_in("training/test_loop")
 mesh = tests_in("training/test_mesh")
 sizes = tests_in("configs/test_sizes")
@@ -107,6 +108,18 @@ INPUTS = tuple(Mistake("input", *row) for row in (
      '"sampler", "cache", "refresh", "refresh_sigma"', '"sampler"', UNLIKE),
     ("another audio context than the training's passes", "streaming/model.py",
      '"refresh_sigma", "audio_context")', '"refresh_sigma")', UNLIKE),
+    ("stage 1 may draw levels below those of its network", "training/diffusion_forcing.py",
+     'network.check_level("task.smallest_sigma", settings.smallest_sigma)', "pass",
+     forcing("no_levels_are_drawn_at_which_the_network_cannot_meet_its_target")),
+    ("scores may be asked below the levels of their network", "training/distillation.py",
+     'network.check_level("task.sigma_bounds", settings.sigma_bounds[0])', "pass",
+     distillation("parts_that_do_not_fit_are_named")),
+    ("a student may be asked below the levels of its network", "training/distillation.py",
+     'network.check_level("rollout.sigmas", rollout.sigmas[-2])', "pass",
+     distillation("parts_that_do_not_fit_are_named")),
+    ("a stream may ask below the levels of its network", "streaming/model.py",
+     '_KINDS["dit"][content["dit"]][0].check_level("stream.sigmas", settings.sigmas[-2])', "pass",
+     models("a_network_is_not_streamed_below_its_smallest_level")),
     ("a small batch is no reason to stop", "training/stages.py",
      "if task.batch_size < _STABLE_BATCH and", "if False and",
      sizes("large_networks_want_large_batches")),

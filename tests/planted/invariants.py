@@ -31,7 +31,8 @@ streams = tests_in("streaming/test_streams")
 planned = tests_in("planning/test_stream")
 hosts = tests_in("launch/test_hosts")
 learning = tests_in("training/test_invariants_learning")
-streams = tests_in("streaming/test_streams")
+portrait = tests_in("models/test_portrait_dit")
+teacher = tests_in("training/test_teacher")
 
 
 def golden(*stems):
@@ -403,6 +404,12 @@ INVARIANTS = (
     Mistake(17, "the clean prediction has the other sign", "diffusion/flow.py",
             "astype(jnp.float32) - sigma * velocity", "astype(jnp.float32) + sigma * velocity",
             rollout("an_exact_velocity_leads_to_the_clean_clip[euler]")),
+    Mistake(17, "a teacher is sampled below the levels of its network", "training/teacher.py",
+            "max(level, low) for level", "level for level",
+            teacher("no_step_starts_below_the_networks_smallest_level")),
+    Mistake(17, "the network divides by no less than another level", "models/portrait_dit.py",
+            "self.smallest_sigma)", "2 * self.smallest_sigma)",
+            portrait("the_velocity_is_that_of_the_prediction_down_to_the_smallest_level")),
     Mistake(17, "the exit predicts from the next level", "training/rollout.py",
             "jnp.float32)[exit_step]", "jnp.float32)[exit_step + 1]",
             rollout("an_exact_velocity_leads_to_the_clean_clip[euler]")),

@@ -94,6 +94,14 @@ def test_a_stream_unlike_the_training_is_refused_unless_it_is_forced(
     assert same.sigmas == (1.0, 0.75, 0.5, 0.0) and same.sink_distance == (3, 3)
 
 
+def test_a_network_is_not_streamed_below_its_smallest_level(tmp_path):
+    save_model(tmp_path, sigmas=[1.0, 0.05, 0.0])
+    load_model(tmp_path)
+    add_to_config(tmp_path, {"dit": "portrait"})
+    with pytest.raises(ValueError, match=r"stream\.sigmas asks PortraitDiT for noise level 0\.05"):
+        load_model(tmp_path)
+
+
 def test_a_folder_that_lacks_something_says_what(folder):
     (folder / "vae.safetensors").unlink()
     with pytest.raises(ValueError, match="no weights of 'vae'"):

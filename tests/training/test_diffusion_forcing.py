@@ -182,7 +182,7 @@ def test_the_portrait_follows_the_clip_or_stays():
 
 def test_levels_of_the_paper_are_a_thousand_shifted_ones():
     settings = dataclasses.replace(SETTINGS, shift=5.0, shared_share=0.0, smallest_sigma=0.0)
-    sigma = np.asarray(make_task(settings)._sigmas(KEY, 4000, 9))[:, ::3]
+    sigma = np.asarray(make_task(settings, network=DiT)._sigmas(KEY, 4000, 9))[:, ::3]
     level = sigma / (5 - 4 * sigma)
     np.testing.assert_allclose(1000 * level, np.round(1000 * level), atol=2e-3)
     assert 0 < level.min() < 2e-3 and level.max() == 1
@@ -206,7 +206,9 @@ def test_weights_of_the_levels():
 def test_two_clips_are_learnt_by_heart(form, network):
     clips = make_clips(2, 6)
     settings = ForcingConfig(batch_size=2, latents=6, form=form, weight="clean", text_dropout=0.0)
-    settings = dataclasses.replace(settings, shift=1.0, audio_dropout=0.0)
+    settings = dataclasses.replace(
+        settings, shift=1.0, audio_dropout=0.0, smallest_sigma=network.smallest_sigma
+    )
     task = make_task(settings, clips, network=network)
     loop = LoopConfig(num_steps=500, learning_rate=4e-3, warmup_steps=20)
     state = start_state(task.init(jax.random.key(0)), make_optimiser(loop))
@@ -282,3 +284,11 @@ def test_settings_that_do_not_fit_the_clips_are_named():
         make_task(dataclasses.replace(SETTINGS, latents=5))
     with pytest.raises(ValueError, match=r"model\.audio_layers"):
         make_task(audio_layers=3)
+
+
+def test_no_levels_are_drawn_at_which_the_network_cannot_meet_its_target():
+    low = dataclasses.replace(SETTINGS, smallest_sigma=0.05)
+    message = r"task\.smallest_sigma asks PortraitDiT for noise level 0\.05; .*from 0\.1 up"
+    with pytest.raises(ValueError, match=message):
+        make_task(low)
+    assert make_task(low, network=DiT).settings.smallest_sigma == 0.05

@@ -314,6 +314,14 @@ def test_parts_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"task\.latents=8: clips have 7"):
         settings = dataclasses.replace(SETTINGS, latents=8)
         DistillTask(MODEL, ROLLOUT, settings, weights, clips)
+    content = load_json(tmp_path / "config.json")
+    save_json(tmp_path / "config.json", content | {"dit": "portrait"})
+    with pytest.raises(ValueError, match=r"task\.sigma_bounds asks PortraitDiT.* level 0\.02;"):
+        DistillTask(MODEL, ROLLOUT, SETTINGS, weights, clips)
+    settings = dataclasses.replace(SETTINGS, sigma_bounds=(0.1, 0.98))
+    with pytest.raises(ValueError, match=r"rollout\.sigmas asks PortraitDiT.* level 0\.05;"):
+        rollout = dataclasses.replace(ROLLOUT, sigmas=(1.0, 0.05, 0.0))
+        DistillTask(MODEL, rollout, settings, weights, clips)
     save_json(tmp_path / "config.json", {"dit": "other"})
     with pytest.raises(ValueError, match="has dit 'other', expected one of portrait, wan_s2v"):
         DistillTask(MODEL, ROLLOUT, SETTINGS, weights, clips)

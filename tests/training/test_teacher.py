@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_avatar.training import teacher
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 from tests import nano
 
@@ -27,6 +28,24 @@ def test_guidance_leads_away_from_a_clip_without_speech_but_with_the_portrait():
     guided = sampler(4.0)(REFERENCE, FEATURES)
     np.testing.assert_allclose(guided, told + 3 * (told - untold), atol=2e-5)
     assert np.abs(told - untold).max() > 1e-3
+
+
+def test_no_step_starts_below_the_networks_smallest_level(monkeypatch):
+    """A network that divides by no less than half cannot lead to its prediction from there."""
+
+    class Network:
+        smallest_sigma = 0.5
+
+        def __init__(self, graphdef, params):
+            pass
+
+        def bidirectional(self, noisy, timestep, *told):
+            return (noisy - 7) / jnp.maximum(timestep[:, :, None, None, None] / 1000, 0.5)
+
+    monkeypatch.setattr(teacher, "merge", Network)
+    for steps in (1, 8):
+        sample = make_sampler(None, MODEL, SamplerConfig(steps, shift=1.0, guidance=1.0))
+        np.testing.assert_allclose(sample({}, REFERENCE, FEATURES), 7, atol=1e-5)
 
 
 def test_a_clip_is_as_long_as_its_speech_and_more_steps_make_another():
