@@ -7,6 +7,7 @@ __all__ = ["SETTINGS"]
 conditions = tests_in("training/test_conditions")
 distill = tests_in("training/test_distill_settings")
 forcing = tests_in("training/test_diffusion_forcing")
+ablations = tests_in("configs/test_ablations")
 sampling = tests_in("diffusion/test_sampling")
 schedules = tests_in("training/test_schedules")
 
@@ -38,6 +39,15 @@ SETTINGS = tuple(Mistake("setting", *row) for row in (
     ("the critic has the loop's schedule", "training/distillation.py",
      "schedule=settings.critic_schedule or loop.schedule", "schedule=loop.schedule",
      schedules("both_networks_follow_the_outer_step")),
+    ("the ablation of clean history keeps it noisy", "configs/ablations.py",
+     '{"rollout.refresh": "clean"}', '{"rollout.refresh": "none"}',
+     ablations("an_ablation_changes_what_its_name_says")),
+    ("Algorithm 1 as printed is streamed with Euler's steps", "configs/ablations.py",
+     '"rollout.sampler": "renoise", "rollout.gradient": "clip"}', '"rollout.gradient": "clip"}',
+     ablations("an_ablation_changes_what_its_name_says")),
+    ("the window keeps its blocks, whatever their size", "configs/ablations.py",
+     "past = 3 * (settings", "past = count * (settings",
+     ablations("the_window_follows_the_block")),
     ("a named set of levels forgets its shift", "diffusion/schedule.py",
      "functools.partial(few_step_schedule, shift=3.0)", "few_step_schedule",
      sampling("levels_have_names")),
