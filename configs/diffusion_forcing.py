@@ -88,6 +88,7 @@ def _wan_s2v_14b() -> dict:
             "evaluate_every": 2500,
             "evaluate_clips": 16,
             "validation_clips": 512,
+            "workers": 4,
             "checkpoint_every": 500,
         },
     }

@@ -94,6 +94,7 @@ def _wan_s2v_14b() -> dict:
             "log_every": 1,
             "evaluate_every": 250,
             "evaluate_clips": 16,
+            "workers": 4,
             "checkpoint_every": 50,
         },
     }

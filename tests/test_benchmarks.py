@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import audio_context, common, curves, dit_step, live, long_stream, overlap, stream
+from benchmarks import (
+    audio_context,
+    common,
+    curves,
+    dit_step,
+    live,
+    loader,
+    long_stream,
+    overlap,
+    stream,
+)
 from benchmarks.gpu import small_128
 from configs.sizes import SMALL_MODEL
 from jax_avatar.models.dit import DiT
@@ -216,3 +226,11 @@ def test_more_sound_around_a_block_brings_live_features_nearer(capsys):
     for state in ("error_first", "error_middle", "error_last"):
         assert first[state] > last[state] > 0
     assert all(is_timing(result["block"]) for result in record["results"])
+
+
+def test_the_loader_tells_windows_per_second_and_the_cpu_time_it_takes():
+    arguments = ["--size", "nano", "--clips", "3", "--batch", "2", "--batches", "4"]
+    record = loader.main([*arguments, "--warm_up", "2", "--workers", "0", "0"])
+    first, second = record["rows"]
+    assert first["workers"] == 0 and first["ratio"] == 1 and record["latents"] == 3
+    assert second["windows_per_s"] > 0 and first["own_cpu_ms_per_window"] > 0

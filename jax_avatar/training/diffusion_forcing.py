@@ -274,6 +274,11 @@ class ForcingTask:
         """Parameters of the transformer, adapters beside the base, from what is trained."""
         return self.settings.bind(self.frozen(mesh))(params)
 
+    @property
+    def source(self) -> Callable[..., dict[str, np.ndarray]]:
+        """`batches` without the task, for other processes."""
+        return self.windows.batch
+
     def batches(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The batch of a step, or some of its rows; see `Windows.batch`."""
         return self.windows.batch(step, rows)

@@ -61,6 +61,38 @@ class DistillWeights:
     student: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class _Batches:
+    """`DistillTask.batches` without the task, for other processes."""
+
+    windows: Mapping[str, Windows]  # by role
+    settings: DistillConfig
+    pose: str
+    pose_channels: int
+
+    def __call__(self, step: int, rows: np.ndarray | None = None) -> dict[str, Told]:
+        roles = ["critic"]
+        if (step + 1) % self.settings.generator_every == 0:
+            roles.append("generator")
+        rows = np.arange(self.settings.batch_size) if rows is None else rows
+        return {role: self.told(self.windows[role], step, rows) for role in roles}
+
+    def told(self, windows: Windows, step: int, rows: np.ndarray) -> Told:
+        """What the clips of some windows are told."""
+        batch = windows.batch(step, rows)
+        pose = reference = batch["reference"]
+        if self.pose == "zeros":
+            pose = np.zeros((*reference.shape[:-1], self.pose_channels), np.float32)
+        return Told(
+            batch["text"],
+            batch["null_text"],
+            reference,
+            batch["features"],
+            pose,
+            rows.astype(np.int32),
+        )
+
+
 class DistillTask:
     """Self-forcing distillation with its own state and step."""
 
@@ -109,7 +141,9 @@ class DistillTask:
         self._held_out = held_out
         self.batch_size, self.content_hash = settings.batch_size, clips.content_hash
         self.replay_limit = settings.replay_limit_for(model.dtype)
-        self._windows = {role: self._windows_of(clips, number) for role, number in _ROLES.items()}
+        windows = {role: self._windows_of(clips, number) for role, number in _ROLES.items()}
+        pose = content["stream"].get("pose", "zeros")
+        self.source = _Batches(windows, settings, pose, model.pose_channels)
         network, adapted = NETWORKS[content["dit"]], settings.adapted(model)
         check_levels(network, rollout, settings)
         self._build = functools.partial(network, model)
@@ -161,11 +195,7 @@ class DistillTask:
             step: number of the step, from 0.
             rows: numbers of the clips to make; all of the batch if not given.
         """
-        roles = ["critic"]
-        if (step + 1) % self.settings.generator_every == 0:
-            roles.append("generator")
-        rows = np.arange(self.batch_size) if rows is None else rows
-        return {role: self._told(self._windows[role], step, rows) for role in roles}
+        return self.source(step, rows)
 
     def evaluations(self, config: LoopConfig, mesh: Mesh) -> list[FlowValidation]:
         """The critic's error on clips that the student makes of held-out portraits and speech."""
@@ -181,7 +211,7 @@ class DistillTask:
         return [
             FlowValidation(
                 errors,
-                lambda rows: self._told(windows, 0, rows),
+                lambda rows: self.source.told(windows, 0, rows),
                 mesh,
                 count=min(config.validation_clips, len(windows.windows)),
                 at_once=self.batch_size // config.accumulate,
@@ -230,20 +260,6 @@ class DistillTask:
             text_len=model.text_len,
             text_width=model.text_width,
             seed=[self.seed, 2, number],
-        )
-
-    def _told(self, windows: Windows, step: int, rows: np.ndarray) -> Told:
-        batch = windows.batch(step, rows)
-        pose = reference = batch["reference"]
-        if self._content["stream"].get("pose", "zeros") == "zeros":
-            pose = np.zeros((*reference.shape[:-1], self.model.pose_channels), np.float32)
-        return Told(
-            batch["text"],
-            batch["null_text"],
-            reference,
-            batch["features"],
-            pose,
-            rows.astype(np.int32),
         )
 
     def _read_or_draw(self, mesh: Mesh | None) -> PyTree:

@@ -163,6 +163,8 @@ class StoredClips:
                 "the model's folder, or encode them again with their features."
             )
         self.states = tuple(stored or states)
+        if stored is not None:
+            self._encode_speech = None  # so that other processes can read these clips, too
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -8,14 +8,13 @@ interrupted one bit by bit.
 
 import contextlib
 import dataclasses
-import itertools
+import functools
 import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from jax_avatar.training.guards import (
     is_passed,
 )
 from jax_avatar.training.journal import Journal, NoJournal, mean_of
+from jax_avatar.training.loader import DataError, load_batches
 from jax_avatar.training.loggers import check_installed
 from jax_avatar.training.mesh import fetched, gathered_values, local_rows, place_batch
 from jax_avatar.training.profile import Profiler, step_annotation
@@ -185,8 +185,7 @@ class _Run:
         )
 
         try:
-            batches = _prefetch(task, self.mesh, first, config.num_steps)
-            for step, batch in clock.waiting(batches):
+            for step, batch in clock.waiting(_batches(task, config, self.mesh, first)):
                 self.profiler.before(step)
                 with clock.step(batch) as results, step_annotation(step):
                     state, metrics = self.step_fn(state, batch, root)
@@ -220,6 +219,10 @@ class _Run:
                 is_late = 0 < config.max_minutes < minutes
                 if _anywhere(is_late or self.is_over()):
                     break
+        except DataError:
+            # The steps so far were made of whole batches.
+            save(self.manager, int(state.step), state, self.settings, pending)
+            raise
         finally:
             bar.close()
         save(self.manager, int(state.step), state, self.settings, pending)
@@ -285,28 +288,15 @@ def _anywhere(flag: bool) -> bool:
     return flag if jax.process_count() == 1 else any(gathered_values(flag))
 
 
-def _prefetch(
-    task: Task | OwnStepTask, mesh: Mesh, first: int, last: int
+def _batches(
+    task: Task | OwnStepTask, config: LoopConfig, mesh: Mesh, first: int
 ) -> Iterator[tuple[int, Batch]]:
-    """Steps with their batches on the devices, the next one prepared while one is used."""
-    if first >= last:
-        return
-    share = {}
+    """Steps with their batches on the devices, made ahead; of this host's rows only."""
+    source = getattr(task, "source", task.batches)
     if jax.process_count() > 1:
-        share["rows"] = local_rows(task.batch_size, mesh)
-
-    def make(step):
-        return place_batch(task.batches(step, **share), mesh)
-
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(make, first)
-        for step in itertools.count(first):
-            batch = following.result()
-            if step + 1 < last:
-                following = pool.submit(make, step + 1)
-            yield step, batch
-            if step + 1 == last:
-                return
+        source = functools.partial(source, rows=local_rows(task.batch_size, mesh))
+    place = functools.partial(place_batch, mesh=mesh)
+    return load_batches(source, place, first, config.num_steps, workers=config.workers)
 
 
 def _semantic(settings: Mapping[str, Any], config: LoopConfig) -> dict[str, Any]:

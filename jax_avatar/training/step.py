@@ -69,6 +69,8 @@ class Task(Protocol):
         """The batch of a step; the same for the same step, whoever asks.
 
         On several hosts it is called with `rows`, too, numbers of the clips that this host needs.
+        With `loop.workers` it goes to other processes; a task that cannot be pickled has the same
+        function as `source`, which can.
         """
 
 
@@ -124,6 +126,8 @@ class LoopConfig:
             was skipped, and where there are evaluations, it passed one.
         keep_every: checkpoints of steps that this divides stay for good; 0 for none.
         max_minutes: stop (and save) after so long, to resume later; 0 for no limit.
+        workers: processes that make batches; 0 leaves it to a thread of this one, which is enough
+            for small clips and batches.
         profile: steps to trace into `WORKDIR/profile`, FROM:TO as "10:13", those after step FROM up
             to step TO; "" for none.
         wandb: project of Weights & Biases that metrics go to, too; "" for none.
@@ -149,6 +153,7 @@ class LoopConfig:
     keep: int = 3
     keep_every: int = 500
     max_minutes: float = 0.0
+    workers: int = 0
     profile: str = ""
     wandb: str = ""
 
@@ -156,7 +161,8 @@ class LoopConfig:
     BOOKKEEPING = (
         *("accumulate", "mesh"),
         *("log_every", "evaluate_every", "evaluate_clips", "validation_clips"),
-        *("checkpoint_every", "keep", "keep_every", "max_minutes", "profile", "wandb"),
+        *("checkpoint_every", "keep", "keep_every", "max_minutes", "workers"),
+        *("profile", "wandb"),
     )
 
     def __post_init__(self):
@@ -177,6 +183,11 @@ class LoopConfig:
         for name in ("log_every", "evaluate_clips", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} {getattr(self, name)} must be at least 1.")
+        if not 0 <= self.workers <= 64:
+            raise ValueError(
+                f"loop.workers={self.workers}: expected a number of processes from 0 to 64 that "
+                "make batches on each host."
+            )
         if (traced := parse_profile(self.profile)) and traced[1] > self.num_steps:
             raise ValueError(
                 f"loop.profile={self.profile}: the run has {self.num_steps} steps; end the trace "

@@ -5,6 +5,7 @@ from tests.planted.mistake import Mistake, tests_in
 __all__ = ["OPERATIONS"]
 
 clock = tests_in("training/test_clock")
+loader = tests_in("training/test_loader")
 loggers = tests_in("training/test_loggers")
 train = tests_in("launch/test_train")
 
@@ -32,6 +33,17 @@ OPERATIONS = tuple(Mistake("run", *row) for row in (
      '"loop": dataclasses.asdict(config)}', '"loop": {}}', STARTS),
     ("training compiles again after every start", "launch/train.py",
      "    keep_compiled()\n", "", train("training_keeps_what_it_compiles")),
+    ("processes begin with another step than asked for", "training/loader.py",
+     "grain.MapDataset.range(first, last)", "grain.MapDataset.range(0, last)",
+     loader("batches_depend_on_their_step_alone")),
+    ("the number of processes is ignored", "training/loader.py",
+     "grain.MultiprocessingOptions(workers,", "grain.MultiprocessingOptions(1,",
+     loader("as_many_processes_as_asked_for_make_them")),
+    ("the setting of processes is ignored", "training/loop.py",
+     "workers=config.workers)", "workers=0)", loader("settings_that_cannot_be_kept_are_named")),
+    ("a batch that cannot be made costs the steps before it", "training/loop.py",
+     "        except DataError:", "        except KeyError:",
+     loader("a_batch_that_cannot_be_made_costs_no_step")),
     ("a wait counts although the devices are at work", "training/clock.py",
      "max(0.0, end - max(start, self._finished))", "end - start",
      clock("waiting_for_data_counts_only_while_the_devices_are_idle[0.15-0.03]")),
