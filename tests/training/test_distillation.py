@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -298,6 +299,8 @@ def test_clips_are_cut_with_their_speech_and_differ_by_role(tmp_path):
     clips = random_clips(3, 7, (4, 4), 4, (2, 6))
     made = DistillTask(MODEL, ROLLOUT, SETTINGS, DistillWeights(str(tmp_path)), clips)
     assert set(made.batches(0)) == {"critic"} and set(made.batches(1)) == {"critic", "generator"}
+    # As it goes to other processes.
+    assert_same(pickle.loads(pickle.dumps(made.source))(1), made.batches(1))
     assert_same(made.batches(1), made.batches(1))
     pairs = [made.batches(step) for step in (1, 3, 5, 7)]
     assert sum(is_same(pair["critic"], pair["generator"]) for pair in pairs) < 2
