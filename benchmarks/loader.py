@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import ml_dtypes
 import numpy as np
+from absl import flags
 
 from benchmarks.common import emit, environment
 from jax_avatar.data.encoded import EncodedClip, encode_encoded, finish_index, start_index
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--out", help="JSON file to write, too")
     options = parser.parse_args(argv)
+    flags.FLAGS.mark_as_parsed()  # for grain
     with tempfile.TemporaryDirectory() as folder:
         if not options.data:
             write_noise(Path(folder), options.size, options.clips)

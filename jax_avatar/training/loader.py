@@ -6,16 +6,15 @@ A batch depends on its step alone, so that nothing about it depends on who makes
 """
 
 import gc
-import pickle
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import cloudpickle
 import grain
 import jax
 import numpy as np
-from absl import flags
 
 __all__ = ["DataError", "load_batches"]
 
@@ -43,7 +42,8 @@ def load_batches(
         first: step to begin with.
         last: the step after the last.
         workers: processes that make batches, each another one; with 0 a thread of this process
-            makes them.
+            makes them. Grain looks at absl's flags then, so the program must have parsed its own
+            (`absl.app.run`, or `absl.flags.FLAGS.mark_as_parsed()`).
 
     Raises:
         ValueError: the source cannot be sent to other processes.
@@ -55,8 +55,6 @@ def load_batches(
     batches = batches.to_iter_dataset(grain.ReadOptions(1, _AHEAD))
     if workers:
         _check_picklable(source, workers)
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain asks flags of its own
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_AHEAD)
         batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
     batches = iter(batches)
@@ -90,8 +88,8 @@ def load_batches(
 
 def _check_picklable(source: Any, workers: int) -> None:
     try:
-        pickle.dumps(source)
-    except Exception as error:  # pickle.PicklingError, TypeError, AttributeError
+        cloudpickle.dumps(source)  # as grain does
+    except Exception as error:  # whatever its parts raise
         raise ValueError(
             f"loop.workers={workers}: this run's data cannot be sent to other processes ({error}); "
             "encode the clips with their speech features, or set loop.workers=0."

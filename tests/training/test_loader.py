@@ -7,6 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from jax_avatar.training.latents import random_clips
 from jax_avatar.training.loader import DataError, load_batches
@@ -38,6 +39,7 @@ def loaded(first, last, workers, source=None):
 @pytest.fixture(scope="module")
 def by_processes():
     """Steps 3 to 7, made by two processes, as a run does that resumes at 3."""
+    flags.FLAGS.mark_as_parsed()
     return loaded(3, 8, 2)
 
 
@@ -92,6 +94,7 @@ def test_settings_that_cannot_be_kept_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"loop\.workers=-1: expected a number of processes"):
         LoopConfig(num_steps=1, warmup_steps=0, workers=-1)
     task = Still()
-    task.batches = lambda step: {}
+    lock = threading.Lock()
+    task.batches = lambda step: {"x": lock}
     with pytest.raises(ValueError, match=r"loop\.workers=2: .* set loop\.workers=0"):
         train(task, dataclasses.replace(CONFIG, workers=2), tmp_path, progress=False)
