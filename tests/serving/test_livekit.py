@@ -208,6 +208,74 @@ def test_an_agent_speaks_is_interrupted_and_leaves(core):
     assert cut.interrupted is True and 0 < cut.playback_position < 15
 
 
+@contextlib.asynccontextmanager
+async def agent_with(core, **settings):
+    """An agent's output, whose events come in a queue, beside an avatar that serves it."""
+    agent, avatar = meet()
+    speech = DataStreamAudioOutput(agent, destination_identity="avatar", sample_rate=RATE,
+                                   wait_playback_start=True)  # fmt: skip
+    events = asyncio.Queue()
+    for name in ("playback_started", "playback_finished"):
+        speech.on(name, lambda event, name=name: events.put_nowait((name, event)))
+    async with asyncio.timeout(60), live_on(core, **settings) as live:
+        serving = asyncio.create_task(serve_room(live, avatar))
+        yield speech, events
+        avatar.emit("participant_disconnected", avatar.remote_participants.pop("agent"))
+        await serving
+
+
+async def say(speech, seconds):
+    for piece in pieces_of(voice(seconds, rate=RATE)):
+        await speech.capture_frame(piece)
+    speech.flush()
+    await asyncio.sleep(0)  # an agent has other things to do, too
+
+
+def test_segments_in_quick_succession_are_finished_each(core):
+    async def converse():
+        async with agent_with(core, speed=2.0) as (speech, events):
+            lengths = (0.6, 0.1, 0.4)
+            for seconds in lengths:
+                await say(speech, seconds)
+            got = []
+            while sum(name == "playback_finished" for name, _ in got) < len(lengths):
+                got.append(await asyncio.wait_for(events.get(), 60))
+            await asyncio.wait_for(speech.wait_for_playout(), 1)
+            return lengths, [event for name, event in got if name == "playback_finished"]
+
+    lengths, finished = asyncio.run(converse())
+    for seconds, event in zip(lengths, finished, strict=True):
+        assert not event.interrupted and event.playback_position >= seconds - 0.01
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_clear_before_any_sound_is_answered_at_once(core, segments):
+    async def converse():
+        async with agent_with(core) as (speech, events):
+            await say(speech, 0.3)
+            while (await events.get())[0] != "playback_finished":
+                pass
+            for _ in range(segments):
+                await speech.capture_frame(next(iter(pieces_of(voice(0.02, rate=RATE)))))
+                speech.flush()
+            speech.clear_buffer()
+            began = asyncio.get_running_loop().time()
+            await speech.wait_for_playout()
+            took = asyncio.get_running_loop().time() - began
+            got = [events.get_nowait() for _ in range(events.qsize())]
+            await say(speech, 0.3)  # and the next one is spoken
+            while (last := await events.get())[0] != "playback_finished":
+                pass
+            return took, got, last[1]
+
+    took, got, last = asyncio.run(converse())
+    assert took < 1.0  # the agent gives up after two seconds
+    assert [(name, event.interrupted) for name, event in got] == [
+        ("playback_finished", True)
+    ] * segments
+    assert not last.interrupted and last.playback_position >= 0.29
+
+
 def test_a_runner_that_fails_is_not_waited_for(core):
     async def fail():
         _, avatar = meet()
