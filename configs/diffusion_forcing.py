@@ -30,6 +30,7 @@ def get_config(size: str = "small") -> ConfigDict:
 
 def _tiny() -> dict:
     return {
+        "fps": 16,
         "data": "",
         "latents": "",
         "weights": weights(SMALL_MODEL),
@@ -45,6 +46,7 @@ def _tiny() -> dict:
 
 def _small() -> dict:
     return {
+        "fps": 16,
         "data": "data/people",
         "latents": "data/latents",
         "weights": weights(SMALL_MODEL, start="runs/teacher"),
@@ -77,6 +79,7 @@ def _small() -> dict:
 
 def _wan_s2v_14b() -> dict:
     return {
+        "fps": 16,
         "data": "data/speakers",
         "latents": "data/speakers_latents",
         "weights": weights(PAPER_MODEL, start=PAPER_MODEL),

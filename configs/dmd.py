@@ -23,6 +23,7 @@ def get_config(size: str = "small") -> ConfigDict:
 
 def _tiny() -> dict:
     return {
+        "fps": 16,
         "data": "",
         "latents": "",
         "weights": {"model": SMALL_MODEL, "teacher": "", "student": ""},
@@ -46,6 +47,7 @@ def _tiny() -> dict:
 
 def _small() -> dict:
     return {
+        "fps": 16,
         "data": "data/people",
         "latents": "data/latents",
         "weights": {
@@ -78,6 +80,7 @@ def _small() -> dict:
 
 def _wan_s2v_14b() -> dict:
     return {
+        "fps": 16,
         "data": "data/speakers",
         "latents": "data/speakers_latents",
         "weights": {

@@ -31,6 +31,7 @@ def get_config(size: str = "small") -> ConfigDict:
 def _tiny() -> dict:
     return {
         **_small(),
+        "fps": 16,
         "data": "",
         "latents": "",
         "weights": weights(SMALL_MODEL),
@@ -53,6 +54,7 @@ def _tiny() -> dict:
 
 def _small() -> dict:
     return {
+        "fps": 16,
         "data": "data/people",
         "latents": "data/latents",
         "weights": weights(SMALL_MODEL, start=SMALL_MODEL),
@@ -83,6 +85,7 @@ def _small() -> dict:
 
 def _wan_s2v_14b() -> dict:
     return {
+        "fps": 16,
         "data": "data/speakers",
         "latents": "data/speakers_latents",
         "weights": weights(PAPER_MODEL),

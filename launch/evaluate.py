@@ -32,7 +32,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from jax_avatar.data.records import read_clips
-from jax_avatar.diffusion.schedule import Schedule
 from jax_avatar.evaluation.scores import (
     Truth,
     contact_sheet,
@@ -123,7 +122,7 @@ def streams_of(model):
     plan = stream_plan(model)
     streams = {"generated": BatchStream(model, plan, sample=sampler(model))}
     if FLAGS.baselines and FLAGS.sampler == "stream":
-        once = dataclasses.replace(plan, schedule=Schedule((1.0, 0.0)))
+        once = dataclasses.replace(plan, sigmas=(1.0, 0.0))
         streams["one_step"] = BatchStream(model, once)
     return streams
 

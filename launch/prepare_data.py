@@ -233,13 +233,14 @@ def encode_clips(arguments: argparse.Namespace) -> None:
     from jax_avatar.streaming.model import has_text_encoder
     from jax_avatar.streaming.prompts import prompt_encoder
     from jax_avatar.training.encoders import Encoders
-    from jax_avatar.training.encoding import EncodeConfig, encode_data
+    from jax_avatar.training.encoding import EncodeConfig, encode_data, first_clip
 
     config, model = config_of(EncodeConfig, arguments), arguments.model
     folders = {"vae": arguments.vae or model, "speech": arguments.speech or model, "text": model}
     states = prompt_encoder(model) if has_text_encoder(model) else None
     text = (lambda prompt: states(prompt)[0]) if states else None
-    encoders = Encoders.load(folders, text=text)
+    fps = first_clip(arguments.data).fps  # the data's: a speech encoder of any rate follows
+    encoders = Encoders.load(folders, text=text, fps=fps)
     index = encode_data(arguments.data, arguments.out, encoders, config, splits=arguments.splits)
     for split, shards in index["splits"].items():
         clips, size = sum(len(s["latents"]) for s in shards), sum(s["bytes"] for s in shards)

@@ -183,13 +183,14 @@ def _model(settings, graphdef, config, changes) -> AvatarModel:
     weights = settings["weights"]
     folders = {n: weights.get(n) or weights["model"] for n in ("vae", "speech")}
     kinds = load_json(Path(weights["model"]) / "config.json")
-    return AvatarModel(
-        name=settings["stage"],
-        dit=Network(graphdef, {}, config, {}),
-        # As this network is trained, whatever that of the folder was.
-        settings=load_settings(weights["model"], force_sampler=True, **fitting(changes, config)),
-        **{name: load_network(path, name, kinds[name]) for name, path in folders.items()},
-    )
+    # As this network is trained, whatever that of the folder was.
+    stream = load_settings(weights["model"], force_sampler=True, **fitting(changes, config))
+    networks = {
+        name: load_network(path, name, kinds[name], fps=stream.fps)
+        for name, path in folders.items()
+    }
+    dit = Network(graphdef, {}, config, {})
+    return AvatarModel(name=settings["stage"], dit=dit, settings=stream, **networks)
 
 
 def write_clip(

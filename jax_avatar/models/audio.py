@@ -102,6 +102,20 @@ class SpeechConfig:
                     f"({self.bands}) or none."
                 )
 
+    def at_fps(self, fps: int) -> "SpeechConfig":
+        """The config for a rate of video frames, which must be the one it was trained for.
+
+        Raises:
+            ValueError: it is another one, at which columns and so everything would be others.
+        """
+        if fps != self.fps:
+            raise ValueError(
+                f"the mel speech encoder was trained for {self.fps} frames per second, {fps} are "
+                f"asked for; train one with configs/speech.py and --config.model.fps={fps}, or "
+                f"stay at {self.fps}."
+            )
+        return self
+
     @property
     def num_states(self) -> int:
         """Hidden states per video frame, `k`."""

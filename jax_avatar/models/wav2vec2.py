@@ -185,6 +185,10 @@ class Wav2Vec2Config:
         start = first_frame * self.samples_per_frame + self.lookahead_samples
         return start, start + num_frames * self.samples_per_frame
 
+    def at_fps(self, fps: int) -> "Wav2Vec2Config":
+        """The config for a rate of video frames: frames at 50 Hz are mixed to any."""
+        return self.replace(fps=fps)
+
     def replace(self, **changes: Any) -> "Wav2Vec2Config":
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)

@@ -74,7 +74,7 @@ class StreamSettings(Sampling):
     """How a model wants to be streamed; the settings of `Sampling` are those of its training.
 
     Attributes:
-        fps: video frames per second.
+        fps: video frames per second, of the speech encoder's features, too.
         size: pixel height and width the model is made for, or None to fit `max_area`.
         max_area: most pixels of a frame where the size is free.
         multiple: sides are multiples of this where the size is free.
@@ -265,7 +265,9 @@ def load_model(
     folder = Path(folder)
     settings = load_settings(folder, force_sampler=force_sampler, **changes)
     content = load_json(folder / "config.json")
-    networks = {name: load_network(folder, name, content[name]) for name in _STREAMED}
+    networks = {
+        name: load_network(folder, name, content[name], fps=settings.fps) for name in _STREAMED
+    }
     if "lora" in content:
         networks["dit"] = _with_adapter(networks["dit"], folder)
     if weights and weights != networks["dit"].config.weights:
@@ -299,13 +301,17 @@ def load_text_encoder(folder: str | Path) -> Network:
     return load_network(folder, "text", kind, widen=False)
 
 
-def load_network(folder: str | Path, name: str, kind: str, *, widen: bool = True) -> Network:
+def load_network(
+    folder: str | Path, name: str, kind: str, *, fps: int | None = None, widen: bool = True
+) -> Network:
     """Reads one network.
 
     Args:
         folder: that holds it.
         name: "dit", "vae", "speech" or "text".
         kind: of the network, as in `config.json`.
+        fps: video frames per second that a speech encoder is to make features for; those it is
+            stored with if not given.
         widen: see `load_weights`.
 
     Raises:
@@ -328,6 +334,8 @@ def load_network(folder: str | Path, name: str, kind: str, *, widen: bool = True
             f"weights of '{name}' in {folder} are not those of a {kind} {name} ({error}); pass the "
             "folder of a whole model."
         ) from error
+    if name == "speech" and fps:
+        config = _at_fps(config, fps, folder)
     graphdef, expected = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
     got = {path: _shape_and_kind(leaf) for path, leaf in flatten(tree_of(params)).items()}
     want = {path: _shape_and_kind(leaf) for path, leaf in flatten(expected).items()}
@@ -339,6 +347,13 @@ def load_network(folder: str | Path, name: str, kind: str, *, widen: bool = True
             "again:\n  " + "\n  ".join(lines)
         )
     return Network(graphdef, params, config, metadata)
+
+
+def _at_fps(config: SpeechConfig | Wav2Vec2Config, fps: int, folder: Path):
+    try:
+        return config.at_fps(fps)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _shape_and_kind(leaf: Any) -> str:
@@ -396,7 +411,6 @@ def _check_fit(model: AvatarModel, folder: Path) -> None:
         "latent channels of dit and vae": (dit.latent_channels, vae.z_dim),
         "audio channels of dit and speech": (dit.audio_width, speech.width),
         "hidden states of dit and speech": (dit.audio_layers, speech.num_states),
-        "frames per second of stream and speech": (model.settings.fps, speech.fps),
     }
     if model.settings.pose == "reference":
         pairs["pose and latent channels of dit"] = (dit.pose_channels, dit.latent_channels)

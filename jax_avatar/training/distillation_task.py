@@ -107,6 +107,7 @@ class DistillTask:
         clips: Clips,
         *,
         seed: int = 0,
+        fps: int | None = None,
         held_out: Callable[[], Clips | None] | None = None,
     ):
         """Checks that the parts fit together.
@@ -118,6 +119,7 @@ class DistillTask:
             weights: folders.
             clips: portraits and speech to train on.
             seed: of the choice of clips.
+            fps: video frames per second; as the model in `weights.model` streams if not given.
             held_out: reads clips to validate on, if there are any.
         """
         check_not_merged(weights)
@@ -128,7 +130,7 @@ class DistillTask:
             clips,
             model,
             settings.latents,
-            fps=stream.get("fps"),
+            fps=fps or stream.get("fps"),
             grid=(size[0] // 8, size[1] // 8) if size else None,
         )
         if model.weights:
@@ -138,7 +140,7 @@ class DistillTask:
             )
         self.model, self.settings, self.weights = model, settings, weights
         self.clips, self.seed, self._content = clips, seed, content
-        self._held_out = held_out
+        self._held_out, self._fps = held_out, fps or stream.get("fps")
         self.batch_size, self.content_hash = settings.batch_size, clips.content_hash
         self.replay_limit = settings.replay_limit_for(model.dtype)
         windows = {role: self._windows_of(clips, number) for role, number in _ROLES.items()}
@@ -232,12 +234,13 @@ class DistillTask:
     @property
     def stream_settings(self) -> dict[str, Any]:
         """How the student is streamed, as it was trained."""
-        return self.generator.settings.sampling()
+        rate = {"fps": self._fps} if self._fps else {}
+        return {**self.generator.settings.sampling(), **rate}
 
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder that can be streamed: `config.json` and all its networks."""
         params, adapter = self.settings.stored(self._base, weights)
-        metadata = {**metadata, **merge_record(self.weights.teacher)}
+        metadata = {**metadata, "fps": self._fps, **merge_record(self.weights.teacher)}
         model = self.weights.model
         stream = self.stream_settings
         export_model(folder, model, params, self.model, metadata, stream=stream, adapter=adapter)

@@ -52,19 +52,24 @@ class Encoders:
 
     @classmethod
     def load(
-        cls, folders: Mapping[str, str | Path], *, text: Callable[[str], Any] | None = None
+        cls,
+        folders: Mapping[str, str | Path],
+        *,
+        text: Callable[[str], Any] | None = None,
+        fps: int | None = None,
     ) -> "Encoders":
         """Encoders from model folders; each is read and compiled when it is first needed.
 
         Args:
             folders: of "vae" and "speech"; of "text" too where `text` is given, for its hash.
             text: see the class.
+            fps: video frames per second of the clips; the speech encoder's own if not given.
 
         Raises:
             ValueError: a folder lacks its weights, or they are of no known network.
         """
-        config = _build(folders["speech"], "speech")[1]
-        video, speech = (_Encoder(folders[name], name) for name in ("vae", "speech"))
+        config = _build(folders["speech"], "speech", fps)[1]
+        video, speech = (_Encoder(folders[name], name, fps) for name in ("vae", "speech"))
         names = ("vae", "speech", "text") if text else ("vae", "speech")
         weights = {name: content_hash(folders[name], name) for name in names}
         return cls(video, speech, text, config.fps, (config.num_states, config.width), weights)
@@ -78,13 +83,13 @@ class Encoders:
 class _Encoder:
     """The compiled `encode` of a network on disk, read at the first call."""
 
-    def __init__(self, folder: str | Path, name: str):
-        _build(folder, name)  # so that a wrong folder fails now
-        self._place = folder, name
+    def __init__(self, folder: str | Path, name: str, fps: int | None):
+        _build(folder, name, fps)  # so that a wrong folder fails now
+        self._place, self._fps = (folder, name), fps
 
     @functools.cached_property
     def _encode(self) -> Callable[..., Any]:
-        graphdef, _ = _build(*self._place)
+        graphdef, _ = _build(*self._place, self._fps)
 
         # The weights are an argument: constants of their size take long to compile.
         @functools.partial(jax.jit, static_argnums=2)
@@ -98,12 +103,18 @@ class _Encoder:
         return self._encode(*arguments)
 
 
-def _build(folder: str | Path, name: str) -> tuple[Any, Any]:
-    """Structure and config of a network, whose kind its config tells."""
+def _build(folder: str | Path, name: str, fps: int | None) -> tuple[Any, Any]:
+    """Structure and config of a network, whose kind its config tells; speech at a rate of frames.
+
+    Raises:
+        ValueError: a network of no known kind, or a speech encoder that cannot make that rate.
+    """
     fields = load_header(folder, name)[0]
     for network, kind in _KINDS[name]:
         if set(fields) <= {field.name for field in dataclasses.fields(kind)}:
             config = kind(**with_tuples(fields))
+            if name == "speech" and fps:
+                config = config.at_fps(fps)
             make = functools.partial(_make, network, config)
             return abstract(make)[0], config
     known = ", ".join(network.__name__ for network, _ in _KINDS[name])

@@ -35,6 +35,7 @@ __all__ = [
     "encode_clip",
     "encode_clips",
     "encode_data",
+    "first_clip",
     "mouth_cells",
 ]
 
@@ -100,16 +101,16 @@ def encode_data(
     manifest = read_manifest(data)
     if not manifest["complete"]:
         raise ValueError(f"{str(data)!r} is not complete; repeat the command that makes it.")
-    present = [split for split in SPLITS if any(data.glob(f"{split}-*.array_record"))]
-    splits = tuple(splits) or tuple(present)
+    splits = tuple(splits) or tuple(_present(data))
     if not splits:
         raise ValueError(f"{str(data)!r} holds no clips; prepare data there first.")
     sources = {split: read_clips(data, split) for split in splits}
     first = sources[splits[0]][0]
     if first.fps != encoders.fps:
         raise ValueError(
-            f"clips in {str(data)!r} have {first.fps} frames per second, the speech encoder makes "
-            f"features for {encoders.fps}; prepare the data with --fps {encoders.fps}."
+            f"clips in {str(data)!r} have {first.fps} frames per second, this run config.fps="
+            f"{encoders.fps}, for which the speech encoder makes features; prepare the data with "
+            f"--fps {encoders.fps}, or train at --config.fps={first.fps}."
         )
     start_index(
         out,
@@ -135,6 +136,17 @@ def encode_data(
                 else:
                     bar.update(len(examples))
     return finish_index(out, {split: list(shards) for split, shards in plan.items()})
+
+
+def first_clip(data: str | Path) -> ClipRecord:
+    """A clip of a folder of raw clips, to see what they are.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for split in _present(Path(data)):
+        return read_clips(data, split)[0]
+    raise ValueError(f"{str(data)!r} holds no clips; prepare data there first.")
 
 
 def encode_clips(
@@ -235,6 +247,10 @@ def mouth_cells(
     row = (rows * stride < high[:, 1:]) & ((rows + 1) * stride > low[:, 1:])
     col = (cols * stride < high[:, :1]) & ((cols + 1) * stride > low[:, :1])
     return row[:, :, None] & col[:, None, :]
+
+
+def _present(data: Path) -> list[str]:
+    return [split for split in SPLITS if any(data.glob(f"{split}-*.array_record"))]
 
 
 def _phases(config: EncodeConfig, split: str) -> int:

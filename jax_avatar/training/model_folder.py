@@ -43,6 +43,7 @@ __all__ = [
     "model_content",
     "read_adapter",
     "read_dit",
+    "trained_fps",
 ]
 
 NETWORKS = {"portrait": PortraitDiT, "wan_s2v": DiT}
@@ -90,6 +91,17 @@ def model_content(folder: str) -> dict[str, Any]:
             "a whole model."
         )
     return content
+
+
+def trained_fps(folder: str | Path) -> int | None:
+    """Frames per second that the transformer in a folder was trained at by an earlier stage.
+
+    None for others, as converted ones, and where there is nothing to read.
+    """
+    try:
+        return load_header(folder, "dit")[1].get("fps")
+    except ValueError:
+        return None
 
 
 def export_model(

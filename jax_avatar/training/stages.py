@@ -32,6 +32,7 @@ from jax_avatar.training.model_folder import (
     export_model,
     model_content,
     read_dit,
+    trained_fps,
 )
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.speech import SpeechTask, SpeechTaskConfig
@@ -53,9 +54,10 @@ _FLOW = {"weights": StageWeights, "model": DiTConfig, "task": ForcingConfig}
 _SECTIONS: dict[str, dict[str, Any]] = {
     "speech": {"model": SpeechConfig, "task": SpeechTaskConfig},
     "vae": {"data": None, "model": LightVAEConfig, "task": VAELossConfig},
-    "teacher": {"data": None, "latents": None, **_FLOW, "sampler": SamplerConfig},
-    "diffusion_forcing": {"data": None, "latents": None, **_FLOW},
+    "teacher": {"fps": None, "data": None, "latents": None, **_FLOW, "sampler": SamplerConfig},
+    "diffusion_forcing": {"fps": None, "data": None, "latents": None, **_FLOW},
     "dmd": {
+        "fps": None,
         "data": None,
         "latents": None,
         "weights": DistillWeights,
@@ -82,6 +84,8 @@ def build_stage(
         ValueError: an unknown stage or setting, or values that do not fit together.
     """
     sections, loop = read_sections(settings)
+    if "fps" in settings:
+        _check_fps(settings["fps"], sections["weights"])
     if settings["stage"] == "dmd" and not small_batch:
         _check_batch(sections["model"], sections["task"])
     if "weights" in sections:
@@ -134,16 +138,16 @@ def load_latents(settings: Mapping[str, Any], split: str) -> StoredClips:
     A folder that `launch/prepare_data.py encode` wrote is taken as it is.
 
     Args:
-        settings: has `data`, `latents` (without either, toy faces are encoded) and `weights` with
-            the folders of VAE and speech encoder.
+        settings: has `fps`, `data`, `latents` (without either, toy faces are encoded) and `weights`
+            with the folders of VAE and speech encoder.
         split: one of `SPLITS`.
     """
     data, folder = settings["data"], settings["latents"]
     if not folder and data:
         raise ValueError("config.latents is empty; give a folder for the encoded clips.")
-    encoders = Encoders.load(settings["weights"])
+    encoders = Encoders.load(settings["weights"], fps=settings["fps"])
     if not folder:
-        return encode_clips(toy_clips(split), encoders)
+        return encode_clips(toy_clips(split, fps=settings["fps"]), encoders)
     if data and not is_complete(folder):
         encode_data(data, folder, encoders, EncodeConfig(phases=4))
     return load_encoded(
@@ -153,6 +157,25 @@ def load_latents(settings: Mapping[str, Any], split: str) -> StoredClips:
         encode_speech=encoders.features,
         states=encoders.states,
     )
+
+
+def _check_fps(fps: Any, weights: StageWeights | DistillWeights) -> None:
+    """Compares the rate of a run with that of transformers that an earlier stage has trained.
+
+    The folder of a converted model says how that is streamed. Its transformer may be trained at
+    another rate, as the paper trains Wan-S2V at 16.
+    """
+    if not isinstance(fps, int) or fps < 1:
+        raise ValueError(f"config.fps={fps!r} must be a whole number of frames per second.")
+    for name in ("start", "teacher", "student"):
+        folder = getattr(weights, name, "")
+        trained = trained_fps(folder) if folder else None
+        if trained not in (None, fps):
+            raise ValueError(
+                f"config.fps={fps}, but the transformer in config.weights.{name}={folder} was "
+                f"trained at {trained} frames per second; set --config.fps={trained} and prepare "
+                f"the data at that rate, or name weights trained at {fps}."
+            )
 
 
 def _held_out(settings: Mapping[str, Any]) -> StoredClips | None:
@@ -218,9 +241,13 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
     start = functools.partial(read_dit, weights.start, expected) if weights.start else None
 
     clips = load_latents(encoders, "train")
-    check_fit(clips, model, task.latents, fps=content["stream"].get("fps"))
+    check_fit(clips, model, task.latents, fps=settings["fps"])
     sides = {"size": [_STRIDE * side for side in clips.grid]}
-    stream = {**(sides if content["stream"].get("size") else {}), **task.sampling()}
+    stream = {
+        "fps": settings["fps"],
+        **(sides if content["stream"].get("size") else {}),
+        **task.sampling(),
+    }
 
     def export(folder, params, metadata, *, adapter):
         export_model(
@@ -228,7 +255,7 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
             weights.model,
             params,
             model,
-            {**metadata, **merge_record(weights.start)},
+            {**metadata, "fps": settings["fps"], **merge_record(weights.start)},
             stream=stream,
             name=settings["stage"],
             others=weights.others,
@@ -254,5 +281,5 @@ def _dmd(settings, weights, model, rollout, task) -> OwnStepTask:
     encoders = {**settings, "weights": {"vae": weights.model, "speech": weights.model}}
     clips = load_latents(encoders, "train")
     held_out = functools.partial(_held_out, encoders)
-    seed = settings["seed"]
-    return DistillTask(model, rollout, task, weights, clips, seed=seed, held_out=held_out)
+    told = {"seed": settings["seed"], "fps": settings["fps"], "held_out": held_out}
+    return DistillTask(model, rollout, task, weights, clips, **told)

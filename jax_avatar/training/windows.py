@@ -29,7 +29,7 @@ def check_fit(
         clips: to train on.
         model: the transformer.
         latents: of a window.
-        fps: that the model streams; not checked if not given.
+        fps: of the run; not checked if not given.
         grid: latent rows and columns that it is made for; not checked if not given.
 
     Raises:
@@ -59,8 +59,8 @@ def check_fit(
         )
     if fps and clips.fps not in (0, fps):
         raise ValueError(
-            f"clips have {clips.fps} frames per second, the model streams {fps}; prepare the data "
-            f"at {fps} fps."
+            f"clips have {clips.fps} frames per second, this run config.fps={fps}; prepare and "
+            f"encode the data with --fps {fps}, or train at --config.fps={clips.fps}."
         )
     # Clips of noise, which have no rate, may have any size as well.
     grid = grid if clips.fps else None

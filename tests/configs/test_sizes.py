@@ -133,7 +133,7 @@ def test_what_a_block_heard_goes_with_a_model_that_streams(stage, expected, monk
     monkeypatch.setattr(stages, "load_latents", lambda *_: clips)
     monkeypatch.setattr(stages, "export_model", lambda *_, **options: written.update(options))
     build_stage(settings)[0]().export({}, "", {})
-    assert written["stream"] == {"size": [96, 96], **expected}
+    assert written["stream"] == {"fps": 16, "size": [96, 96], **expected}
 
 
 def test_large_networks_want_large_batches():

@@ -24,6 +24,7 @@ CLIPS = encoding("clips_that_cannot_be_encoded_are_named")
 DAMAGED = encoded("a_damaged_set_is_refused")
 DIVIDE = mesh("what_does_not_divide_is_named")
 UNLIKE = models("a_stream_unlike_the_training_is_refused_unless_it_is_forced")
+FPS = tests_in("training/test_fps")
 FIT = latents("clips_that_do_not_fit_the_model_are_named")
 
 # fmt: off
@@ -37,6 +38,12 @@ INPUTS = tuple(Mistake("input", *row) for row in (
      videos("people_who_talk_are_kept_and_everything_else_has_a_reason")),
     ("clips of another rate than the model's pass", "training/windows.py",
      "if fps and clips.fps not in (0, fps):", "if False:", FIT),
+    ("a student goes on at another rate than it was trained at", "training/stages.py",
+     "if trained not in (None, fps):", "if False:",
+     FPS("a_model_converted_for_25_frames_is_trained_and_exported_at_16")),
+    ("a mel encoder makes features at any rate", "models/audio.py",
+     "if fps != self.fps:", "if False:",
+     FPS("a_speech_encoder_that_was_trained_for_a_rate_keeps_it")),
     ("a clip of another rate than the speech encoder's is encoded", "training/encoding.py",
      "if clip.fps != encoders.fps or height", "if height", CLIPS),
     ("data of another rate than the speech encoder's are encoded", "training/encoding.py",

@@ -18,6 +18,7 @@ lora = tests_in("models/test_lora")
 adapter = tests_in("models/test_adapter")
 evaluation = tests_in("evaluation/test_in_training")
 scores = tests_in("evaluation/test_scores")
+fps = tests_in("training/test_fps")
 validation = tests_in("training/test_validation")
 monitors = tests_in("training/test_monitors")
 loop = tests_in("training/test_loop")
@@ -148,7 +149,7 @@ INVARIANTS = (
             "audio_context=self.settings.audio_context,", "",
             forcing("a_block_sees_a_window_of_the_past_and_a_teacher_everything")),
     Mistake(6, "stage 1's folder does not say what its blocks heard", "training/stages.py",
-            "{}), **task.sampling()}", "{})}",
+            "        **task.sampling(),\n    }", "    }",
             sizes("what_a_block_heard_goes_with_a_model_that_streams")),
     Mistake(7, "a rollout's block never hears the one before", "training/rollout.py",
             'if self.settings.audio_context == "clip":', "if False:",
@@ -196,8 +197,8 @@ INVARIANTS = (
             "latent = latent if is_refresh else after", "latent = after",
             streams("every_layout_of_a_student_does_so[1+1-settings1]")),
     Mistake(7, "a student's folder tells its noise levels only", "training/distillation_task.py",
-            "return self.generator.settings.sampling()",
-            'return {"sigmas": self.generator.settings.sampling()["sigmas"]}',
+            "**self.generator.settings.sampling(),",
+            '"sigmas": self.generator.settings.sampling()["sigmas"],',
             distillation("the_exported_folder_is_a_model_with_the_student[0]")),
     Mistake(7, "a stream forgets the history of its model", "streaming/model.py",
             "**self.sampling(), aas", "sigmas=self.sigmas, aas",
@@ -445,6 +446,12 @@ INVARIANTS = (
     Mistake(20, "features are cut from the start of the wave", "training/latents.py",
             "heard[clip.first_frame :]", "heard",
             latents("features_made_in_training_are_those_of_the_whole_wave")),
+    Mistake(20, "an exported model streams at the converted folder's rate", "training/stages.py",
+            '"fps": settings["fps"],\n        **(sides', "**(sides",
+            fps("a_model_converted_for_25_frames_is_trained_and_exported_at_16")),
+    Mistake(20, "the speech encoder keeps the rate that it is stored with", "models/wav2vec2.py",
+            "return self.replace(fps=fps)", "return self",
+            fps("a_speech_encoder_makes_features_at_the_rate_that_is_asked_for")),
     Mistake(21, "the network is given the clean clip", "training/diffusion_forcing.py",
             "self._velocity(params, noisy,", "self._velocity(params, clean,",
             forcing("two_clips_are_learnt_by_heart[DiT-block_causal]"), slow=True),

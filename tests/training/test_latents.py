@@ -144,7 +144,11 @@ def test_clips_without_features_want_a_speech_encoder():
         ({}, {"latents": 4}, "task.latents=4: clips have 4 and a block has 3"),
         ({"audio_layers": 3}, {}, r"speech features have \(2, 6\) states and channels"),
         ({"text_width": 4}, {}, "text rows have 3 channels, the transformer expects 4"),
-        ({}, {"fps": 25}, "clips have 16 frames per second, the model streams 25"),
+        (
+            {},
+            {"fps": 25},
+            r"clips have 16 frames per second, this run config\.fps=25",
+        ),
         ({}, {"grid": (4, 2)}, r"latents have \(2, 2\) rows and columns, expected \(4, 2\)"),
     ],
 )

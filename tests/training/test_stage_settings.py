@@ -99,8 +99,8 @@ def test_flow_matching_reads_each_network_from_its_folder(folders, tmp_path, mon
     }
     fields = dataclasses.asdict(MODEL) | {"dtype": "float32", "param_dtype": "float32"}
     settings = {
-        "stage": "diffusion_forcing", "seed": 3, "data": "", "latents": "", "weights": weights,
-        "model": fields, "task": {"batch_size": 2, "latents": 6},
+        "stage": "diffusion_forcing", "seed": 3, "fps": 16, "data": "", "latents": "",
+        "weights": weights, "model": fields, "task": {"batch_size": 2, "latents": 6},
         "loop": {"num_steps": 2, "warmup_steps": 0},
     }  # fmt: skip
     build, loop = stages.build_stage(settings)
