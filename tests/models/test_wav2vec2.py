@@ -276,3 +276,15 @@ def test_the_published_size_has_the_published_number_of_parameters():
 def test_impossible_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         TINY.replace(**changes)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.9])
+@pytest.mark.parametrize("level", [1e-4, 0.1])
+def test_a_long_quiet_wave_with_an_offset_is_normalised_as_in_float64(offset, level):
+    sound = np.random.default_rng(0).standard_normal((1, 1_000_000))
+    wave = (offset + level * sound).astype(np.float32)
+    exact = wave.astype(np.float64)
+    expected = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-7)
+    # Rounded once: nothing of it was computed in float32.
+    np.testing.assert_allclose(normalise(jnp.asarray(wave)), expected, rtol=6.5e-8)
+    np.testing.assert_allclose(jax.jit(normalise)(wave), expected, rtol=1e-6, atol=1e-6)
