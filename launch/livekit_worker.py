@@ -20,7 +20,7 @@ from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.streaming.live import LiveSession, LiveSettings
 from jax_avatar.streaming.model import SMALL, load_model, load_settings
 from jax_avatar.streaming.session import AvatarSession, num_slices
-from launch.common import frame_size, log_warnings, prepare_jax
+from launch.common import face_missing, frame_size, log_warnings, prepare_jax
 from launch.console import outlive_readers
 
 try:
@@ -81,6 +81,8 @@ def load_core() -> AvatarSession:
     layout = settings.layout(FLAGS.mesh)
     height, width = frame_size(settings, image.shape, FLAGS.size)
     portrait = prepare_reference(image, height, width, cover=True)
+    if missing := face_missing(FLAGS.image, image, portrait):
+        say(f"warning: {missing}")
     prepare_jax(num_slices(layout))
     core = AvatarSession(load_model(FLAGS.checkpoint, weights=FLAGS.weights), portrait, layout)
     core.warm_up()

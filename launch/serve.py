@@ -21,7 +21,7 @@ from jax_avatar.streaming.live import LiveSettings
 from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
 from jax_avatar.streaming.prompts import prompt_encoder, prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
-from launch.common import frame_size, log_warnings, prepare_jax
+from launch.common import face_missing, frame_size, log_warnings, prepare_jax
 from launch.console import check_finite, outlive_readers
 
 try:
@@ -78,6 +78,8 @@ def make_seats(image) -> Seats:
     layout = settings.layout(FLAGS.mesh)
     height, width = frame_size(settings, image.shape, FLAGS.size)
     portrait = prepare_reference(image, height, width, cover=True)
+    if missing := face_missing(FLAGS.image, image, portrait):
+        say(f"warning: {missing}")
     prepare_jax(num_slices(layout))
     model = load_model(FLAGS.checkpoint, weights=FLAGS.weights)
 

@@ -30,7 +30,7 @@ from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.run import StreamReport, for_duration, stream_to_file
 from jax_avatar.streaming.session import AvatarSession, num_slices
-from launch.common import frame_size, prepare_jax, refuse_input_as_output
+from launch.common import face_missing, frame_size, prepare_jax, refuse_input_as_output
 from launch.console import check_finite, outlive_readers
 
 ASSETS = SMALL.parent
@@ -162,6 +162,8 @@ def run() -> int:
     image = load_image(FLAGS.image)
     height, width = frame_size(settings, image.shape, FLAGS.size)
     portrait = prepare_reference(image, height, width, cover=settings.size is not None)
+    if missing := face_missing(FLAGS.image, image, portrait):
+        warn(missing)
 
     prepare_jax(num_slices(layout))
     text = read_prompt()  # first: its encoder is gone before the model comes

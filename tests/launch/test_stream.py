@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     save_model(folder / "model")
-    pixels = np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / "face.png")
+    portrait = Image.open(ROOT / "jax_avatar" / "assets" / "portraits" / "amara.png")
+    portrait.convert("RGB").resize((100, 100)).crop((0, 5, 100, 85)).save(folder / "face.png")
     speech = 0.1 * np.random.default_rng(1).normal(size=32_000).astype(np.float32)
     with VideoWriter(folder / "speech.mp4", 32, 32, 16, 16_000) as writer:
         writer.write_audio(speech)
@@ -90,9 +90,13 @@ def prompted(inputs):
     return f"--checkpoint={save_text_encoder(folder)}"
 
 
-def test_what_becomes_of_a_prompt_is_told(inputs, prompted):
+def test_what_becomes_of_a_prompt_and_a_portrait_without_a_face_are_told(inputs, prompted):
     # Prompts come before the audio, so that a run without audio shows it.
-    done = run(inputs, "--prompt=A man speaks.", audio="gone.wav")
+    pixels = np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8)
+    Image.fromarray(pixels).save(inputs / "noise.png")
+    noise = f"--image={inputs / 'noise.png'}"
+    done = run(inputs, "--prompt=A man speaks.", noise, audio="gone.wav")
+    assert b"warning: " in done.stderr and b"noise.png: no face was found in it" in done.stderr
     assert b"has no prompt encoder; --prompt is not used" in done.stderr
     done = run(inputs, prompted, audio="gone.wav")
     assert b"describe the scene with --prompt" in done.stderr
