@@ -2,9 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jax_avatar.models.cache import block_position, empty_cache
-from jax_avatar.models.params import merge
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.params import abstract, merge, split
 from tests.nano import CONFIG, GRID, make_audio, make_conditions, make_dit, make_latents
 
 GRAPHDEF, PARAMS = make_dit()
@@ -228,3 +230,60 @@ def test_gradients_reach_every_parameter():
     silent = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.abs(leaf).max() > 0]
     # A key's bias shifts all scores alike only before the norm; nothing else may be silent.
     assert not silent
+
+
+def network(**changes):
+    """Structure and shapes of the parameters."""
+    config = CONFIG.replace(**{"framepack": False, "adapter_rank": 2, **changes})
+    return abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))
+
+
+SIZES = {
+    "width": 32, "ffn_width": 40, "num_layers": 3, "freq_width": 10, "text_width": 5,
+    "latent_channels": 5, "pose_channels": 5, "audio_width": 7, "audio_layers": 3,
+    "num_audio_tokens": 3, "audio_inject_layers": (0, 1), "framepack": True, "adapter_rank": 3,
+    "param_dtype": jnp.bfloat16,
+}  # fmt: skip
+
+
+def test_every_size_is_in_the_weights():
+    plain = str(network()[1])
+    assert [
+        name for name, value in SIZES.items() if str(network(**{name: value})[1]) == plain
+    ] == []
+
+
+SWITCHES = {
+    "num_heads": 4, "eps": 1e-3, "dtype": jnp.bfloat16, "unroll": 2, "rematerialise": True,
+    "audio_history": 4, "adapter_scaling": 0.5, "rope_theta": 100.0, "half_rotary": True,
+    "reference_frame": 20,
+}  # fmt: skip
+
+
+def test_every_switch_is_in_the_program():
+    latents, audio = make_latents(6), constant_audio(2)
+
+    def program(**changes):
+        graphdef, params = network(**changes)
+
+        def run(params):
+            told = (CONDITIONS.text, CONDITIONS.reference, None)
+            pose = jnp.tile(CONDITIONS.pose, (1, 2, 1, 1, 1))
+            return merge(graphdef, params).block_causal(
+                latents, jnp.full((1, 6), 500.0), *told, pose, audio
+            )
+
+        traced = jax.make_jaxpr(run)(params)
+        return str(traced), [np.asarray(part, np.float64).sum() for part in traced.consts]
+
+    plain = program()
+    assert not [name for name, value in SWITCHES.items() if program(**{name: value}) == plain]
+
+
+def test_pose_starts_at_zero_if_told():
+    def pose(**changes):
+        config = CONFIG.replace(framepack=False, num_layers=1, **changes)
+        params = jax.jit(lambda: split(DiT(config, rngs=nnx.Rngs(0)))[1]["pose"])()
+        return np.abs(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])).max()
+
+    assert pose(zero_init=True) == 0 < pose(zero_init=False)
