@@ -1,19 +1,23 @@
 """The command line of training, in this process; the chain of all stages by their commands."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import pytest
 from absl import flags
 
+from jax_avatar.evaluation import in_training
 from jax_avatar.io.video import read_video
 from jax_avatar.planning.run import plan_run
 from launch import train
 from launch.overrides import read_config, split_arguments
+from tests.training.test_loop import CONFIG, LineTask
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +37,16 @@ def test_settings_are_overridden_whether_the_file_names_them_or_not():
     assert settings["loop"]["num_steps"] == 7 and settings["seed"] == 4
     changed = {"generator_every": 3, "normalizer": "block", "sigma_bounds": [0.1, 0.9]}
     assert settings["task"].items() >= changed.items()
+
+
+def test_an_evaluation_streams_as_many_clips_as_told(monkeypatch):
+    task = LineTask()
+    task.streamed = None
+    monkeypatch.setattr(in_training, "make_evaluation", lambda *args, num_clips: num_clips)
+    monkeypatch.setattr(train, "WORKDIR", types.SimpleNamespace(value="runs"))
+    loop = dataclasses.replace(CONFIG, evaluate_every=4, evaluate_clips=5)
+    assert train.evaluations_of(task, {}, loop) == [5]
+    assert train.evaluations_of(task, {}, CONFIG) == []
 
 
 @pytest.mark.parametrize(

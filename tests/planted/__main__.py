@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
+from tests.planted.ignored import IGNORED
 from tests.planted.inputs import INPUTS
 from tests.planted.invariants import INVARIANTS
 from tests.planted.mistake import Mistake
@@ -35,8 +36,8 @@ from tests.planted.settings import SETTINGS
 __all__ = ["MISTAKES", "Outcome", "judge"]
 
 ROOT = Path(__file__).parents[2]
-MISTAKES = (*INVARIANTS, *INPUTS, *OPERATIONS, *SETTINGS)
-KINDS = "1 to 21, input, run or setting"
+MISTAKES = (*INVARIANTS, *INPUTS, *OPERATIONS, *SETTINGS, *IGNORED)
+KINDS = "1 to 21, input, run, setting or ignored"
 COPIED = ("jax_avatar", "tests", "configs", "conversion", "launch", "pyproject.toml")
 LINKED = ("jax_avatar/assets", "tests/golden")  # large, and nobody writes there
 TIMEOUT_S = 1800

@@ -115,6 +115,9 @@ def test_every_exit_occurs_in_the_rollouts_of_both():
         assert set(drawn) == set(range(1, ROLLOUT.num_steps + 1))
         assert min(drawn.count(exit_step) for exit_step in drawn) > 10
     assert exits["generator"] != exits["critic"]
+    # Clips of the last exit are watched; reviews are further apart than these steps.
+    state = list(run(make(), start(), 20, every=1))[-1][0]
+    assert int(state.watch.clips["count"]) == toy.CLIPS * exits["critic"][:20].count(3)
 
 
 def test_nothing_that_is_drawn_shares_a_key():
@@ -125,6 +128,22 @@ def test_nothing_that_is_drawn_shares_a_key():
         keys += [key for name in RATES for key in update(name, state).keys]
     assert len(keys) == 2 * 2 * 3
     assert len(np.unique(keys, axis=0)) == len(keys)
+
+
+def test_level_and_noise_of_a_clip_share_no_key(monkeypatch):
+    keys = []
+    for name in ("normal", "randint"):
+        real = getattr(jax.random, name)
+
+        def noted(key, *arguments, real=real, **options):
+            jax.debug.callback(lambda data: keys.append(tuple(data)), jax.random.key_data(key))
+            return real(key, *arguments, **options)
+
+        monkeypatch.setattr(jax.random, name, noted)
+    clips = jnp.zeros((8, toy.LATENTS, *toy.GRID, toy.CHANNELS))
+    jax.jit(make()._noise)(toy.KEY, clips, np.arange(8))
+    jax.effects_barrier()
+    assert len(keys) == len({tuple(map(int, key)) for key in keys}) == 2 * 8
 
 
 def test_repeated_updates_of_the_critic_have_their_own_chance():
@@ -140,11 +159,20 @@ def test_repeated_updates_of_the_critic_have_their_own_chance():
 
 @ROLES
 def test_noise_levels_are_drawn_per_clip_within_their_bounds(name):
-    levels = levels_of(update(name, start()))
+    found = update(name, start())
+    levels = levels_of(found)
     low, high = np.float32(SETTINGS.sigma_bounds)
     np.testing.assert_allclose([levels.min(), levels.max()], [low, high], rtol=1e-6)
     within = levels[(levels > low + 1e-4) & (levels < high - 1e-4)]
     assert len(np.unique(within)) > 5
+    # Monitors sort them into four bins, equal before the shift by 3.
+    bins = np.histogram(levels / (3 - 2 * levels), [0, 0.25, 0.5, 0.75, 1])[0]
+    if name == "critic":
+        shares = [found.metrics[f"level_bin{i}"] for i in range(4)]
+        np.testing.assert_allclose(shares, bins / len(levels), atol=1e-6)
+    else:
+        np.testing.assert_array_equal(found.state.watch.teacher > 0, bins > 0)
+    assert 0 < bins[0] < len(levels)
     drawn = 1000 * within / (3 - 2 * within)  # before the shift by 3
     np.testing.assert_allclose(drawn, np.round(drawn), atol=1e-3)
     np.testing.assert_allclose(score_level(jnp.int32(250), 3.0, (0.4, 0.6)), 0.5, rtol=1e-6)
