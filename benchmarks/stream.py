@@ -100,12 +100,12 @@ def time_vae(model, session, repeats: int) -> dict:
     params = jax.tree.map(jnp.asarray, vae.params)
     latent = jnp.repeat(jnp.asarray(session.reference), session.piece_frames // 4, 1)
     first, following = make_decode(vae.graphdef)
-    _, state = first(params, latent[:, :1])
+    *_, state = first(params, latent[:, :1])
 
     def call():
         nonlocal state
         for _ in range(pieces):
-            pixels, state = following(params, state, latent)
+            pixels, _, state = following(params, state, latent)
             np.asarray(pixels)
 
     call()

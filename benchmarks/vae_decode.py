@@ -58,7 +58,7 @@ class Decoding:
         graphdef, params: of the VAE.
         latent: of one block.
         state: what the blocks before left.
-        program: compiled `(params, state, latent) -> (pixels, state)`.
+        program: compiled `(params, state, latent) -> (pixels, is_finite, state)`.
         compile_s: seconds it took to compile.
         flops: operations as XLA counts them before optimising.
     """
@@ -71,7 +71,7 @@ class Decoding:
         self.latent = jnp.asarray(latents[:, 1:], config.dtype)
         self.first_latent = jnp.asarray(latents[:, :1], config.dtype)
         first, following = make_decode(self.graphdef)
-        _, self.state = first(self.params, self.first_latent)
+        *_, self.state = first(self.params, self.first_latent)
         began = time.perf_counter()
         lowered = following.lower(self.params, self.state, self.latent)
         self.program = lowered.compile()
@@ -80,7 +80,7 @@ class Decoding:
 
     def __call__(self) -> jax.Array:
         """The next block's pixels."""
-        pixels, self.state = self.program(self.params, self.state, self.latent)
+        pixels, _, self.state = self.program(self.params, self.state, self.latent)
         return pixels
 
 

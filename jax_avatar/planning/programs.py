@@ -192,7 +192,7 @@ def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Devi
     first, following = make_decode(model.vae.graphdef)
     latent = _latent(model, grid)
     latents = model.settings.piece_latents(model.dit.config.frames_per_block)
-    _, state = jax.eval_shape(first, model.vae.params, latent(1))
+    *_, state = jax.eval_shape(first, model.vae.params, latent(1))
     place = SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

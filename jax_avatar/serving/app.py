@@ -121,6 +121,9 @@ async def _open(state: ServerState) -> None:
     try:
         if not state.seats.is_ready:
             await asyncio.to_thread(state.seats.open)
+    except ValueError as error:
+        _log.error("the model could not be started; /readyz stays 503: %s", error)
+        return
     except Exception:
         _log.exception("the model could not be started; /readyz stays 503")
         raise

@@ -19,6 +19,7 @@ from jax_avatar.serving.admission import ServerState, admit
 from jax_avatar.serving.messages import VERSION, ClientMessage, ProtocolError, read_message
 from jax_avatar.serving.tasks import until_first_ends
 from jax_avatar.streaming.live import LiveChunk, LiveSession
+from jax_avatar.streaming.session import NotFinite
 from jax_avatar.streaming.states import State
 
 __all__ = ["Closed", "Conversation", "Gone", "Link"]
@@ -128,6 +129,10 @@ class Conversation:
         except asyncio.CancelledError:
             reason, code = "server stopped", 1001
             raise
+        except NotFinite as error:
+            _log.error("session %s: %s", self._id, error)
+            reason, code = "server failure", 1011
+            last = ProtocolError("server_failure", "the model's output is not finite.")
         except Exception:
             _log.exception("session %s failed", self._id)
             reason, code = "server failure", 1011

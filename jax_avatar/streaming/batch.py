@@ -83,12 +83,12 @@ class BatchStream:
         video = self._put(portraits.astype(np.float32)[:, None] / 127.5 - 1)
         still, _ = self._encode(self._vae, video)
         warmup = still[:, : model.settings.warmup_latents]
-        _, state = self._first(self._vae, warmup[:, :1])
+        *_, state = self._first(self._vae, warmup[:, :1])
         if warmup.shape[1] > 1:
-            _, state = self._next(self._vae, state, warmup[:, 1:])
+            *_, state = self._next(self._vae, state, warmup[:, 1:])
         parts = []
         for latent in self._latents(still, features):
-            frames, state = self._next(self._vae, state, latent)
+            frames, _, state = self._next(self._vae, state, latent)
             parts.append(np.asarray(self._fetch(frames))[:count])
         made = np.concatenate(parts, axis=1)
         return made[:, DROPPED_FRAMES : DROPPED_FRAMES + num_frames]

@@ -32,6 +32,7 @@ __all__ = [
     "DROPPED_FRAMES",
     "MOTION_LATENTS",
     "AvatarSession",
+    "NotFinite",
     "SessionTimes",
     "make_decode",
     "make_encode",
@@ -63,6 +64,10 @@ class SessionTimes:
     blocks: deque = field(default_factory=lambda: deque(maxlen=10_000))
 
 
+class NotFinite(ValueError):
+    """The networks' output is NaN or infinity, which would be a black video."""
+
+
 def num_slices(layout: Layout) -> int:
     """Devices that a session uses, the speech encoder's on a CPU included."""
     return layout.num_devices + 1
@@ -75,15 +80,17 @@ def make_decode(graphdef: Any) -> tuple[Callable, Callable]:
         graphdef: structure of the VAE, from `split`.
 
     Returns:
-        `(params, latents) -> (pixels, state)` for the first latents, and
-        `(params, state, latents) -> (pixels, state)` for all others; the state is donated.
+        `(params, latents) -> (pixels, is_finite, state)` for the first latents, and
+        `(params, state, latents) -> (pixels, is_finite, state)` for all others; the state is
+        donated. `is_finite` is False where the pixels would be NaN or infinity, which are black.
     """
 
     def decoder(method):
         def decode(params, *arguments):
             video, state = getattr(merge(graphdef, params), method)(*arguments)
-            pixels = jnp.round((jnp.clip(video.astype(jnp.float32), -1, 1) + 1) * 127.5)
-            return pixels.astype(jnp.uint8), state
+            video = video.astype(jnp.float32)
+            pixels = jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5)
+            return pixels.astype(jnp.uint8), jnp.isfinite(video).all(), state
 
         return decode
 
@@ -190,9 +197,11 @@ class AvatarSession:
         self.times = SessionTimes()
         warmup = self._still[:, : self.model.settings.warmup_latents]
         put = lambda x: jax.device_put(jnp.asarray(x), self._vae_device)  # noqa: E731
-        _, self._vae_state = self._decode_first(self._vae_params, put(warmup[:, :1]))
+        *_, self._vae_state = self._decode_first(self._vae_params, put(warmup[:, :1]))
         if warmup.shape[1] > 1:
-            _, self._vae_state = self._decode(self._vae_params, self._vae_state, put(warmup[:, 1:]))
+            *_, self._vae_state = self._decode(
+                self._vae_params, self._vae_state, put(warmup[:, 1:])
+            )
         # Video frame j of the stream is frame j - 3 of the output; silence comes before.
         self._samples = SampleQueue()
         self._samples.append(np.zeros(DROPPED_FRAMES * self.speech.samples_per_frame, np.float32))
@@ -405,15 +414,17 @@ class AvatarSession:
             latent = jax.device_put(latent, self._vae_device)
             for start in range(0, latent.shape[1], self._piece_latents):
                 piece = latent[:, start : start + self._piece_latents]
-                frames, self._vae_state = self._decode(self._vae_params, self._vae_state, piece)
-                frames.copy_to_host_async()
-                self._pending.append(frames)
+                decoded = self._decode(self._vae_params, self._vae_state, piece)
+                *pixels_and_flag, self._vae_state = decoded
+                for array in pixels_and_flag:
+                    array.copy_to_host_async()
+                self._pending.append(pixels_and_flag)
                 self._pieces_decoded += 1
 
     def _collect(self, in_flight: int, wanted: int | None = None) -> Iterator[np.ndarray]:
         """Fetches finished frames; waits only while more than `in_flight` blocks are pending."""
         pieces = in_flight * self.pieces_per_block
-        while self._pending and (len(self._pending) > pieces or self._pending[0].is_ready()):
+        while self._pending and (len(self._pending) > pieces or self._pending[0][0].is_ready()):
             frames = self._next_frames()
             if wanted is not None:
                 frames = frames[: max(0, wanted - self._frames_out)]
@@ -422,8 +433,20 @@ class AvatarSession:
                 yield frames
 
     def _next_frames(self) -> np.ndarray:
-        """Waits for the oldest pending piece."""
-        frames = np.asarray(self._pending.popleft())[0]
+        """Waits for the oldest pending piece.
+
+        Raises:
+            NotFinite: it is NaN or infinity.
+        """
+        pixels, is_finite = self._pending.popleft()
+        frames = np.asarray(pixels)[0]
+        if not np.asarray(is_finite):  # it came with the pixels
+            raise NotFinite(
+                f"the output of {self.model.name} is NaN or infinity from frame "
+                f"{self._pieces_out * self.piece_frames} on: its weights are damaged, or too large "
+                "for their type. Check them (python -m conversion.inspect), convert them again, or "
+                "stream without --weights."
+            )
         now = time.perf_counter()
         self.times.first_frame = self.times.first_frame or now
         self.times.last_frame = now

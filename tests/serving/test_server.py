@@ -23,7 +23,7 @@ from jax_avatar.serving.run import make_config
 from jax_avatar.serving.seats import Seats
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import load_model
-from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.streaming.session import AvatarSession, NotFinite
 from tests.nano import save_model
 from tests.serving.client import Client, base64_of
 from tests.streaming.live import voice
@@ -486,3 +486,17 @@ def test_a_client_that_breaks_off_causes_no_traceback(served, caplog):
         client.socket.socket.close()  # no farewell
         served.wait_until_free()
     assert not [r for r in caplog.records if r.exc_info or r.levelname == "ERROR"]
+
+
+def test_output_that_is_not_finite_is_told_once(served, monkeypatch, caplog):
+    def fetch(self):
+        raise NotFinite("the output is NaN from frame 9 on.")
+
+    with served.client() as client:
+        client.until("session.created")
+        monkeypatch.setattr(AvatarSession, "fetch", fetch)
+        error, closed = last_words(client)
+    assert error["code"] == "server_failure" and "not finite" in error["message"]
+    assert closed["reason"] == "server failure"
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "from frame 9 on" in record.message and not record.exc_info

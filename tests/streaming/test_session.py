@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -6,7 +7,7 @@ from jax_avatar.io.video import VideoWriter, read_video
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import load_model
 from jax_avatar.streaming.run import for_duration, stream_to_file
-from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.streaming.session import AvatarSession, NotFinite
 from tests.nano import save_model
 
 RATE, FPS, PER_FRAME = 16_000, 16, 1000
@@ -152,6 +153,20 @@ def test_ctrl_c_leaves_a_playable_file(sequential, tmp_path):
         report = stream_to_file(sequential, chunks(), writer)
     assert not report.is_complete
     assert len(read_video(tmp_path / "a.mp4")[0]) == report.frames > 0
+
+
+@pytest.mark.parametrize("part", ["vae", "dit"])
+def test_finite_weights_whose_output_is_not_end_the_stream(sequential, monkeypatch, part):
+    """Too large for their type; the weights themselves pass every check."""
+    owner, name = (sequential, "_vae_params") if part == "vae" else (sequential.stream, "params")
+    sequential.reset()
+    huge = jax.tree.map(lambda leaf: leaf * 1e30, getattr(owner, name))
+    monkeypatch.setattr(owner, name, huge)
+    with pytest.raises(NotFinite, match=r"nano is NaN or infinity from frame 0 on: its weights"):
+        list(sequential.push(voice(1.0)))
+        list(sequential.finish())
+    monkeypatch.undo()
+    sequential.reset()
 
 
 def test_silence_is_noticed(sequential, tmp_path):
