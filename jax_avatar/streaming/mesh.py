@@ -76,7 +76,7 @@ def parse_layout(mesh: str, num_steps: int) -> Layout:
     if stages < 1 or num_steps % stages:
         raise ValueError(
             f"--mesh {mesh}: {num_steps} timesteps do not spread evenly over {stages} slices; pass "
-            f"{_choices(num_steps)} slices before the x, or change config.timesteps."
+            f"{_choices(num_steps)} slices before the x."
         )
     return Layout(stages, devices, bool(vae), num_steps // stages)
 
@@ -92,8 +92,7 @@ def _from_count(slices: int, num_steps: int) -> Layout:
     possible = sorted({*divisors, *(d + 1 for d in divisors)})
     raise ValueError(
         f"--mesh {slices}: {num_steps} timesteps and the VAE do not spread over {slices} slices; "
-        f"pass --mesh {_either(possible)}, or give config.timesteps "
-        f"{slices - 1} or {slices} values."
+        f"pass --mesh {_either(possible)}, or a model of {slices - 1} or {slices} steps."
     )
 
 

@@ -18,6 +18,7 @@ videos = tests_in("data/test_videos")
 
 models = tests_in("streaming/test_model")
 streams = tests_in("streaming/test_streams")
+commands = tests_in("launch/test_stream")
 
 BROKEN = encoded("records_with_nan_without_sound_or_out_of_step_are_refused")
 CLIPS = encoding("clips_that_cannot_be_encoded_are_named")
@@ -107,6 +108,9 @@ INPUTS = tuple(Mistake("input", *row) for row in (
     ("blocks that follow one another are spread over slices", "streaming/plan.py",
      "if slices == 1 or not sampling.shares_history:", "if True:",
      streams("blocks_that_follow_one_another_are_not_spread_over_slices")),
+    ("--force_sampler is not heard", "launch/stream.py",
+     'changes["force_sampler"] = FLAGS.force_sampler', 'changes["force_sampler"] = False',
+     commands("wrong_flags_get_one_clear_line")),
     ("a stream unlike the training passes", "streaming/model.py",
      "if not force_sampler:", "if False:", UNLIKE),
     ("a stream unlike the training cannot be forced", "streaming/model.py",

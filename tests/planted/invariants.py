@@ -192,7 +192,7 @@ INVARIANTS = (
             streams("new_noise_is_another_for_every_block_and_evaluation")),
     Mistake(7, "slices renoise with the noise of the first", "streaming/pipeline.py",
             "self._new_noise(b, s * count + step)", "self._new_noise(b, step)",
-            streams("every_layout_of_a_student_does_so[2-settings0]")),
+            streams("every_layout_of_a_student_does_so[3-settings0]")),
     Mistake(7, "a tick emits the noised block of the refresh", "streaming/pipeline.py",
             "latent = latent if is_refresh else after", "latent = after",
             streams("every_layout_of_a_student_does_so[1+1-settings1]")),

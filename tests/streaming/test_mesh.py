@@ -31,7 +31,7 @@ def test_devices_are_counted():
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("7", r"--mesh 7: 4 timesteps.*pass --mesh 1, 2, 3, 4 or 5.*6 or 7 values"),
+        ("7", r"--mesh 7: 4 timesteps.*pass --mesh 1, 2, 3, 4 or 5.*6 or 7 steps"),
         ("0", "at least one device"),
         ("3x2", r"4 timesteps do not spread evenly over 3 slices; pass 1, 2 or 4"),
         ("4+2", "VAE runs on one device"),
