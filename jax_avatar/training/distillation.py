@@ -47,6 +47,7 @@ from jax_avatar.training.monitors import (
     watch_clips,
     watch_scores,
 )
+from jax_avatar.training.norms import average_distance, step_norms
 from jax_avatar.training.rollout import (
     Clip,
     Generator,
@@ -228,7 +229,9 @@ class Distiller:
             metrics["dmd_loss"], grads, made, self.settings.clean_limit, is_replayed=is_replayed
         )
         moments, is_good = state.generator_optimiser, cause == 0
-        new, moved = _stepped(optimiser, grads, moments, state.generator, cause, state.guard)
+        new, moved, norms = _stepped(
+            "generator_", optimiser, grads, moments, state.generator, cause, state.guard
+        )
         starts = is_good & (state.step + 1 >= self.settings.ema_start)
         # Until averaging starts, and when it does, the average is the weights.
         decay = jnp.where(state.ema_started, self.loop.ema_decay, 0.0)
@@ -247,8 +250,9 @@ class Distiller:
             "generator_rate": _rate(self.loop, state),
             "generator_exit": exit_step + 1,
             "largest_clean": jnp.max(jnp.abs(made)),
+            "ema_distance": average_distance(state.ema, state.generator),
         }
-        return constrain_params(state), metrics | largest
+        return constrain_params(state), metrics | norms | largest
 
     def update_critic(
         self, state: DistillState, told: Told, key: Array, base: PyTree
@@ -333,7 +337,9 @@ class Distiller:
         _, optimiser = self._optimisers(state.step)
         cause, norm = judge(value, grads, made, self.settings.clean_limit)
         moments, is_good = state.critic_optimiser, cause == 0
-        new, moved = _stepped(optimiser, grads, moments, state.critic, cause, state.guard)
+        new, moved, norms = _stepped(
+            "critic_", optimiser, grads, moments, state.critic, cause, state.guard
+        )
         is_final = exit_step == generator.settings.num_steps - 1
         frames = generator.config.frames_per_block
         state = dataclasses.replace(
@@ -351,7 +357,7 @@ class Distiller:
             "critic_exit": exit_step + 1,
         }
         shares = bin_shares(sigma, settings.timestep_shift)
-        return constrain_params(state), metrics | shares
+        return constrain_params(state), metrics | norms | shares
 
     @property
     def _critic_loop(self) -> LoopConfig:
@@ -464,10 +470,12 @@ def _errors(velocity, made, noise):
     )
 
 
-def _stepped(optimiser, grads, moments, weights, cause, guard):
+def _stepped(role, optimiser, grads, moments, weights, cause, guard):
     updates, moved = optimiser.update(grads, moments, weights)
-    new = scaled_update(weights, updates, guard)
-    return _chosen(cause == 0, new, weights), _chosen(cause == 0, moved, moments)
+    updates = scaled_update(updates, guard)
+    new = _chosen(cause == 0, optax.apply_updates(weights, updates), weights)
+    norms = step_norms(role, grads, updates, new, cause)
+    return new, _chosen(cause == 0, moved, moments), norms
 
 
 def _chosen(is_good, new, old):

@@ -60,7 +60,7 @@ def update_state(
     cause: Array,
     optimiser: optax.GradientTransformation,
     ema_decay: float,
-) -> TrainState:
+) -> tuple[TrainState, PyTree]:
     """One optimiser and EMA update, or none of either where there is a cause to skip it.
 
     Args:
@@ -69,9 +69,13 @@ def update_state(
         cause: from `judge`.
         optimiser: clip, schedule and AdamW.
         ema_decay: final decay; early steps use less, `(1 + step) / (10 + step)`.
+
+    Returns:
+        The state after the step, and what was to be added to the parameters.
     """
     updates, moved = optimiser.update(grads, state.optimiser, state.params)
-    params = scaled_update(state.params, updates, state.guard)
+    updates = scaled_update(updates, state.guard)
+    params = optax.apply_updates(state.params, updates)
     taken = (state.step - state.guard.total).astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
     ema = update_ema(state.ema, params, decay)
@@ -79,19 +83,20 @@ def update_state(
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(cause == 0, n, o), new, old)
 
-    return TrainState(
+    after = TrainState(
         state.step + 1,
         keep(params, state.params),
         keep(ema, state.ema),
         keep(moved, state.optimiser),
         note(state.guard, state.step, cause),
     )
+    return after, updates
 
 
-def scaled_update(params: PyTree, updates: PyTree, guard: Guard) -> PyTree:
-    """Parameters after an optimiser's update, at the rate that rollbacks have left."""
+def scaled_update(updates: PyTree, guard: Guard) -> PyTree:
+    """An optimiser's update at the rate that rollbacks have left."""
     factor = rate_factor(guard)
-    return optax.apply_updates(params, jax.tree.map(lambda u: factor * u, updates))
+    return jax.tree.map(lambda u: factor * u, updates)
 
 
 def update_ema(ema: PyTree, params: PyTree, decay: float | Array) -> PyTree:

@@ -20,6 +20,7 @@ from jax_avatar.training.accumulate import accumulated, clip_keys
 from jax_avatar.training.guards import judge, rate_factor, report
 from jax_avatar.training.loggers import check_project
 from jax_avatar.training.mesh import make_training_mesh, parse_training_mesh
+from jax_avatar.training.norms import average_distance, step_norms
 from jax_avatar.training.profile import parse_profile
 from jax_avatar.training.state import update_state
 
@@ -266,8 +267,10 @@ def compiled_step(task: Task, config: LoopConfig, mesh: Mesh | None = None) -> C
         rate = jnp.asarray(schedule(state.step), jnp.float32) * rate_factor(state.guard)
         extra = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
         optimiser = make_optimiser(config, state.step)
-        state = update_state(state, grads, cause, optimiser, config.ema_decay)
+        state, update = update_state(state, grads, cause, optimiser, config.ema_decay)
         metrics = {**metrics, **extra, **report(state.guard, state.step - 1)}
+        metrics |= step_norms("", grads, update, state.params, cause)
+        metrics["ema_distance"] = average_distance(state.ema, state.params)
         return constrain_params(state), metrics
 
     return jax.jit(on_mesh(step, mesh), donate_argnums=0)

@@ -116,7 +116,7 @@ def test_a_rollback_halves_what_an_update_does():
     slower = dataclasses.replace(state, guard=rolled_back(state.guard, 2))
     grads = {"weight": jnp.arange(6.0).reshape(3, 2)}
     moves = [
-        update_state(s, grads, jnp.int32(0), optimiser, 0.9).params["weight"] - 1
+        update_state(s, grads, jnp.int32(0), optimiser, 0.9)[0].params["weight"] - 1
         for s in (state, slower)
     ]
     assert float(rate_factor(slower.guard)) == 0.25
