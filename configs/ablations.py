@@ -167,6 +167,9 @@ _STAGE_1 = {
     "heard_clip": Ablation(
         "speech of earlier blocks is heard, too", {"task.audio_context": "clip"}
     ),
+    "scaffold": Ablation(
+        "version 5: noised latents before the clip are seen", {"task.motion_frames": "scaffold"}
+    ),
 }
 
 ABLATIONS: dict[str, Ablation] = {

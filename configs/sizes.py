@@ -65,16 +65,19 @@ def small_dit() -> dict:
         "audio_inject_layers": [0, 2, 4],
         "audio_history": 1,
         "ring_blocks": 3,
-        "framepack": False,
         "zero_init": False,
         "unroll": 6,
     }
 
 
 def paper_dit() -> dict:
-    """Wan2.2-S2V-14B with four blocks of the past and the current one; no motion tokens."""
+    """Wan2.2-S2V-14B with four blocks of the past and the current one.
+
+    It has motion tokens with `task.motion_frames=scaffold` only.
+    """
     dit = wan_s2v_14b.get_config().dit.to_dict()
-    return {**dit, "ring_blocks": 5, "framepack": False, "rematerialise": True}
+    del dit["framepack"]
+    return {**dit, "ring_blocks": 5, "rematerialise": True}
 
 
 def adam(num_steps: int, learning_rate: float, warmup_steps: int, **changes) -> dict:

@@ -80,7 +80,8 @@ def training_sections() -> dict:
     if FLAGS.rank is not None:
         sections["task"]["adapter_rank"] = FLAGS.rank
     if FLAGS.model != name:  # only what does not depend on the size
-        sections["model"] = {k: sections["model"][k] for k in ("ring_blocks", "framepack")}
+        sections["model"] = {"ring_blocks": sections["model"]["ring_blocks"]}
+    sections["model"]["framepack"] = False  # no stage has motion frames as it is
     return sections
 
 

@@ -59,10 +59,13 @@ from jax_avatar.shapes import (
     Tokens,
 )
 
-__all__ = ["LAST_FRAME", "DiT"]
+__all__ = ["LAST_FRAME", "MOTION_LATENTS", "DiT"]
 
 LAST_FRAME = 2047
 """Last rotary frame at which a latent or the reference may stand in `block_causal`."""
+
+MOTION_LATENTS = 19
+"""Latents before a clip that the motion packer sees: 73 video frames."""
 
 Tap = Callable[[str, Array], None] | None
 SpeakerMask = Float[Array, "b u mask_t h2 w2"]
@@ -73,8 +76,8 @@ Frame = Int[Array, " b"] | IntScalar
 
 _PATCH = (1, 2, 2)
 _NOISY, _REFERENCE, _MOTION = 0, 1, 2  # rows of the token-kind embedding
-_FIRST_FRAME = -19  # of the motion frames
 _MOTION_FRAMES = (16, 2, 1)  # far, mid, near latent frames of the motion clip
+_FIRST_FRAME = -MOTION_LATENTS
 
 
 class Block(nnx.Module):

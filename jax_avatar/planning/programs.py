@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jax_avatar.models.audio_tokens import AudioInjector
 from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout, make_mesh
@@ -27,7 +28,7 @@ from jax_avatar.streaming.model import _KINDS, Network, StreamSettings
 from jax_avatar.streaming.pipeline import make_tick, tick_arguments
 from jax_avatar.streaming.plan import Conditions
 from jax_avatar.streaming.sampler import make_step, step_arguments
-from jax_avatar.streaming.session import MOTION_LATENTS, make_decode
+from jax_avatar.streaming.session import make_decode
 
 __all__ = [
     "STAND_IN_OPTIONS",

@@ -161,7 +161,7 @@ class _Plan:
             return
         if self.stage != "dmd":
             task, model = self.sections["task"], self.sections["model"]
-            clips = still_clips(model, task.latents, self.grid)
+            clips = still_clips(model, task.latents + task.motion_latents, self.grid)
             made = ForcingTask(model, task, clips, network=self.kind, pose=self.pose)
             batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, made.batches(0)))
             arguments = (self.state, batch, key, self.base)

@@ -62,11 +62,11 @@ def training_program(
         settings: what is trained; the batch is one clip per device that has its own clips.
         attention: kernel, see `DiTConfig`.
     """
-    # Framepack needs motion latents, which this training does not use.
-    config = model.dit.config.replace(attention=attention, rematerialise=True, framepack=False)
+    motion = settings.motion_latents
+    config = model.dit.config.replace(attention=attention, rematerialise=True, framepack=motion > 0)
     settings = dataclasses.replace(settings, batch_size=clip_devices(mesh))
     network = _KINDS["dit"][model.dit.metadata["kind"]][0]
-    clips = still_clips(config, settings.latents, grid)
+    clips = still_clips(config, settings.latents + motion, grid)
     task = ForcingTask(config, settings, clips, network=network)
     loop, rank = LoopConfig(num_steps=1000), settings.adapter_rank
     base = abstract(lambda: network(config, rngs=nnx.Rngs(0)))[1]

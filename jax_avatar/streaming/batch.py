@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 
+from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.params import merge
 from jax_avatar.models.sharding import put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
@@ -15,7 +16,7 @@ from jax_avatar.streaming.mesh import batch_place
 from jax_avatar.streaming.model import AvatarModel
 from jax_avatar.streaming.plan import Conditions, StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
-from jax_avatar.streaming.session import DROPPED_FRAMES, MOTION_LATENTS, make_decode, make_encode
+from jax_avatar.streaming.session import DROPPED_FRAMES, make_decode, make_encode
 
 __all__ = ["BatchStream"]
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.params import merge
 from jax_avatar.shapes import Array, Float
 from jax_avatar.streaming.mesh import Layout, make_mesh
@@ -30,7 +31,6 @@ from jax_avatar.streaming.samples import SampleQueue
 
 __all__ = [
     "DROPPED_FRAMES",
-    "MOTION_LATENTS",
     "AvatarSession",
     "NotFinite",
     "SessionTimes",
@@ -38,9 +38,6 @@ __all__ = [
     "make_encode",
     "num_slices",
 ]
-
-MOTION_LATENTS = 19
-"""Latents of the still portrait that the motion packer sees."""
 
 DROPPED_FRAMES = 3
 """Frames at the start that are thrown away: the first block's first latent is decoded next to the

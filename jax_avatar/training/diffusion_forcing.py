@@ -24,7 +24,7 @@ from jax_avatar.diffusion.flow import add_noise
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import gaussian_weight, level_of_draw
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.dit import LAST_FRAME, DiT
+from jax_avatar.models.dit import LAST_FRAME, MOTION_LATENTS, DiT
 from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.params import abstract, merge, split
 from jax_avatar.shapes import Array, Latent, PyTree
@@ -38,6 +38,7 @@ from jax_avatar.training.windows import Windows, check_fit
 __all__ = ["ForcingConfig", "ForcingTask"]
 
 _LEVELS = 1000  # that noise is drawn from, before the shift
+_SCAFFOLD = 73  # folded into a key
 _SMALLEST_WEIGHT = 0.1  # noise level below which "clean" weights stay
 
 
@@ -68,6 +69,9 @@ class ForcingConfig(AdapterConfig):
         reference_frames: inclusive range of that distance, drawn per clip.
         weight: of the error at a noise level: "uniform", "gaussian", which is 0 at pure noise, or
             "clean", which makes it the error of the clean prediction.
+        motion_frames: "none", or "scaffold": the network's motion packer sees the 19 latents before
+            the window, each noised to a level of its own, uniform within 0..1; stage 2 drops them.
+            The packer is frozen beside adapters, and trained with the rest without.
         mouth_weight: weight of the latents around the mouth; all others have 1.
         mouth_probe_weight: weight of the error of the lip gap read from the predicted clean
             latents by a linear map fitted beforehand; 0 leaves it out.
@@ -89,6 +93,7 @@ class ForcingConfig(AdapterConfig):
     sink: str = "follow"
     reference_frames: tuple[int, int] = (22, 30)
     weight: str = "uniform"
+    motion_frames: str = "none"
     mouth_weight: float = 1.0
     mouth_probe_weight: float = 0.0
 
@@ -97,6 +102,7 @@ class ForcingConfig(AdapterConfig):
         "audio_context": Sampling.CHOICES["audio_context"],
         "sink": ("follow", "fixed"),
         "weight": ("uniform", "gaussian", "clean"),
+        "motion_frames": ("none", "scaffold"),
     }
     SHARES = (
         "still_share", "shared_share", "smallest_sigma", "audio_dropout", "text_dropout",
@@ -128,6 +134,17 @@ class ForcingConfig(AdapterConfig):
                 f"task.shift_max {self.shift_max} must be within 0..{room}, since rotary frames "
                 f"end at {LAST_FRAME}."
             )
+
+        if self.motion_frames == "scaffold" and self.form != "block_causal":
+            raise ValueError(
+                f"task.motion_frames='scaffold' is for task.form='block_causal', {self.form!r} "
+                "came: a teacher is asked without motion frames. Set task.motion_frames=none."
+            )
+
+    @property
+    def motion_latents(self) -> int:
+        """Latents before the window that the network sees."""
+        return MOTION_LATENTS if self.motion_frames == "scaffold" else 0
 
     def sampling(self) -> dict[str, Any]:
         """Settings of `Sampling` that a stream must share, as plain values."""
@@ -172,7 +189,12 @@ class ForcingTask:
             export: writes the model folder: `(folder, parameters, metadata, adapter=...)`, the
                 latter two as `export_model` takes them.
         """
-        check_fit(clips, model, settings.latents)
+        check_fit(clips, model, settings.latents, motion=settings.motion_latents)
+        if settings.motion_latents and not model.framepack:
+            raise ValueError(
+                f"task.motion_frames={settings.motion_frames!r} needs the network's motion packer; "
+                "leave model.framepack out, or set it to True."
+            )
         network.check_level("task.smallest_sigma", settings.smallest_sigma)
         if settings.mouth_probe_weight and not clips.has_lips:
             raise ValueError(
@@ -234,6 +256,7 @@ class ForcingTask:
         level_key, noise_key, place_key = jax.random.split(key, 3)
         noise = jax.random.normal(noise_key, clean.shape)
         told = {name: batch[name] for name in ("reference", "features", "text")}
+        told |= self._scaffold(key, batch)
 
         def error(level):
             sigma = jnp.full(clean.shape[:2], level)
@@ -253,6 +276,7 @@ class ForcingTask:
             text_width=model.text_width,
             seed=[self.seed, 1],
             still_share=still_share,
+            motion=settings.motion_latents,
         )
 
     def init(self, key: Array) -> PyTree:
@@ -339,7 +363,20 @@ class ForcingTask:
             "features": batch["features"] * heard[:, None, None, None, None],
             "text": jnp.where(prompted, batch["text"], batch["null_text"]),
         }
-        return told, heard
+        return told | self._scaffold(key, batch), heard
+
+    def _scaffold(self, key: Array, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Latents before the clip, each at a level of its own, where the network sees any.
+
+        Source: Live Avatar (arXiv 2512.04677), version 5.
+        """
+        if not self.settings.motion_latents:
+            return {}
+        motion = batch["motion"]
+        # No other number of this key: splits of it may be the same as its first ones.
+        level_key, noise_key = jax.random.split(jax.random.fold_in(key, _SCAFFOLD))
+        sigma = jax.random.uniform(level_key, motion.shape[:2])[:, :, None, None, None]
+        return {"motion": add_noise(motion, jax.random.normal(noise_key, motion.shape), sigma)}
 
     def _velocity(self, params, noisy, sigma, told, key):
         """The transformer's velocity in the form that is trained."""
@@ -347,7 +384,8 @@ class ForcingTask:
         pose = jnp.broadcast_to(reference, noisy.shape)
         if self._pose == "zeros":
             pose = jnp.zeros((*noisy.shape[:-1], model.pose_channels))
-        inputs = (noisy, 1000 * sigma, told["text"], reference, None, pose, told["features"])
+        past, heard = told.get("motion"), told["features"]
+        inputs = (noisy, 1000 * sigma, told["text"], reference, past, pose, heard)
         dit = merge(self._trained, params)
         if self.settings.form == "bidirectional":
             return dit.bidirectional(*inputs)

@@ -34,6 +34,7 @@ class Clips(Protocol):
         fps: video frames per second; 0 for clips of noise.
         text_width: channels of the text rows; 0 without text.
         null_text: rows of the negative prompt, `p f`, or None.
+        has_first: whether `moving` brings latent 0, too, as `first`.
         has_lips: whether the place and the opening of the mouth are known.
         content_hash: of the data; "" for clips that are nowhere on disk.
     """
@@ -46,6 +47,7 @@ class Clips(Protocol):
     fps: int
     text_width: int
     null_text: np.ndarray | None
+    has_first: bool
     has_lips: bool
     content_hash: str
 
@@ -79,6 +81,7 @@ class LatentClips:
     person: np.ndarray
 
     fps, text_width, null_text, has_lips, content_hash = 0, 0, None, True, ""
+    has_first = False
 
     def __post_init__(self):
         count, frames = self.latent.shape[:2]
@@ -126,6 +129,8 @@ class LatentClips:
 
 class StoredClips:
     """Clips of an encoded data set, read when they are asked for; see `Clips`."""
+
+    has_first = True
 
     def __init__(
         self,
@@ -180,6 +185,7 @@ class StoredClips:
             heard = self._encode_speech(clip.wave, clip.first_frame + 1 + frames)
             features = heard[clip.first_frame :]
         moving = {
+            "first": clip.latent[:1],
             "latent": clip.latent[1:],
             "reference": clip.reference,
             "reference_frames": clip.reference_frames,

@@ -118,6 +118,10 @@ def read_sections(settings: Mapping[str, Any]) -> tuple[dict[str, Any], LoopConf
         if kind and name != "model"
     }
     values = _with_size(settings["model"], sections.get("weights"))
+    if _SECTIONS[stage]["model"] is DiTConfig and "framepack" not in settings["model"]:
+        # The motion packer is there where it is trained with.
+        motion = getattr(sections["task"], "motion_latents", 0)
+        values = {**values, "framepack": motion > 0}
     sections["model"] = build_section(_SECTIONS[stage]["model"], values, "model")
     return sections, loop
 
@@ -241,13 +245,15 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
     start = functools.partial(read_dit, weights.start, expected) if weights.start else None
 
     clips = load_latents(encoders, "train")
-    check_fit(clips, model, task.latents, fps=settings["fps"])
+    check_fit(clips, model, task.latents, motion=task.motion_latents, fps=settings["fps"])
     sides = {"size": [_STRIDE * side for side in clips.grid]}
     stream = {
         "fps": settings["fps"],
         **(sides if content["stream"].get("size") else {}),
         **task.sampling(),
     }
+    if task.motion_latents:
+        stream["motion"] = "still"
 
     def export(folder, params, metadata, *, adapter):
         export_model(

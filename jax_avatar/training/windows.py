@@ -20,6 +20,7 @@ def check_fit(
     model: DiTConfig,
     latents: int,
     *,
+    motion: int = 0,
     fps: int | None = None,
     grid: tuple[int, int] | None = None,
 ) -> None:
@@ -29,6 +30,7 @@ def check_fit(
         clips: to train on.
         model: the transformer.
         latents: of a window.
+        motion: latents that must come before it.
         fps: of the run; not checked if not given.
         grid: latent rows and columns that it is made for; not checked if not given.
 
@@ -45,6 +47,13 @@ def check_fit(
         raise ValueError(
             f"task.latents={latents}: clips have {longest} and a block has "
             f"{model.frames_per_block}; give whole blocks, no more than a clip has."
+        )
+    if latents + motion > longest + clips.has_first:
+        raise ValueError(
+            f"task.motion_frames wants {motion} latents before the {latents} of a window, that is "
+            f"clips of {latents + motion} latents or more; the longest has "
+            f"{longest + clips.has_first}. Prepare longer clips, make task.latents smaller, or set "
+            "task.motion_frames=none."
         )
     if tuple(clips.states) != (model.audio_layers, model.audio_width):
         raise ValueError(
@@ -84,6 +93,7 @@ class Windows:
         text_width: int = 1,
         seed: int | Sequence[int] = 0,
         still_share: float = 1.0,
+        motion: int = 0,
     ):
         """Lists the windows.
 
@@ -95,9 +105,10 @@ class Windows:
             text_width: channels of the one row of zeros where clips have no text.
             seed: of the order, and of which portrait a window goes with.
             still_share: share of every person's windows to use, those nearest to the portrait.
+            motion: latents that come before every window, latent 0 of a clip at most.
         """
-        self.clips, self.latents = clips, latents
-        self.windows = _windows(clips, latents, still_share)
+        self.clips, self.latents, self._motion = clips, latents, motion
+        self.windows = _windows(clips, latents, still_share, max(0, motion - clips.has_first))
         self._text_len, self._text_width = text_len, text_width
         self._seed = np.random.SeedSequence(seed)
         order_seed = int(self._seed.generate_state(1)[0])
@@ -112,7 +123,8 @@ class Windows:
 
         Returns:
             `latent` `b t h w c`, `reference` `b 1 h w c`, `features` `b 1 T k a`, `text` and
-            `null_text` `b p f`, `mouth` `b t h w`, `lip_gap` `b T`.
+            `null_text` `b p f`, `mouth` `b t h w`, `lip_gap` `b T`; and `motion` `b t h w c`, the
+            latents before the window, if any are wanted.
         """
         rows = np.arange(self.order.batch_size) if rows is None else rows
         parts = [self._window(step, int(row)) for row in rows]
@@ -135,6 +147,10 @@ class Windows:
             "mouth": clip["mouth"][shown],
             "lip_gap": clip["lip_gap"][frames],
         }
+        if self._motion:
+            before = clip["latent"][max(0, start - self._motion) : start]
+            needs_first = start < self._motion
+            part["motion"] = np.concatenate([clip["first"], before]) if needs_first else before
         return {name: np.asarray(value).astype(np.float32) for name, value in part.items()}
 
     def _padded(self, rows: np.ndarray | None) -> np.ndarray:
@@ -160,12 +176,12 @@ def _pick_portrait(places: Sequence[int], frames: slice, fps: int, rng: np.rando
     return int(rng.choice(far or len(places)))
 
 
-def _windows(clips: Clips, latents: int, share: float) -> np.ndarray:
-    """Clip and first latent of the windows to train on, `[windows 2]`."""
-    starts = np.maximum(0, np.asarray(clips.lengths) - latents + 1)
+def _windows(clips: Clips, latents: int, share: float, earliest: int = 0) -> np.ndarray:
+    """Clip and first latent, from `earliest` on, of the windows to train on, `[windows 2]`."""
+    starts = np.maximum(0, np.asarray(clips.lengths) - latents + 1 - earliest)
     index = np.repeat(np.arange(len(clips)), starts)
     first = np.arange(len(index)) - np.repeat(np.cumsum(starts) - starts, starts)
-    windows = np.stack([index, first], -1)
+    windows = np.stack([index, earliest + first], -1)
     if share >= 1:
         return windows
     moved = [_distance_from_portrait(clips.moving(i)) for i in range(len(clips))]

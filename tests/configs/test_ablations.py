@@ -59,6 +59,7 @@ CHANGED = {
     "stage1_no_dropout": {"task.audio_dropout", "task.text_dropout"},
     "stage1_window_3": {"model.ring_blocks"},
     "stage1_heard_clip": {"task.audio_context"},
+    "stage1_scaffold": {"task.motion_frames", "model.framepack"},
 }
 
 

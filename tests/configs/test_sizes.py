@@ -81,6 +81,14 @@ def test_the_published_values_are_the_papers():
     assert (task.weight, task.reference_dropout, loop.ema_decay) == ("uniform", 0.05, 0.999)
 
 
+def test_the_motion_packer_is_there_where_motion_frames_are():
+    settings = get("diffusion_forcing", "wan_s2v_14b")
+    settings["task"]["motion_frames"] = "scaffold"
+    assert read_sections(settings)[0]["model"].framepack
+    settings["model"]["framepack"] = False  # as told, which the task refuses
+    assert not read_sections(settings)[0]["model"].framepack
+
+
 def test_an_unknown_size_names_the_nearest():
     with pytest.raises(ValueError, match=r"'tiney' is unknown; write dmd\.py:tiny.*mean :tiny"):
         get("dmd", "tiney")
@@ -122,14 +130,23 @@ def test_a_misspelt_or_missing_section_is_named():
 
 
 @pytest.mark.parametrize(
-    ("stage", "expected"), [("diffusion_forcing", {"audio_context": "clip"}), ("teacher", {})]
+    ("stage", "task", "expected"),
+    [
+        ("diffusion_forcing", {"audio_context": "clip"}, {"audio_context": "clip"}),
+        (
+            "diffusion_forcing",
+            {"motion_frames": "scaffold"},
+            {"audio_context": "block_reset", "motion": "still"},
+        ),
+        ("teacher", {"audio_context": "clip"}, {}),
+    ],
 )
-def test_what_a_block_heard_goes_with_a_model_that_streams(stage, expected, monkeypatch):
+def test_what_a_block_heard_goes_with_a_model_that_streams(stage, task, expected, monkeypatch):
     settings, written = get(stage, "tiny"), {}
-    settings["task"]["audio_context"] = "clip"
+    settings["task"] |= task
     model = read_sections(settings)[0]["model"]
     states = (model.audio_layers, model.audio_width)
-    clips = random_clips(2, 9, (12, 12), model.latent_channels, states)
+    clips = random_clips(2, 28, (12, 12), model.latent_channels, states)
     monkeypatch.setattr(stages, "load_latents", lambda *_: clips)
     monkeypatch.setattr(stages, "export_model", lambda *_, **options: written.update(options))
     build_stage(settings)[0]().export({}, "", {})

@@ -171,6 +171,7 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
             form="a_block_sees_a_window_of_the_past_and_a_teacher_everything",
             sink="the_portrait_follows_the_clip_or_stays",
             audio_context="a_block_sees_a_window_of_the_past_and_a_teacher_everything",
+            motion_frames="motion_latents_are_seen_and_move_with_the_clip",
         ),
     },
     "StageWeights": {

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,57 @@ def test_a_block_sees_a_window_of_the_past_and_a_teacher_everything(
     for other, blocks in zip(others, (seen, heard), strict=True):
         change = np.abs(other - velocity(latent, told)).reshape(2, 4, -1).max((0, 2))
         assert np.flatnonzero(change).tolist() == blocks
+
+
+@functools.cache
+def scaffolded():
+    settings = dataclasses.replace(SETTINGS, motion_frames="scaffold")
+    clips = make_clips(2, 26)
+    return make_task(settings, clips, DiT, framepack=True, num_layers=1)
+
+
+def test_motion_latents_are_seen_and_move_with_the_clip():
+    task = scaffolded()
+    params, batch = with_head(task.init(jax.random.key(0))), task.batches(0)
+    told, _ = task._told(jax.random.key(2), jax.tree.map(jnp.asarray, batch))
+    assert told["motion"].shape[1] == batch["motion"].shape[1] == 19
+    task._places = lambda first, b: (first, first + 25)
+    sigma, latent = jnp.full((2, 6), 0.7), jax.random.normal(KEY, batch["latent"].shape)
+
+    @jax.jit
+    def velocity(motion, first):
+        return task._velocity(params, latent, sigma, told | {"motion": motion}, first)
+
+    here = velocity(told["motion"], jnp.array([0, 0]))
+    np.testing.assert_allclose(velocity(told["motion"], jnp.array([0, 700])), here, atol=1e-5)
+    other = velocity(told["motion"].at[:, -1].add(1.0), jnp.array([0, 0]))
+    assert np.abs(other - here).reshape(2, 2, -1).max(2).min() > 1e-4  # both blocks of both
+
+
+def test_every_motion_latent_has_a_noise_level_of_its_own():
+    """Far from the origin the mean of a noised latent tells its level."""
+    task, motion = scaffolded(), 1e4 * jnp.ones((200, 19, 1, 1, 4))
+    made = task._scaffold(KEY, {"motion": motion})["motion"]
+    sigma = 1 - np.asarray(made).mean((2, 3, 4)) / 1e4
+    assert 0 <= sigma.min() < 0.01 and 0.99 < sigma.max() <= 1.001
+    assert abs(sigma.mean() - 0.5) < 0.02
+    assert np.abs(np.corrcoef(sigma.T) - np.eye(19)).max() < 0.35
+    still = np.asarray(task._scaffold(KEY, {"motion": 0 * motion})["motion"])
+    np.testing.assert_allclose(still.std((0, 2, 3, 4)), np.sqrt((sigma**2).mean(0)), rtol=0.15)
+
+
+def test_without_a_scaffold_nothing_comes_before_the_clip():
+    task = make_task()
+    batch = jax.tree.map(jnp.asarray, task.batches(0))
+    assert "motion" not in batch
+    told, _ = task._told(KEY, batch | {"motion": batch["latent"]})
+    assert set(told) == {"reference", "features", "text"}
+    with pytest.raises(ValueError, match=r"needs the network's motion packer; .*model\.framepack"):
+        make_task(scaffolded().settings, make_clips(2, 26), DiT)
+    with pytest.raises(ValueError, match=r"is for task\.form='block_causal', 'bidirectional'"):
+        dataclasses.replace(scaffolded().settings, form="bidirectional")
+    with pytest.raises(ValueError, match=r"19 latents before the 6 of a window.*none"):
+        make_task(scaffolded().settings, make_clips(2, 24), DiT, framepack=True)
 
 
 def test_the_portrait_follows_the_clip_or_stays():

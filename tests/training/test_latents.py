@@ -35,6 +35,25 @@ def test_features_and_lips_belong_to_the_latents_of_a_window():
     assert starts == set(range(1, 7))
 
 
+def test_the_latents_before_a_window_come_with_it():
+    """Latent 0 may be among them, where it is kept; latent l has the value l."""
+    clips = stored([make_clip(latents=9)])
+    for source, earliest in ((clips, 3), (clips.take(slice(None)), 4)):
+        windows, starts = Windows(source, LATENTS, 3, seed=0, motion=3), set()
+        for step in range(6):
+            batch = windows.batch(step)
+            first = batch["latent"][:, 0, 0, 0, 0]
+            before = first[:, None] + np.arange(-3, 0)
+            np.testing.assert_array_equal(batch["motion"][..., 0, 0, 0], before)
+            starts |= set(first)
+        assert starts == set(range(earliest, 7))
+    assert "motion" not in Windows(clips, LATENTS, 3).batch(0)
+    config = MODEL.replace(text_width=clips.text_width or MODEL.text_width)
+    check_fit(clips, config, LATENTS, motion=6)
+    with pytest.raises(ValueError, match=r"7 latents before the 3 .* 10 latents or more; .* has 9"):
+        check_fit(clips, config, LATENTS, motion=7)
+
+
 def test_features_made_in_training_are_those_of_the_whole_wave():
     heard = []
 
