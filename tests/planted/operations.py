@@ -7,6 +7,7 @@ __all__ = ["OPERATIONS"]
 clock = tests_in("training/test_clock")
 loader = tests_in("training/test_loader")
 loggers = tests_in("training/test_loggers")
+norms = tests_in("training/test_norms")
 train = tests_in("launch/test_train")
 
 RATES = clock("rates_are_of_the_interval_without_compilation_and_evaluation")
@@ -33,6 +34,15 @@ OPERATIONS = tuple(Mistake("run", *row) for row in (
      '"loop": dataclasses.asdict(config)}', '"loop": {}}', STARTS),
     ("training compiles again after every start", "launch/train.py",
      "    keep_compiled()\n", "", train("training_keeps_what_it_compiles")),
+    ("norms of a skipped update are those of one that was made", "training/norms.py",
+     "jnp.where(cause == 0, value, 0.0)", "value",
+     norms("a_step_tells_the_norms_of_what_it_did[1]")),
+    ("speech layers count as attention", "training/norms.py",
+     '"injectors": "audio"', '"injectors": "attention"',
+     norms("every_parameter_of_a_transformer_belongs_to_one_family")),
+    ("the distance of the average is that of the gradient", "training/step.py",
+     "average_distance(state.ema, state.params)", "average_distance(grads, state.params)",
+     norms("a_step_tells_the_norms_of_what_it_did[None]")),
     ("processes begin with another step than asked for", "training/loader.py",
      "grain.MapDataset.range(first, last)", "grain.MapDataset.range(0, last)",
      loader("batches_depend_on_their_step_alone")),

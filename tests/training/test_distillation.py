@@ -85,7 +85,8 @@ def is_same(left, right):
 
 def test_an_update_of_one_network_leaves_the_other_alone():
     state = with_other_average(start())
-    critic, _ = update("critic", state)
+    critic, told = update("critic", state)
+    assert 0 < float(told["critic_update/attention"]) < float(told["critic_weight/attention"])
     assert_same(critic.generator, state.generator)
     assert_same(critic.ema, state.ema)
     assert not is_same(critic.critic, state.critic)
@@ -101,6 +102,9 @@ def test_an_update_of_one_network_leaves_the_other_alone():
     assert not is_same(both.generator, critic.generator)
     assert (int(both.step), int(both.generator_updates)) == (1, 1)
     assert metrics["replay_error"] < 1e-5 and metrics["generator_norm"] > 0
+    parts = [value for name, value in metrics.items() if name.startswith("generator_grad/")]
+    np.testing.assert_allclose(np.linalg.norm(parts), metrics["generator_norm"], rtol=1e-5)
+    assert metrics["ema_distance"] >= 0
 
 
 def test_the_average_copies_when_it_starts_and_then_lags():
