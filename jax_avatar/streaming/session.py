@@ -1,7 +1,7 @@
 """Audio in, video out: one avatar, one stream.
 
-    samples --speech encoder--> features --Algorithm 3 or 4--> latents --VAE--> RGB frames
-    (host)                      (per block)                   (promises)       (fetched when ready)
+    samples --level, speech encoder--> features --Algorithm 3 or 4--> latents --VAE--> RGB frames
+    (host)                             (per block)                   (promises)  (when ready)
 
 The loop never waits for the newest block: frames are fetched when they are ready, or when more
 blocks than `in_flight` are under way. They leave the VAE in pieces, as many latents at a time as
@@ -28,6 +28,7 @@ from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import Conditions, check_slices
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.samples import SampleQueue
+from jax_avatar.streaming.working_level import WorkingLevel
 
 __all__ = [
     "DROPPED_FRAMES",
@@ -202,6 +203,7 @@ class AvatarSession:
         # Video frame j of the stream is frame j - 3 of the output; silence comes before.
         self._samples = SampleQueue()
         self._samples.append(np.zeros(DROPPED_FRAMES * self.speech.samples_per_frame, np.float32))
+        self._level = WorkingLevel(self.speech.sample_rate)
         self._speech_state = self._recording = None
         self._blocks_in = self._pieces_decoded = self._pieces_out = 0
         self._num_samples = 0
@@ -347,7 +349,7 @@ class AvatarSession:
         if self.times.started is None:
             self.times.started = time.perf_counter()
         self._num_samples += len(samples)
-        self._samples.append(samples)
+        self._samples.append(self._level(samples))
 
     def _take_block(self) -> bool:
         """Hands the next block to the devices if its audio is there."""

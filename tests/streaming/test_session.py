@@ -221,3 +221,14 @@ def test_weights_of_another_size_are_listed(tmp_path, folder):
     (tmp_path / "dit.safetensors").write_bytes((folder / "vae.safetensors").read_bytes())
     with pytest.raises(ValueError, match="not those of a wan_s2v dit"):
         load_model(tmp_path)
+
+
+def test_quiet_speech_is_heard_louder(sequential):
+    loud, heard = voice(3.0) * np.sin(np.arange(3 * RATE) / 2000).astype(np.float32) ** 4, []
+    for gain in (1, 0.01):
+        sequential.reset()
+        sequential._hear(np.float32(gain) * loud)
+        heard.append(np.abs(sequential._samples.take(10**6)[-RATE:]).max())
+    sequential.reset()
+    assert heard[0] == np.abs(loud[-RATE:]).max()
+    assert heard[1] > 10 * 0.01 * heard[0]
