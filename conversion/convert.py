@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from conversion.console import finish
 from conversion.networks import (
     NETWORKS,
     NetworkKind,
@@ -111,7 +112,7 @@ def convert_network(
                 progress.update(sizes[move.source])
         if job.report.kept:
             writer.keep({name: job.weights[name] for name in job.report.kept})
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError):
         writer.pause()
         raise
     except ValueError:
@@ -350,7 +351,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, source in jobs:
             kind = NETWORKS[name]
             _tell(name, source, convert_network(kind, source, flags.out, options), flags.out)
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"convert: {error}; repeat the command to go on.", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -360,4 +366,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -21,6 +21,7 @@ import absl.logging
 import numpy as np
 from tqdm import tqdm
 
+from conversion.console import finish
 from conversion.networks import NETWORKS, NetworkKind
 from conversion.readers import SAFETENSORS_NAMES
 from conversion.rules import Ignore, Move, plan_export
@@ -187,9 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is meant here
     try:
         files, ignored = export_network(flags.folder, flags.out, shard_gb=flags.shard_gb)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("export: interrupted; repeat the command.", file=sys.stderr)
+        return 130
     for path in files:
         print(f"{path} ({path.stat().st_size / _GB:.3f} GB)")
     for entry in ignored:
@@ -198,4 +204,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

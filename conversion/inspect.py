@@ -16,6 +16,7 @@ from typing import Any
 import absl.logging
 import numpy as np
 
+from conversion.console import finish
 from conversion.networks import NETWORKS, identify, plain_fields, weight_files
 from conversion.readers import SafetensorsFile, open_weights
 from conversion.rules import check
@@ -150,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in describe(path):
                 print(line)
                 failed |= "NOT USABLE" in line or "MISSING" in line
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
             print(f"inspect: {error}", file=sys.stderr)
             failed = True
@@ -157,4 +160,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

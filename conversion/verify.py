@@ -28,6 +28,7 @@ from conversion.cases_tables import DiTManifests, RotaryCases, RoutingCases, Sam
 from conversion.cases_text import PromptCleaning, TextCases, TextManifests
 from conversion.cases_training import TrainingCases
 from conversion.cases_vae import VAECases, VAEManifests
+from conversion.console import finish
 from conversion.readers import SafetensorsFile
 from jax_avatar.io.whole_file import check_whole
 
@@ -171,4 +172,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -7,10 +7,11 @@ or without a network in it, load as well. Folders that have the file keep it up 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,15 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None
 
-__all__ = ["CHECKSUMS", "check_files", "keep_checksums", "locked", "recorded", "rewriting"]
+__all__ = [
+    "CHECKSUMS",
+    "check_files",
+    "keep_checksums",
+    "locked",
+    "recorded",
+    "rewriting",
+    "take_lock",
+]
 
 CHECKSUMS = "checksums.json"
 _THREADS = min(16, os.cpu_count() or 1)
@@ -121,6 +130,25 @@ def locked(folder: str | Path) -> Iterator[None]:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def take_lock(folder: str | Path) -> Callable[[], None]:
+    """Claims a folder that one process at a time may write; returns what gives it back.
+
+    Raises:
+        BlockingIOError: another one has it.
+    """
+    if fcntl is None:
+        return lambda: None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise
+    except OSError:  # a file system without locks
+        pass
+    return functools.partial(os.close, lock)
 
 
 def _exchange(folder: Path, name: str, sums: dict[str, str]) -> dict[str, str]:

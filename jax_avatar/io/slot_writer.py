@@ -7,10 +7,11 @@ an interrupted run has written stays in a hidden folder beside the target, and t
 same conversion goes on from there.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from orbax.checkpoint import type_handlers
 from safetensors.numpy import save_file
 
 from jax_avatar.io.checkpoint import KEPT_FILE, open_leaf, replace_folder
-from jax_avatar.io.checksums import rewriting
+from jax_avatar.io.checksums import locked, rewriting, take_lock
 
 __all__ = ["SlotWriter"]
 
@@ -51,6 +52,9 @@ class SlotWriter:
             leaves: our flat path -> anything with `shape` and `dtype`.
             config: fields of the network's config, plain values.
             metadata: history: command, source, licence.
+
+        Raises:
+            ValueError: another process writes there.
         """
         self.folder = Path(folder).resolve()
         self._partial = self.folder.with_name(f".{self.folder.name}.partial")
@@ -62,14 +66,30 @@ class SlotWriter:
         self.done: set[str] = set()
         self._stores: dict[str, Any] = {}
         self._unsaved = 0
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder.parent):
+            self._begin(leaves, header)
+
+    def _begin(self, leaves: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+        release = self._claim() if (self._partial / "params").is_dir() else lambda: None
         begun = self._read_notes()
         if begun and begun["plan"] == self._plan:
-            self.done = set(begun["done"])
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            _lay_out(self._partial, leaves, header)
-            self._save_notes()
+            self._release, self.done = release, set(begun["done"])
+            return
+        release()
+        shutil.rmtree(self._partial, ignore_errors=True)
+        _lay_out(self._partial, leaves, header)
+        self._release = self._claim()
+        self._save_notes()
+
+    def _claim(self) -> Callable[[], None]:
+        try:
+            return take_lock(self._partial / "params")
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.folder} is being written by another conversion; wait for it, or give "
+                "another --out."
+            ) from None
 
     def write(self, label: str, parts: Mapping[tuple[str, tuple[int, ...]], np.ndarray]) -> None:
         """Writes what came of one source tensor.
@@ -77,15 +97,21 @@ class SlotWriter:
         Args:
             label: of the source tensor; goes to `done`.
             parts: (our path, indices along the leading axes) -> array.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
         """
         writing = []
-        for (path, slot), array in parts.items():
-            if path not in self._stores:
-                self._stores[path] = open_leaf(self._partial, path)
-            writing.append(self._stores[path][slot].write(array))
-            self._unsaved += array.nbytes
-        for future in writing:
-            future.result()
+        try:
+            for (path, slot), array in parts.items():
+                if path not in self._stores:
+                    self._stores[path] = open_leaf(self._partial, path)
+                writing.append(self._stores[path][slot].write(array))
+                self._unsaved += array.nbytes
+            for future in writing:
+                future.result()
+        except ValueError as error:  # as TensorStore calls what the system refuses
+            raise OSError(f"{self._partial} cannot be written: {_reason(error)}") from error
         self.done.add(label)
         if self._unsaved >= _SAVE_EVERY:
             self._save_notes()
@@ -106,14 +132,18 @@ class SlotWriter:
         self._notes.unlink()
         with rewriting(self.folder.parent, self.folder.name):
             replace_folder(self._partial, self.folder)
+        self._release()
 
     def pause(self) -> None:
         """Notes what is done, for the next run; called when a run is interrupted."""
-        self._save_notes()
+        with contextlib.suppress(OSError):  # an older note will do
+            self._save_notes()
+        self._release()
 
     def discard(self) -> None:
         """Leaves nothing behind; called when the source turns out to be broken."""
         shutil.rmtree(self._partial, ignore_errors=True)
+        self._release()
 
     def _read_notes(self) -> dict[str, Any] | None:
         try:
@@ -126,6 +156,12 @@ class SlotWriter:
         temporary.write_text(json.dumps({"plan": self._plan, "done": sorted(self.done)}))
         os.replace(temporary, self._notes)
         self._unsaved = 0
+
+
+def _reason(error: ValueError) -> str:
+    """What the system said, out of a message that names every file on the way."""
+    text = str(error).split(" [os_error_code")[0]
+    return text.rsplit(": ", 1)[-1]
 
 
 def _lay_out(folder: Path, leaves: Mapping[str, Any], header: Mapping[str, Any]) -> None:

@@ -1,6 +1,8 @@
 import json
+import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from conversion import convert, export, inspect
+from conversion import console, convert, export, inspect
 from conversion.networks import NETWORKS
 from conversion.readers import SafetensorsFile, open_weights
 from conversion.wan_dit import MergedLora
@@ -148,6 +150,32 @@ def test_an_interrupted_conversion_goes_on(download, tmp_path, monkeypatch):
     assert run("wan_s2v", "--src", source, "--out", out) == 0
     assert len(written) == len(official.dit_weights()) and written[:20] == first
     assert_same_bits(exported(out / "dit", tmp_path / "back"), official.dit_weights())
+
+
+def test_a_full_disk_is_said_and_the_conversion_goes_on(download, tmp_path, capsys):
+    source, out = download / "Wan2.2-S2V-14B", tmp_path / "a b ü"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a full disk, for one file
+    try:
+        assert run("wan_s2v", "--src", source, "--out", out) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"convert: .*cannot be written: File too large; repeat .* to go on\.", told)
+    assert [path.name for path in out.iterdir()] == [".dit.partial"]
+    assert run("wan_s2v", "--src", source, "--out", out) == 0
+    assert_same_bits(exported(out / "dit", tmp_path / "back"), official.dit_weights())
+
+
+def test_a_closed_pipe_ends_a_command_without_a_word(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            console.finish(lambda: print("x" * 100_000) or 0)
+        monkeypatch.undo()
+    assert ended.value.code == 141 and not capsys.readouterr().err
 
 
 _KILLED = """

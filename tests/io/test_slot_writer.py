@@ -39,6 +39,21 @@ def fill(checkpoint, layers=(0, 1, 2)):
     checkpoint.write("head", {("head", ()): content["head"]})
 
 
+def test_two_conversions_cannot_write_the_same_network(tmp_path):
+    leaves = {"a": np.zeros((2, 3), np.float32)}
+    first = SlotWriter(tmp_path / "dit", leaves, {}, {})
+    for other in ({}, {"other": 1}):  # of the same plan, which would be resumed, and of another
+        with pytest.raises(ValueError, match="is being written by another conversion"):
+            SlotWriter(tmp_path / "dit", leaves, other, {})
+    SlotWriter(tmp_path / "vae", leaves, {}, {}).discard()
+    first.write("x", {("a", (i,)): np.ones(3, np.float32) for i in range(2)})
+    first.pause()
+    again = SlotWriter(tmp_path / "dit", leaves, {}, {})
+    assert again.done == {"x"}
+    again.finish()
+    SlotWriter(tmp_path / "dit", leaves, {}, {}).discard()
+
+
 def test_what_is_written_slot_by_slot_restores_as_a_whole(tmp_path):
     checkpoint = writer(tmp_path)
     fill(checkpoint)
