@@ -1,6 +1,9 @@
 import dataclasses
 import importlib.util
 import json
+import re
+import struct
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -313,3 +316,70 @@ def test_every_kind_of_sound_is_the_same_sound(tmp_path, suffix, codec, kind, la
     assert abs(len(heard) / RATE - 1) < 0.07
     assert abs(np.sqrt((heard[2000:-2000] ** 2).mean()) - 0.1 / np.sqrt(2)) < 0.002
     assert abs(np.abs(np.fft.rfft(heard[1000:9000])).argmax() * 2 - 300) <= 2
+
+
+def quadrants():
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:16, :32], picture[:16, 32:], picture[16:, :32] = 240, 160, 80
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        ((1, 0, 0, 1), lambda x: x),
+        ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+        ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
+        ((0, -1, 1, 0), np.rot90),
+        ((-1, 0, 0, 1), np.fliplr),
+        ((1, 0, 0, -1), np.flipud),
+        ((0, 1, 1, 0), lambda x: x.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda x: np.rot90(x, 2).transpose(1, 0, 2)),
+    ],
+)
+def test_pictures_stand_as_players_show_them(tmp_path, matrix, expected):
+    with VideoWriter(tmp_path / "a.mp4", 64, 32, 25, is_marked=False) as writer:
+        writer.write_frames(np.stack([quadrants()] * 3))
+    data = (tmp_path / "a.mp4").read_bytes()
+    a, b, c, d = (65536 * x for x in matrix)
+    placed = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    for header in re.finditer(b"tkhd", data):
+        at = header.start() + 44  # the matrix of a track header, ISO/IEC 14496-12
+        data = data[:at] + placed + data[at + 36 :]
+    (tmp_path / "a.mp4").write_bytes(data)
+    shown = next(Footage(tmp_path / "a.mp4", 25).frames()).astype(int)
+    assert shown.shape == expected(quadrants()).shape
+    assert np.abs(shown - expected(quadrants())).mean() < 6
+
+
+@pytest.mark.parametrize(("aspect", "width"), [(2, 128), (Fraction(1, 2), 32), (1, 64)])
+def test_pixels_that_are_not_square_become_square(tmp_path, aspect, width):
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        stream = out.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        for part in (av.VideoFrame.from_ndarray(quadrants(), format="rgb24"), None):
+            out.mux(stream.encode(part))
+    assert next(Footage(tmp_path / "a.mkv", 25).frames()).shape == (32, width, 3)
+
+
+def test_a_file_that_begins_late_begins_with_its_first_picture(tmp_path):
+    grey = np.stack([np.full((32, 32, 3), 5 * i, np.uint8) for i in range(50)])
+    clicks = np.zeros(2 * RATE, np.float32)
+    clicks[RATE] = 1.0
+    with VideoWriter(tmp_path / "a.mp4", 32, 32, 25, RATE, is_marked=False) as writer:
+        writer.write_audio(clicks)
+        writer.write_frames(grey)
+    with av.open(str(tmp_path / "a.mp4")) as old, av.open(str(tmp_path / "a.ts"), "w") as new:
+        tracks = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
+        for packet in old.demux():
+            if packet.dts is not None:
+                late = round(1.5 / packet.time_base)
+                packet.pts, packet.dts = packet.pts + late, packet.dts + late
+                packet.stream = tracks[packet.stream.index]
+                new.mux(packet)
+    late = Footage(tmp_path / "a.ts", 25)
+    assert late._begin_s > 1
+    seen = np.array([frame.mean() for frame in late.frames()]) / 5
+    np.testing.assert_allclose(seen, np.arange(50), atol=0.6)
+    assert abs(np.abs(late.sound().astype(int)).argmax() / RATE - 1.0) < 0.003

@@ -38,6 +38,7 @@ class Footage:
                 self.has_sound = best_stream(container, "audio") is not None
                 # Some kinds of files begin at another time than 0.
                 self._begin_s = float((picture.start_time or 0) * picture.time_base)
+                self._pixel_aspect = float(picture.sample_aspect_ratio or 1)
         except (OSError, av.FFmpegError) as error:
             raise ValueError(f"{path} cannot be read ({error.strerror})") from error
 
@@ -53,14 +54,14 @@ class Footage:
                 # The nearer of the two pictures on either side of a frame's time is shown.
                 while before is not None and number / self.fps < time:
                     is_nearer = number / self.fps - before[0] <= time - number / self.fps
-                    yield _pixels(before[1] if is_nearer else picture)
+                    yield self._pixels(before[1] if is_nearer else picture)
                     number += 1
                     if number == stop:
                         return
                 before = time, picture
             # The last picture stays as long as a frame.
             if before is not None and number / self.fps <= before[0]:
-                yield _pixels(before[1])
+                yield self._pixels(before[1])
         except (OSError, av.FFmpegError) as error:
             raise ValueError(f"{self.path} breaks off ({error.strerror})") from error
 
@@ -74,6 +75,12 @@ class Footage:
         samples = soxr.resample(samples, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else samples
         return np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
 
+    def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
+        """RGB as a player shows it, with square pixels and upright."""
+        width = max(1, round(frame.width * self._pixel_aspect))
+        pixels = frame.reformat(width, frame.height, "rgb24").to_ndarray()
+        return _upright(pixels, frame)
+
     def _decoded(self, start_s: float) -> Iterator[tuple[float, av.VideoFrame]]:
         with open_media(self.path) as container:
             stream = best_stream(container, "video")
@@ -85,6 +92,14 @@ class Footage:
                     yield float(frame.pts * stream.time_base) - self._begin_s, frame
 
 
-def _pixels(frame: av.VideoFrame) -> np.ndarray:
-    # Telephones film sideways and say so.
-    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """The picture as its display matrix has it: telephones film sideways, and selfies mirrored."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].astype(np.int64)
+    if a * d - b * c < 0:
+        pixels = pixels[:, ::-1]
+        a, b = -a, -b
+    turns = round(np.degrees(np.arctan2(b, a)) / 90)
+    return np.rot90(pixels, -turns % 4)
