@@ -2,9 +2,10 @@
 
     python launch/stream.py --mesh 5 --config.stream.aas_after_blocks=1
 
-None keeps what the model folder says. Noise levels, sampler and history (`cache`, `refresh`,
-`refresh_sigma`) are those of the model's training; others take `--force_sampler`. Runs on a laptop
-CPU with the model that ships: 96x96 pixels at 16 frames per second.
+None keeps what the model folder says. Noise levels, sampler, history (`cache`, `refresh`,
+`refresh_sigma`) and `audio_context` are those of the model's training; others take
+`--force_sampler`. Runs on a laptop CPU with the model that ships: 96x96 pixels at 16 frames per
+second.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +22,7 @@ def get_config() -> ConfigDict:
                 "cache": placeholder(str),
                 "refresh": placeholder(str),
                 "refresh_sigma": placeholder(float),
+                "audio_context": placeholder(str),
                 "aas_after_blocks": placeholder(int),
                 "sink_distance": placeholder(tuple),
                 "warmup_latents": placeholder(int),
