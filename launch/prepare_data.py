@@ -5,7 +5,8 @@
     python launch/prepare_data.py encode --data data/people --model jax_avatar/assets/small \\
         --out data/latents --phases 4
 
-`python launch/prepare_data.py portraits --out jax_avatar/assets/portraits` draws the portraits that
+`python launch/prepare_data.py stats data/people` tells what is in a set, raw or encoded, as a table
+and as `statistics.json`. `... portraits --out jax_avatar/assets/portraits` draws the portraits that
 come with the package; none of these people is in the training data.
 
 The default set of people (320 people, 714 clips of three seconds at 96x96) is that of the model
@@ -129,6 +130,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_false",
         help="leave the speech features to be computed in training",
     )
+    stats = commands.add_parser(
+        "stats",
+        help="durations, sizes, speech, loudness, faces and rejections of a data set",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    stats.add_argument("data", help="folder of raw or encoded clips")
+    stats.add_argument("--sample", type=int, default=2000, help="clips to open, evenly spread")
+    stats.add_argument(
+        "--out", default="", help="JSON file to write; DATA/statistics.json if empty"
+    )
     return parser.parse_args(argv)
 
 
@@ -250,6 +261,20 @@ def encode_clips(arguments: argparse.Namespace) -> None:
     print(f"hash {index['hash'][:16]}")
 
 
+def print_statistics(arguments: argparse.Namespace) -> None:
+    from jax_avatar.data.statistics import FILE, data_statistics, statistics_table
+    from jax_avatar.io.checkpoint import save_json
+
+    found = data_statistics(arguments.data, sample=arguments.sample)
+    print(statistics_table(found))
+    path = pathlib.Path(arguments.out or pathlib.Path(arguments.data) / FILE)
+    try:
+        save_json(path, found)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); give --out.") from error
+    print(f"written to {path}")
+
+
 def draw_portraits(arguments: argparse.Namespace) -> None:
     from PIL import Image
 
@@ -275,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
             "portraits": draw_portraits,
             "videos": cut_videos,
             "encode": encode_clips,
+            "stats": print_statistics,
         }
         commands[arguments.command](arguments)
     except ValueError as error:

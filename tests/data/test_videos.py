@@ -15,6 +15,7 @@ pytest.importorskip("webrtcvad")
 pytest.importorskip("numba")
 
 from jax_avatar.data import records
+from jax_avatar.data.statistics import data_statistics, statistics_table
 from jax_avatar.data.talking_people.person import make_person
 from jax_avatar.data.talking_people.render import Pose, render, unit_weights
 from jax_avatar.data.videos import clips
@@ -123,6 +124,41 @@ def test_people_who_talk_are_kept_and_everything_else_has_a_reason(made):
     assert reasons[3][:2] == ("talk.mp4", 8) and "silent" in reasons[3][2]
     assert reasons[4] == ("talk.mp4", 10, "shorter than 1.5 s")
     assert len(reasons) == 5
+
+
+def test_statistics_tell_what_was_kept_and_why_the_rest_was_not(made):
+    found = data_statistics(made)
+    assert found["videos"] == 3 and found["kept"]["clips"] == found["clips"] == 2
+    reasons = found["rejected"]["reasons"]
+    plain = {"no sound", "not exactly one face", "silent (loudest sample #)", "shorter than # s"}
+    (broken,) = reasons.keys() - plain
+    assert broken.startswith("the file cannot be read") and set(reasons.values()) == {1}
+    assert found["rejected"]["parts"] == 5 and plain < reasons.keys()
+    assert found["counts"]["size"] == {"64x64": 2} and found["counts"]["caption"] == {"yes": 2}
+    assert found["counts"]["people"]["different"] == 1
+    shares = found["quantiles"]
+    assert shares["speech_share"]["least"] >= CONFIG.speech_share
+    assert shares["faces_found"]["mean"] > 0.6 and 0.3 < shares["face_height"]["median"] < 1
+    assert "not exactly one face" in statistics_table(found)
+
+
+@pytest.mark.parametrize(("tag", "language"), [("deu", "deu"), ("und", ""), (None, "")])
+def test_the_language_is_what_the_file_says(tmp_path, tag, language):
+    with av.open(str(tmp_path / "talk.mkv"), "w") as container:
+        picture = container.add_stream("mpeg4", rate=16)
+        picture.width, picture.height, picture.pix_fmt = 32, 32, "yuv420p"
+        sound = container.add_stream("aac", rate=RATE)
+        sound.metadata.update({"language": tag} if tag else {})
+        for i in range(4):
+            shown = av.VideoFrame.from_ndarray(wall(32, 32), format="rgb24")
+            shown.pts = i
+            container.mux(picture.encode(shown))
+        container.mux(picture.encode())
+        heard = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        heard.sample_rate = RATE
+        container.mux(sound.encode(heard))
+        container.mux(sound.encode())
+    assert Footage(tmp_path / "talk.mkv", 16).language == language
 
 
 def test_clips_show_the_face_with_its_sound(made):

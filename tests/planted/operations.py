@@ -8,7 +8,9 @@ clock = tests_in("training/test_clock")
 loader = tests_in("training/test_loader")
 loggers = tests_in("training/test_loggers")
 norms = tests_in("training/test_norms")
+statistics = tests_in("data/test_statistics")
 train = tests_in("launch/test_train")
+videos = tests_in("data/test_videos")
 
 RATES = clock("rates_are_of_the_interval_without_compilation_and_evaluation")
 WORK = clock("work_of_a_step_follows_batch_clips_adapters_and_hardware")
@@ -43,6 +45,21 @@ OPERATIONS = tuple(Mistake("run", *row) for row in (
     ("the distance of the average is that of the gradient", "training/step.py",
      "average_distance(state.ema, state.params)", "average_distance(grads, state.params)",
      norms("a_step_tells_the_norms_of_what_it_did[None]")),
+    ("levels are of the first samples, not of the clip's", "data/statistics.py",
+     "np.mean(np.square(wave.astype(np.float64)))",
+     "np.mean(np.square(wave[:1].astype(np.float64)))",
+     statistics("raw_clips_are_counted_and_measured")),
+    ("a sample is the first clips", "data/statistics.py",
+     "np.linspace(0, total - 1, min(sample, total))", "np.arange(min(sample, total))",
+     statistics("a_sample_counts_all_clips_and_opens_some")),
+    ("what cannot be measured is left out silently", "data/statistics.py",
+     """missing["faces"] = f'""", """missing["fps"] = f'""",
+     statistics("what_cannot_be_measured_here_is_named")),
+    ("every part is rejected for a reason of its own", "data/statistics.py",
+     'return re.sub(r"\\d+(\\.\\d+)?", "#", named)', "return named",
+     videos("statistics_tell_what_was_kept_and_why_the_rest_was_not")),
+    ("an undetermined language is one", "data/videos/footage.py",
+     'if self.language == "und"', "if False", videos("the_language_is_what_the_file_says[und-]")),
     ("processes begin with another step than asked for", "training/loader.py",
      "grain.MapDataset.range(first, last)", "grain.MapDataset.range(0, last)",
      loader("batches_depend_on_their_step_alone")),

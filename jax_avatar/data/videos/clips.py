@@ -177,7 +177,9 @@ def cut_video(job: VideoJob, find_faces: FaceFinder | None = None) -> dict[str, 
     find_faces = find_faces or FrontalFaces(smallest=0.6 * job.config.face_share)
     rejected: list[dict[str, Any]] = []
     frames: list[int] = []
+    language = ""
     try:
+        language = _footage(job).language
         clips = _kept(job, find_faces, frames, rejected)
         # One clip at a time: those of a long video would not fit into memory together.
         if first := next(clips, None):
@@ -187,6 +189,7 @@ def cut_video(job: VideoJob, find_faces: FaceFinder | None = None) -> dict[str, 
         frames, rejected = [], [{"video": job.name, "reason": str(error)}]
     seconds = round(sum(frames) / job.config.fps, 3)
     note = {"video": job.name, "clips": len(frames), "seconds": seconds, "rejected": rejected}
+    note |= {"language": language} if language else {}
     save_json(job.note, note)
     return note
 

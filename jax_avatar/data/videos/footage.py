@@ -35,7 +35,11 @@ class Footage:
                 picture = best_stream(container, "video")
                 if picture is None:
                     raise ValueError(f"{path} has no picture")
-                self.has_sound = best_stream(container, "audio") is not None
+                sound = best_stream(container, "audio")
+                self.has_sound = sound is not None
+                # As the file names it, "eng"; "" where it does not, or says "und", undetermined.
+                self.language = (sound.metadata.get("language", "") if sound else "").lower()
+                self.language = "" if self.language == "und" else self.language
                 # Some kinds of files begin at another time than 0.
                 self._begin_s = float((picture.start_time or 0) * picture.time_base)
                 self._pixel_aspect = float(picture.sample_aspect_ratio or 1)
