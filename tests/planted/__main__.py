@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
+from tests.planted.damage import DAMAGE
 from tests.planted.ignored import IGNORED
 from tests.planted.inputs import INPUTS
 from tests.planted.invariants import INVARIANTS
@@ -36,7 +37,7 @@ from tests.planted.settings import SETTINGS
 __all__ = ["MISTAKES", "Outcome", "judge"]
 
 ROOT = Path(__file__).parents[2]
-MISTAKES = (*INVARIANTS, *INPUTS, *OPERATIONS, *SETTINGS, *IGNORED)
+MISTAKES = (*INVARIANTS, *INPUTS, *DAMAGE, *OPERATIONS, *SETTINGS, *IGNORED)
 KINDS = "1 to 21, input, run, setting or ignored"
 COPIED = ("jax_avatar", "tests", "configs", "conversion", "launch", "pyproject.toml")
 LINKED = ("jax_avatar/assets", "tests/golden")  # large, and nobody writes there

@@ -239,7 +239,7 @@ def test_segments_in_quick_succession_are_finished_each(core):
                 await say(speech, seconds)
             got = []
             while sum(name == "playback_finished" for name, _ in got) < len(lengths):
-                got.append(await asyncio.wait_for(events.get(), 60))
+                got.append(await asyncio.wait_for(events.get(), 20))
             await asyncio.wait_for(speech.wait_for_playout(), 1)
             return lengths, [event for name, event in got if name == "playback_finished"]
 

@@ -1,0 +1,85 @@
+"""Mistakes in what finds damage: weights, downloads, clients, segments of a room."""
+
+from tests.planted.mistake import Mistake, tests_in
+
+__all__ = ["DAMAGE"]
+
+checksums = tests_in("io/test_checksums")
+writer = tests_in("io/test_slot_writer")
+base = tests_in("training/test_base_weights")
+adapters = tests_in("training/test_adapters")
+session = tests_in("streaming/test_session")
+server = tests_in("serving/test_server")
+room = tests_in("serving/test_livekit")
+downloads = tests_in("conversion/test_broken_downloads")
+
+FILES = checksums("every_file_of_an_orbax_folder_counts")
+OLDER = checksums("an_older_folder_loads_and_its_nan_is_named")
+NAN = checksums("nan_and_infinity_are_found_wherever_they_are")
+STAGES = base("every_stage_refuses_a_merged_adapter")
+INDEX = downloads("a_strange_index_is_named_by_every_command")
+SHARD = downloads("a_shard_that_is_something_else_is_named")
+HOSTILE = server("no_text_causes_a_traceback")
+
+# fmt: off
+DAMAGE = tuple(Mistake("input", *row) for row in (
+    ("a file is not compared with its checksum", "io/checkpoint.py",
+     "    check_files(folder, [path.name])\n", "", checksums("every_byte_of_a_file_counts")),
+    ("an Orbax folder's numbers are not compared", "io/checkpoint.py",
+     'files = [f"{self.folder.name}/params/{name}/" for name in names]', 'files = ["-"]', FILES),
+    ("one leaf is read without its checksum", "io/checkpoint.py",
+     "self._verify(f\"{self.folder.name}/params/{path.replace('/', '.')}/\")", "pass",
+     checksums("one_leaf_read_alone_is_checked_too")),
+    ("NaN in a file is not looked for", "io/checkpoint.py",
+     "    check_finite(path, flat)  # first: it names the tensor\n", "", OLDER),
+    ("NaN on devices is not looked for", "io/finite.py",
+     "    if placed:\n", "    if False:\n", OLDER),
+    ("infinity in bfloat16 is not found", "io/finite.py",
+     "(np.uint16, 0x7F80)", "(np.uint16, 0x7FC0)", NAN),
+    ("NaN beyond the first piece is not found", "io/finite.py",
+     "range(0, flat.size, _PIECE)", "range(0, _PIECE, _PIECE)", NAN),
+    ("checksums stay as they were", "io/checksums.py",
+     "_exchange(folder, name, dict(zip(files, digests, strict=True)))",
+     "_exchange(folder, name, before)",
+     checksums("checksums_follow_what_is_written")),
+    ("weights of any type fit", "streaming/model.py",
+     "{'float' if is_wide else dtype}", "", checksums("weights_of_another_type_are_named")),
+    ("an adapter's shapes are not compared", "streaming/model.py",
+     "if p in fitting and fitting[p].shape != leaf.shape", "if False",
+     checksums("an_adapter_of_another_size_is_named")),
+    ("output that is not finite is shown", "streaming/session.py",
+     "if not np.asarray(is_finite):", "if False:",
+     session("finite_weights_whose_output_is_not_end_the_stream")),
+    ("two conversions write the same network", "io/slot_writer.py",
+     "return take_lock(", "return (lambda folder: lambda: None)(",
+     writer("two_conversions_cannot_write_the_same_network")),
+    ("a Git LFS pointer is text like any other", "io/whole_file.py",
+     'if head.startswith((b"version https://git-lfs"', 'if head.startswith((b"-"', INDEX),
+    ("a web page is text like any other", "io/whole_file.py",
+     "(!doctype|html|head|", "(", INDEX),
+    ("bytes behind the last tensor pass", "io/safetensors_file.py",
+     "if size > expected:", "if False:", SHARD),
+    ("a cut file passes", "io/safetensors_file.py", "if size < expected:", "if False:", SHARD),
+    ("a merged adapter is no reason to stop", "training/base_weights.py",
+     'if record.get("merged"):', "if False:", STAGES),
+    ("a student's own weights may have an adapter merged in", "training/base_weights.py",
+     '"teacher", "student"):', '"teacher"):', STAGES),
+    ("an adapter goes on beside any base", "training/model_folder.py",
+     'if base and history.get("base", "") not in', 'if False and history.get("base", "") not in',
+     adapters("an_adapter_beside_another_base_is_refused")),
+    ("halves of surrogate pairs reach the session", "serving/messages.py",
+     r"\ud800-\udfff]", "]", HOSTILE),
+    ("a token that is no Unicode is compared as text", "serving/admission.py",
+     '.encode(errors="surrogatepass")', ".encode()", HOSTILE),
+    ("a key may stand twice", "serving/messages.py",
+     "if len(dict(pairs)) < len(pairs):", "if False:", HOSTILE),
+    ("a limit ends a session without a word", "serving/conversation.py",
+     "reason, last = str(closed), closed.error", "reason = str(closed)",
+     server("limits_that_end_a_session_are_errors_first")),
+    ("only the first of several cleared segments is told", "serving/livekit.py",
+     "for number in range(self._num_open):", "for number in range(min(1, self._num_open)):",
+     room("a_clear_before_any_sound_is_answered_at_once")),
+    ("the runner's account of segments is taken", "serving/livekit.py",
+     "self._finish(length_s)\n", "pass\n", room("segments_in_quick_succession_are_finished_each")),
+))
+# fmt: on
