@@ -37,7 +37,7 @@ from conversion.wan_dit import SCALING, MergedLora
 from jax_avatar.io.checkpoint import add_to_config
 from jax_avatar.io.checksums import keep_checksums
 from jax_avatar.io.slot_writer import SlotWriter
-from jax_avatar.io.whole_file import BrokenFile, unfinished_downloads
+from jax_avatar.io.whole_file import BrokenFile, check_whole, unfinished_downloads
 from jax_avatar.models.lora import is_adapted
 from jax_avatar.models.quantise import quantise, quantised_leaves
 from jax_avatar.streaming.model import LIVE_AVATAR
@@ -97,6 +97,8 @@ def convert_network(
     """
     out = Path(out)
     job = _prepare(kind, find_weights(kind, source), options or Options())
+    if kind.part == "text":
+        _tokenizer_files(job.weights.files[0].parent)  # said before the weights take their time
     _need_space(out, job.leaves)
     writer = SlotWriter(out / kind.part, job.leaves, job.config, job.history)
     sizes = {
@@ -128,7 +130,7 @@ def convert_network(
 
 def _copy_tokenizer(download: Path, target: Path) -> None:
     """The tokenizer's files, which lie in a subfolder beside the encoder's weights."""
-    found = sorted(download.rglob("spiece.model")) or sorted(download.rglob("tokenizer.json"))
+    found = _tokenizer_files(download)
     if not found:
         print(
             f"note: no tokenizer (spiece.model or tokenizer.json) below {download}; prompts need "
@@ -136,9 +138,19 @@ def _copy_tokenizer(download: Path, target: Path) -> None:
         )
         return
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("spiece.model", "tokenizer.json"):
-        if (found[0].parent / name).is_file():
-            shutil.copyfile(found[0].parent / name, target / name)
+    for file in found:
+        shutil.copyfile(file, target / file.name)
+
+
+def _tokenizer_files(download: Path) -> list[Path]:
+    """Those of the first folder that has any, each looked at."""
+    names = ("spiece.model", "tokenizer.json")
+    folders = [file.parent for name in names for file in sorted(download.rglob(name))]
+    files = [folders[0] / name for name in names] if folders else []
+    files = [file for file in files if file.is_file()]
+    for file in files:
+        check_whole(file, is_text=True)
+    return files
 
 
 def _prepare(kind: NetworkKind, path: Path, options: Options) -> _Job:

@@ -8,7 +8,9 @@ is an error.
 
 import math
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from jax_avatar.io.whole_file import BrokenFile
 
 __all__ = ["TorchFile"]
 
@@ -32,6 +36,11 @@ _STORAGES = {
     "torch BoolStorage": np.bool_,
 }
 _MARK = object()
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, IndexError, TypeError,
+    AttributeError, EOFError, OverflowError, RecursionError, RuntimeError, OSError,
+)  # fmt: skip
+"""What a damaged archive or pickle makes the libraries raise."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class TorchFile(Mapping):
             (table,) = (name for name in self._archive.namelist() if name.endswith("/data.pkl"))
             self._root = table.removesuffix("data.pkl")
             value = _read(self._archive.read(table))
-        except (zipfile.BadZipFile, ValueError, KeyError, IndexError, TypeError) as error:
+        except _DAMAGE as error:
             raise ValueError(
                 f"{self.path} is not a readable file of weights ({error}); a file saved by PyTorch "
                 "1.6 or later is expected. Convert it to safetensors if it is another kind."
@@ -91,13 +100,14 @@ class TorchFile(Mapping):
                 f"{'it is none' if wrong is True else f'{wrong[:5]} are not tensors'}."
             )
         self._tensors: dict[str, _Tensor] = value
+        self._storages: dict[str, np.ndarray] = {}  # by the key of those that were checked
         self.shapes = {name: tensor.shape for name, tensor in value.items()}
         self.dtypes = {name: tensor.storage.dtype for name, tensor in value.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The tensor, read-only."""
         tensor = self._tensors[name]
-        storage = self._map(tensor.storage)
+        storage = self._checked(tensor.storage)
         if not math.prod(tensor.shape):
             return np.zeros(tensor.shape, storage.dtype)
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
@@ -107,6 +117,26 @@ class TorchFile(Mapping):
         return np.lib.stride_tricks.as_strided(
             storage[tensor.offset :], tensor.shape, strides, writeable=False
         )
+
+    def _checked(self, storage: _Storage) -> np.ndarray:
+        """A storage whose bytes have the checksum that the archive has of them."""
+        if storage.key not in self._storages:
+            try:
+                data = self._map(storage)
+                entry = self._archive.getinfo(f"{self._root}data/{storage.key}")
+                whole = data.nbytes == entry.file_size
+            except _DAMAGE as error:
+                raise BrokenFile(
+                    f"{self.path}: storage {storage.key} cannot be read ({error}); download or "
+                    "copy it again."
+                ) from error
+            if not whole or zlib.crc32(data.view(np.uint8).data) != entry.CRC:
+                raise BrokenFile(
+                    f"{self.path}: storage {storage.key} is damaged (its checksum differs); "
+                    "download or copy it again."
+                )
+            self._storages[storage.key] = data
+        return self._storages[storage.key].view(storage.dtype)
 
     def _map(self, storage: _Storage) -> np.ndarray:
         """A storage's numbers; PyTorch does not compress them, so their pages come when touched."""
@@ -230,5 +260,7 @@ def _make(function: Any, arguments: tuple) -> Any:
         storage, offset, shape, strides, *_ = arguments
         if not isinstance(storage, _Storage) or len(shape) != len(strides):
             raise ValueError("a tensor without a storage, or with strides of another length")
+        if any(type(number) is not int or number < 0 for number in (offset, *shape, *strides)):
+            raise ValueError("a tensor whose place or shape is no whole number")
         return _Tensor(storage, offset, tuple(shape), tuple(strides))
     raise ValueError(f"the file asks to call {name}; only tensors and dictionaries are read")

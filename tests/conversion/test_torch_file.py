@@ -154,3 +154,31 @@ def test_the_official_vae_converts_from_its_pth_and_comes_back(tmp_path, torch_n
     assert set(back) == set(weights)
     for name, array in weights.items():
         np.testing.assert_array_equal(back[name], array)
+
+
+def test_damage_anywhere_is_an_error_and_never_other_numbers(tmp_path, torch_names):
+    path, base = tmp_path / "x.pth", np.arange(24, dtype=np.float32)
+    write(
+        path, torch_names, {"w": (base, 4, (3, 4), (4, 1)), "v": (base[:5].copy(), 0, (5,), (1,))}
+    )
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    expected = {name: np.array(array) for name, array in TorchFile(path).items()}
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(data)
+        try:
+            found = dict(TorchFile(path))
+        except ValueError as error:
+            refused += 1
+            assert "x.pth" in str(error)
+            continue
+        if found.keys() == expected.keys() and [a.shape for a in found.values()] == [(3, 4), (5,)]:
+            for array in found.values():
+                if array.dtype == np.float32:
+                    assert set(array.ravel()) <= set(base)
+    assert refused > 200
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"x\.pth"):
+        TorchFile(path)
