@@ -23,9 +23,17 @@ def prepare_jax(num_devices: int) -> None:
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs on disk: in `JAX_COMPILATION_CACHE_DIR`, or in the home folder."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/jax_avatar")
-    jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
+    """Keeps compiled programs on disk: in `JAX_COMPILATION_CACHE_DIR`, or in the home folder.
+
+    Where neither can be written, every start compiles again.
+    """
+    try:
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/jax_avatar")
+        folder = Path(cache).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # the latter where there is no home
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

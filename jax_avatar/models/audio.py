@@ -9,13 +9,15 @@ and chunk by chunk are the same computation.
 """
 
 import functools
+import importlib
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import librosa
 import numpy as np
 from einops import rearrange
 from flax import nnx
@@ -314,8 +316,21 @@ def _mel_arrays(
     sample_rate: int, window: int, bands: int, min_hz: float, max_hz: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hann window and mel filters (frequencies, bands)."""
-    filters = librosa.filters.mel(
+    filters = _librosa_filters().mel(
         sr=sample_rate, n_fft=_fft_size(window), n_mels=bands, fmin=min_hz, fmax=max_hz
     )
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
     return hann.astype(np.float32), np.ascontiguousarray(filters.T, np.float32)
+
+
+@functools.cache
+def _librosa_filters():
+    """The module `librosa.filters`, also where neither the installation nor home can be written."""
+    try:
+        return importlib.import_module("librosa.filters")
+    except RuntimeError:  # Numba found no folder to keep compiled code in
+        import numba
+
+        os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_avatar-numba-")
+        numba.config.reload_config()
+        return importlib.import_module("librosa.filters")

@@ -8,7 +8,7 @@ import jax
 import pytest
 from absl import flags
 
-from launch.common import check_devices, frame_size, refuse_input_as_output
+from launch.common import check_devices, frame_size, keep_compiled, refuse_input_as_output
 from launch.console import check_finite, finite, outlive_readers
 from launch.overrides import read_config
 
@@ -97,3 +97,16 @@ def test_sizes_that_are_none_are_refused(size):
 
     with pytest.raises(ValueError, match=r"expected HEIGHT\*WIDTH"):
         frame_size(AnySize, (64, 64, 3), size)
+
+
+def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
+    told = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    keep_compiled()
+    assert told["jax_compilation_cache_dir"] == str(tmp_path / "cache")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    told.clear()
+    keep_compiled()
+    assert not told

@@ -1,4 +1,6 @@
 import dataclasses
+import importlib
+import os
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jax_avatar.models import audio
 from jax_avatar.models.audio import AudioFrontEnd, SpeechConfig, SpeechEncoder, log_mel
 
 SMALL = SpeechConfig(bands=16, width=8, dilations=(1, 2), kernel=3, units=("jawOpen", "tongueOut"))
@@ -159,3 +162,18 @@ def test_impossible_rates_and_chunks_are_refused():
     encoder = _encoder()
     with pytest.raises(ValueError, match="multiple of 1000"):
         encoder.features(encoder.start(_wave(0.0)), _wave(0.1))
+
+
+def test_mel_filters_are_there_where_no_folder_can_be_written(monkeypatch):
+    real, tried = importlib.import_module, []
+
+    def refuse_once(name):
+        tried.append(name)
+        if len(tried) == 1:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(name)
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    monkeypatch.setattr(importlib, "import_module", refuse_once)
+    assert audio._librosa_filters.__wrapped__().mel and len(tried) == 2
+    assert os.path.isdir(os.environ["NUMBA_CACHE_DIR"])

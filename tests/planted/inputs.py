@@ -15,6 +15,12 @@ sizes = tests_in("configs/test_sizes")
 distillation = tests_in("training/test_distillation")
 rollout = tests_in("training/test_rollout")
 videos = tests_in("data/test_videos")
+audio = tests_in("io/test_audio")
+faces = tests_in("io/test_faces")
+mixing = tests_in("io/test_mixing")
+video = tests_in("io/test_video")
+level = tests_in("streaming/test_working_level")
+wav2vec2 = tests_in("models/test_wav2vec2")
 
 models = tests_in("streaming/test_model")
 streams = tests_in("streaming/test_streams")
@@ -142,5 +148,63 @@ INPUTS = tuple(Mistake("input", *row) for row in (
     ("a run goes on with other settings", "training/checkpoints.py",
      "    if differences:", "    if False:",
      loop("other_settings_are_refused_by_name_unless_forced")),
+    ("integers are not divided by their range", "io/mixing.py",
+     "return data / -float(np.iinfo(data.dtype).min)", "return data.astype(np.float64)",
+     (*mixing("every_format_and_layout_is_the_same_sound"),
+      *videos("every_kind_of_sound_is_the_same_sound"))),
+    ("packed sound is read as if it were planar", "io/mixing.py",
+     "    if not frame.format.is_planar:\n        data", "    if False:\n        data",
+     mixing("packed_and_planar_channels_are_not_confused")),
+    ("the centre counts like the sides", "io/mixing.py",
+     '"FC": 2 * _ACROSS', '"FC": 1.0', mixing("channels_are_mixed_as_itu_says")),
+    ("silent channels count", "io/mixing.py",
+     "heard = self._all * self._active", "heard = self._all",
+     mixing("speech_in_one_channel_is_heard_whole_and_told")),
+    ("channels may cancel each other", "io/mixing.py",
+     "if self._recent_mix < _CANCELLED * parts and", "if False and",
+     mixing("channels_out_of_phase_are_not_lost")),
+    ("integers in floats are taken for sound", "io/mixing.py",
+     "if math.isfinite(peak) and peak", "if False and peak",
+     mixing("floats_in_the_range_of_integers_are_divided_by_it")),
+    ("quiet sound is not told", "io/mixing.py",
+     "self._loudest < _QUIET:", "False:", mixing("quiet_sound_is_told_at_its_end")),
+    ("a file on standard input is taken for raw samples", "io/audio.py",
+     "if kind := container_kind(data):", "if kind := None:",
+     audio("a_file_on_standard_input_is_decoded_as_what_it_is")),
+    ("the first read decides what standard input holds", "io/audio.py",
+     "while len(head) < wanted and (part", "while not head and (part",
+     audio("a_file_on_standard_input_is_decoded_as_what_it_is")),
+    ("the first audio track is heard", "io/media.py",
+     "return best if best in tracks else next", "return next",
+     audio("the_track_that_players_take_is_heard")),
+    ("an older video is lost to a part of a new one", "io/video.py",
+     "if not is_whole:", "if False:",
+     video("a_part_takes_the_name_and_an_older_video_is_kept")),
+    ("a video takes its name before it is whole", "io/video.py",
+     "part = _unused(part)", "part = target",
+     video("an_older_video_stays_until_the_new_one_is_whole")),
+    ("pixels are taken for square", "data/videos/footage.py",
+     "float(picture.sample_aspect_ratio or 1)", "1.0",
+     videos("pixels_that_are_not_square_become_square")),
+    ("mirrored videos stay mirrored", "data/videos/footage.py",
+     "if a * d - b * c < 0:", "if False:", videos("pictures_stand_as_players_show_them")),
+    ("the clock of a file begins at 0", "data/videos/footage.py",
+     "self._begin_s = float((picture.start_time or 0) * picture.time_base)", "self._begin_s = 0.0",
+     videos("a_file_that_begins_late_begins_with_its_first_picture")),
+    ("every picture shows a face", "io/faces.py",
+     "best = max(best, _score(", "best = max(1.0, _score(",
+     faces("what_shows_no_face_is_told")),
+    ("parts of a picture are not searched for faces", "io/faces.py",
+     "for top in _starts(height, side):", "for top in []:",
+     faces("a_photograph_shows_a_face")),
+    ("quiet speech stays quiet for the encoder", "streaming/working_level.py",
+     "self.gain = 10 ** (wanted / 20) if wanted else 1.0", "self.gain = 1.0",
+     level("quiet_speech_is_brought_to_the_level_of_training")),
+    ("a pause is taken for quiet speech", "streaming/working_level.py",
+     "_ABOVE_FLOOR_DB = 10.0", "_ABOVE_FLOOR_DB = -100.0",
+     level("rooms_and_silence_are_not_taken_for_quiet_speech")),
+    ("a wave is normalised in float32", "models/wav2vec2.py",
+     "exact = np.asarray(wave, np.float64)", "exact = np.asarray(wave, np.float32)",
+     wav2vec2("a_long_quiet_wave_with_an_offset_is_normalised_as_in_float64")),
 ))
 # fmt: on
