@@ -119,6 +119,8 @@ def test_a_teacher_samples_with_its_steps_shift_and_seed(num_steps, shift, seed,
     """With the noise level as velocity a clip is its noise and the sum of steps times levels."""
 
     class Network:
+        smallest_sigma = 0.0
+
         def __init__(self, graphdef, params):
             pass
 

@@ -95,7 +95,8 @@ def test_noise_of_a_latent_is_at_most_as_told_and_of_its_own_strength(measured):
     measured(latent_noise=0.4, batch_size=40, crop=0)
     spread = (np.asarray(Network.seen["latent"]) - 2).std((2, 3, 4))
     assert 0.3 < spread.max() < 0.52 and spread.min() < 0.05
-    assert spread.mean() == pytest.approx(0.2, abs=0.03) and len(np.unique(spread)) == spread.size
+    assert spread.mean() == pytest.approx(0.2, abs=0.03)
+    assert abs(np.corrcoef(spread.T)[0, 1]) < 0.5
 
 
 def test_colours_are_changed_by_at_most_as_told_and_alike_in_a_clip(measured):
