@@ -151,7 +151,7 @@ def score_split(model, streams, split, probe, out):
 
 
 def evaluate(out):
-    """Everything that is scored, and how it was asked for."""
+    """Scores everything, and saves with it how it was asked for."""
     model = load_model(FLAGS.checkpoint)
     streams = streams_of(model)
     train = read_clips(FLAGS.data, "train")
@@ -162,12 +162,18 @@ def evaluate(out):
     scores |= {name: FLAGS[name].value for name in told}
     for split in FLAGS.splits:
         scores[split], clips = score_split(model, streams, split, probe, out)
+        save(out, scores)
     if FLAGS.long_s and FLAGS.sampler == "stream":
         found, frames, waves = stream_long(streams["generated"], clips, FLAGS.long_s)
         scores["long"] = {"n": FLAGS.batch, "seconds": FLAGS.long_s, **found}
         write(out / "long.mp4", frames[0], waves[0], model)
+        save(out, scores)
         print("long", json.dumps(scores["long"]), flush=True)
-    return scores
+
+
+def save(out, scores):
+    """After every part, so that a command that is stopped has not lost the others."""
+    save_json(FLAGS.scores or out / "scores.json", scores)
 
 
 def main(argv):
@@ -185,11 +191,10 @@ def main(argv):
             make_folder(Path(FLAGS.scores).parent)
         check_devices()
         make_folder(out)
-        scores = evaluate(out)
+        evaluate(out)
     except ValueError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(1)
-    save_json(FLAGS.scores or out / "scores.json", scores)
 
 
 def write(path, frames, wave, model):

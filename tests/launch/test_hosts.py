@@ -73,16 +73,24 @@ assert len(task.asked) == (4 if int(hosts) == 1 else 2), task.asked
 
 
 def start(*arguments):
+    return start_command([sys.executable, "-c", RUN, *map(str, arguments)])
+
+
+def start_command(command):
+    """A process of its own, without the devices and settings of this one."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
     kept |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", RUN, *map(str, arguments)]
     return subprocess.Popen(command, env=kept, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
-def finish(*processes):
-    for process in processes:
-        _, said = process.communicate(timeout=500)
-        assert process.returncode == 0, said[-3000:]
+def finish(*processes, timeout=500):
+    try:
+        for process in processes:
+            _, said = process.communicate(timeout=timeout)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in processes:  # one alone would wait for the others
+            process.kill()
 
 
 def free_port():
