@@ -10,7 +10,7 @@ distance in every clip.
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ from jax_avatar.training.step import LoopConfig
 from jax_avatar.training.validation import LEVELS_SEED, FlowValidation, levels_in_bins
 from jax_avatar.training.windows import Windows, check_fit
 
-__all__ = ["ForcingConfig", "ForcingTask"]
+__all__ = ["ForcingConfig", "ForcingFiles", "ForcingTask"]
 
 _LEVELS = 1000  # that noise is drawn from, before the shift
 _SCAFFOLD = 73  # folded into a key
@@ -152,6 +152,25 @@ class ForcingConfig(AdapterConfig):
         return {"audio_context": self.audio_context} if is_causal else {}
 
 
+@dataclass(frozen=True)
+class ForcingFiles:
+    """What a task reads and writes beside the clips that it trains on.
+
+    Attributes:
+        start: reads the parameters to start from, instead of random ones, for a mesh if there is
+            one; with adapters they are the frozen base.
+        held_out: reads clips to validate on; None where there are none.
+        stream: stream settings that go with the transformer, instead of the model's.
+        export: writes the model folder: `(folder, parameters, metadata, adapter=...)`, the latter
+            two as `export_model` takes them.
+    """
+
+    start: Callable[[Mesh | None], PyTree] | None = None
+    held_out: Callable[[], Clips | None] = lambda: None
+    stream: Mapping[str, Any] = field(default_factory=dict)
+    export: Callable[..., None] | None = None
+
+
 class ForcingTask:
     """Flow matching as a training task: parameters, batches, loss."""
 
@@ -167,10 +186,7 @@ class ForcingTask:
         pose: str = "zeros",
         seed: int = 0,
         name: str = "diffusion_forcing",
-        start: Callable[[Mesh | None], PyTree] | None = None,
-        stream: Mapping[str, Any] | None = None,
-        held_out: Callable[[], Clips | None] | None = None,
-        export: Callable[..., None] | None = None,
+        files: ForcingFiles | None = None,
     ):
         """Checks that the parts fit together.
 
@@ -182,12 +198,7 @@ class ForcingTask:
             pose: what its pose input carries: "zeros", or "reference", the portrait.
             seed: of the order of the clips.
             name: of the stage, for the progress bar.
-            start: reads the parameters to start from, instead of random ones, for a mesh if there
-                is one; with adapters they are the frozen base.
-            stream: stream settings that go with the transformer, instead of the model's.
-            held_out: reads clips to validate on, if there are any.
-            export: writes the model folder: `(folder, parameters, metadata, adapter=...)`, the
-                latter two as `export_model` takes them.
+            files: what is read and written beside the clips.
         """
         check_fit(clips, model, settings.latents, motion=settings.motion_latents)
         if settings.motion_latents and not model.framepack:
@@ -203,7 +214,9 @@ class ForcingTask:
             )
         self.model, self.settings, self.clips = model, settings, clips
         self.name, self.seed, self._pose = name, seed, pose
-        self._network, self._start, self.batch_size = network, start, settings.batch_size
+        self._network, self.batch_size = network, settings.batch_size
+        self._files = files or ForcingFiles()
+        self.stream_settings = dict(self._files.stream)
         self.content_hash = clips.content_hash
         self.windows = self._windows(clips, settings.still_share)
         self.graphdef, self._shapes = abstract(lambda: network(model, rngs=nnx.Rngs(0)))
@@ -216,13 +229,12 @@ class ForcingTask:
         if settings.mouth_probe_weight:
             few = clips.take(slice(None, None, max(1, len(clips) // 800)))
             self.reader, self._gap_scale = fit_mouth_reader(few), float(few.lip_gap.std()) + 1e-6
-        self.stream_settings, self._held_out = dict(stream or {}), held_out
-        if export:
-            self.export = functools.partial(self._export, export)
+        if self._files.export:
+            self.export = functools.partial(self._export, self._files.export)
 
     def evaluations(self, config: LoopConfig, mesh: Mesh) -> list[FlowValidation]:
         """The error of the velocity on held-out clips, where there are any."""
-        held_out = self._held_out() if self._held_out and config.validation_clips else None
+        held_out = self._files.held_out() if config.validation_clips else None
         if held_out is None:
             return []
         windows, frozen = self._windows(held_out), self.frozen(mesh)
@@ -336,8 +348,8 @@ class ForcingTask:
         return loss, metrics
 
     def _start_or_draw(self, mesh: Mesh | None, key: Array | None = None) -> PyTree:
-        if self._start:
-            return self._start(mesh)
+        if self._files.start:
+            return self._files.start(mesh)
         key = jax.random.key(self.seed) if key is None else key
         return split(self._network(self.model, rngs=nnx.Rngs(params=key)))[1]
 

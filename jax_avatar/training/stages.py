@@ -20,7 +20,7 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.light_vae import LightVAEConfig
 from jax_avatar.models.params import abstract
 from jax_avatar.training.base_weights import check_not_merged, merge_record
-from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
+from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingFiles, ForcingTask
 from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
 from jax_avatar.training.encoders import Encoders
@@ -276,10 +276,7 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
         pose=content["stream"].get("pose", "zeros"),
         seed=settings["seed"],
         name=settings["stage"],
-        start=start,
-        stream=stream,
-        held_out=functools.partial(_held_out, encoders),
-        export=export,
+        files=ForcingFiles(start, functools.partial(_held_out, encoders), stream, export),
     )
 
 

@@ -12,7 +12,7 @@ from jax_avatar.io.checkpoint import load_weights, save_orbax
 from jax_avatar.models.lora import add_adapter
 from jax_avatar.models.params import flatten
 from jax_avatar.streaming.model import load_model
-from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
+from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingFiles, ForcingTask
 from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
 from jax_avatar.training.latents import random_clips
@@ -44,7 +44,7 @@ def make_task(model, settings=SETTINGS):
     def export(folder, params, metadata, *, adapter):
         export_model(folder, str(model), params, MODEL, metadata, stream={}, adapter=adapter)
 
-    return ForcingTask(MODEL, settings, clips(), start=start, export=export)
+    return ForcingTask(MODEL, settings, clips(), files=ForcingFiles(start, export=export))
 
 
 def assert_same(left, right):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.training import stages
-from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
+from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingFiles, ForcingTask
 from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.distillation_task import DistillTask, DistillWeights
 from jax_avatar.training.latents import random_clips
@@ -33,7 +33,7 @@ def clips(seed=0):
 
 def task_of(**changes):
     settings = dataclasses.replace(SETTINGS, **changes)
-    return ForcingTask(MODEL, settings, clips(), held_out=lambda: clips(1))
+    return ForcingTask(MODEL, settings, clips(), files=ForcingFiles(held_out=lambda: clips(1)))
 
 
 def state_of(params, raw=None):
