@@ -35,7 +35,7 @@ from conversion.readers import open_weights
 from conversion.rules import Move, Report, plan
 from conversion.wan_dit import SCALING, MergedLora
 from jax_avatar.io.checkpoint import add_to_config
-from jax_avatar.io.checksums import keep_checksums
+from jax_avatar.io.checksums import check_files, keep_checksums
 from jax_avatar.io.slot_writer import SlotWriter
 from jax_avatar.io.whole_file import BrokenFile, check_whole, unfinished_downloads
 from jax_avatar.models.lora import is_adapted
@@ -156,6 +156,7 @@ def _tokenizer_files(download: Path) -> list[Path]:
 def _prepare(kind: NetworkKind, path: Path, options: Options) -> _Job:
     """Everything that can go wrong before anything is written."""
     weights, config = kind.open(path)
+    check_files(path.parent, [file.name for file in weights.files])  # of an export
     history = {
         "source": path.name,
         "fingerprint": _fingerprint(weights),

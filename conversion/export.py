@@ -26,6 +26,7 @@ from conversion.networks import NETWORKS, NetworkKind
 from conversion.readers import SAFETENSORS_NAMES
 from conversion.rules import Ignore, Move, plan_export
 from jax_avatar.io.checkpoint import StoredWeights, load_json, with_tuples
+from jax_avatar.io.checksums import keep_checksums, rewriting
 
 __all__ = ["export_network", "kind_of", "main"]
 
@@ -130,8 +131,10 @@ def _write_shards(stored: StoredWeights, shards: list[list[_Tensor]], out: Path)
             "make room."
         )
     with tqdm(total=needed, unit="B", unit_scale=True, desc="export") as progress:
+        keep_checksums(out)
         for path, shard in zip((out / name for name in names), shards, strict=True):
-            _write(shard, path, progress)
+            with rewriting(out, path.stem):
+                _write(shard, path, progress)
     files = [out / name for name in names]
     if len(shards) > 1:
         places = {t.name: n for n, s in zip(names, shards, strict=True) for t in s}

@@ -442,9 +442,9 @@ class AvatarSession:
         if not np.asarray(is_finite):  # it came with the pixels
             raise NotFinite(
                 f"the output of {self.model.name} is NaN or infinity from frame "
-                f"{self._pieces_out * self.piece_frames} on: its weights are damaged, or too large "
-                "for their type. Check them (python -m conversion.inspect), convert them again, or "
-                "stream without --weights."
+                f"{self._pieces_out * self.piece_frames} on: its weights are too large for "
+                "their type, or diverged in training. Convert them again, take an earlier "
+                "checkpoint, or stream without --weights."
             )
         now = time.perf_counter()
         self.times.first_frame = self.times.first_frame or now
