@@ -144,7 +144,7 @@ def test_statistics_tell_what_was_kept_and_why_the_rest_was_not(made):
 
 @pytest.mark.parametrize(("tag", "language"), [("deu", "deu"), ("und", ""), (None, "")])
 def test_the_language_is_what_the_file_says(tmp_path, tag, language):
-    with av.open(str(tmp_path / "talk.mkv"), "w") as container:
+    with av.open(str(tmp_path / "talk.mp4"), "w") as container:
         picture = container.add_stream("mpeg4", rate=16)
         picture.width, picture.height, picture.pix_fmt = 32, 32, "yuv420p"
         sound = container.add_stream("aac", rate=RATE)
@@ -158,7 +158,7 @@ def test_the_language_is_what_the_file_says(tmp_path, tag, language):
         heard.sample_rate = RATE
         container.mux(sound.encode(heard))
         container.mux(sound.encode())
-    assert Footage(tmp_path / "talk.mkv", 16).language == language
+    assert Footage(tmp_path / "talk.mp4", 16).language == language
 
 
 def test_clips_show_the_face_with_its_sound(made):

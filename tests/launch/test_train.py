@@ -12,6 +12,7 @@ import jax
 import pytest
 from absl import flags
 
+from benchmarks.loader import write_noise
 from jax_avatar.evaluation import in_training
 from jax_avatar.io.video import read_video
 from jax_avatar.planning.run import plan_run
@@ -99,6 +100,23 @@ def test_training_keeps_what_it_compiles(tmp_path, monkeypatch, compiled):
     assert train.main(["train.py"], {}) == 1
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept")
     assert jax.config.jax_persistent_cache_min_compile_time_secs < 1
+
+
+def test_a_missing_shard_is_one_line_and_leaves_the_run_alone(
+    tmp_path, monkeypatch, capsys, compiled
+):
+    monkeypatch.chdir(ROOT)
+    write_noise(tmp_path / "data", "small", 2)
+    (shard,) = (tmp_path / "data").glob("*.array_record")
+    shard.unlink()
+    file, changes, others = split_arguments(
+        ["train.py", "--config=configs/teacher.py:tiny", f"--config.latents={tmp_path / 'data'}"]
+    )
+    flags.FLAGS([*others, f"--config={file}", f"--workdir={tmp_path / 'run'}"])
+    assert train.main(others, changes) == 1
+    said = capsys.readouterr().err
+    assert f"shard {shard} is missing" in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
