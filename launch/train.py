@@ -111,6 +111,8 @@ def main(argv: list[str], overrides: dict[str, str]) -> int:
         print(f"train.py: {argv[1:]} not understood; every argument is a --flag", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint
+    # What its threads raise is raised here again, and told in one line.
+    logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
     try:
         run(overrides)
     except ValueError as error:

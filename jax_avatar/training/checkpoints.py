@@ -1,7 +1,9 @@
 """Checkpoints of a run: what is kept, whether it fits, going on from it and going back to it."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import errno
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,38 @@ __all__ = [
     "restore_or_start",
     "roll_back",
     "save",
+    "told_disk_errors",
 ]
 
 _ITEMS = ("state", "settings", "pending")
+_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "the quota is used up"}
+_FULL |= {errno.EROFS: "it is read-only"}
+_FULL_TEXTS = {"No space left": _FULL[errno.ENOSPC], "quota exceeded": _FULL[errno.EDQUOT]}
+
+
+@contextlib.contextmanager
+def told_disk_errors(workdir: Path) -> Iterator[None]:
+    """Tells of a folder that takes no more in one line.
+
+    Raises:
+        ValueError: what is done within wrote to a full or read-only disk; names the last whole
+            checkpoint, since one that is not whole is no checkpoint.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _FULL.get(getattr(error, "errno", None))
+        # TensorStore raises errors of its own, with the system's words.
+        reason = reason or next((r for text, r in _FULL_TEXTS.items() if text in str(error)), None)
+        if reason is None:
+            raise
+        folders = (workdir / "checkpoints").glob("*")
+        step = max((int(path.name) for path in folders if path.name.isdigit()), default=None)
+        left = "there is no checkpoint yet" if step is None else f"step {step} is the last saved"
+        raise ValueError(
+            f"{workdir} cannot be written to ({reason}); {left}. Make room there and repeat the "
+            "command, which goes on from it."
+        ) from error
 
 
 class GoodSteps:

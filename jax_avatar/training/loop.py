@@ -31,6 +31,7 @@ from jax_avatar.training.checkpoints import (
     restore_or_start,
     roll_back,
     save,
+    told_disk_errors,
 )
 from jax_avatar.training.clock import StepClock, Work
 from jax_avatar.training.evaluation import Evaluation, try_out
@@ -93,8 +94,8 @@ def train(
 
     Raises:
         ValueError: the checkpoint was made with other settings, an evaluation cannot be made, too
-            many steps were skipped although the run went back twice, or a replay strayed beyond
-            the task's `replay_limit`.
+            many steps were skipped although the run went back twice, a replay strayed beyond the
+            task's `replay_limit`, a batch could not be made, or the disk is full.
     """
     workdir = Path(workdir).resolve()
     check_installed(config.wandb)
@@ -107,7 +108,10 @@ def train(
     settings = json.loads(json.dumps(settings))
     root, init_key = jax.random.split(jax.random.key(config.seed))
     good = GoodSteps(workdir)
-    with open_manager(workdir, good, keep=config.keep, keep_every=config.keep_every) as manager:
+    with (
+        told_disk_errors(workdir),
+        open_manager(workdir, good, keep=config.keep, keep_every=config.keep_every) as manager,
+    ):
         check_settings(manager, settings, force=force)
         start, step_fn = lambda: _start(task, config, init_key), make_step(task, config, mesh)
         state, pending = restore_or_start(manager, start, manager.latest_step(), mesh)
@@ -134,7 +138,8 @@ def train(
     if int(state.step) >= config.num_steps and hasattr(task, "export"):
         weights, skipped = fetched(state.ema), int(state.guard.total)
         if jax.process_index() == 0:
-            task.export(weights, workdir, {"step": int(state.step), "skipped": skipped})
+            with told_disk_errors(workdir):
+                task.export(weights, workdir, {"step": int(state.step), "skipped": skipped})
     return state
 
 

@@ -134,7 +134,7 @@ def test_the_command_line_names_ablations():
 
 
 def make_task(monkeypatch, name):
-    clips = random_clips(4, 13, (12, 12), 32, (5, 96))
+    clips = random_clips(4, 31, (12, 12), 32, (5, 96))  # long enough for a scaffold
     monkeypatch.setattr(stages, "load_latents", lambda settings, split: clips)
     build, loop = stages.build_stage(get_config(f"{name},tiny").to_dict())
     return build(), loop

@@ -41,7 +41,7 @@ def test_a_sample_counts_all_clips_and_opens_some(raw):
     found = data_statistics(raw, sample=2)
     assert found["clips"] == 3 and found["opened"] == 2
     assert sum(found["counts"]["fps"].values()) == 2
-    assert set(found["counts"]["voice"]) == {"a", "b"}  # the first clip and the last
+    assert found["counts"]["caption"] == {"no": 2}  # the first clip and the last
 
 
 def test_encoded_clips_are_counted_and_measured(tmp_path):

@@ -261,7 +261,7 @@ SWITCHES = {
 
 
 def test_every_switch_is_in_the_program():
-    latents, audio = make_latents(6), constant_audio(2)
+    latents, audio = make_latents(6), clip_audio(2)
 
     def program(**changes):
         graphdef, params = network(**changes)

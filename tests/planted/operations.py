@@ -7,6 +7,7 @@ __all__ = ["OPERATIONS"]
 clock = tests_in("training/test_clock")
 loader = tests_in("training/test_loader")
 loggers = tests_in("training/test_loggers")
+loop = tests_in("training/test_loop")
 norms = tests_in("training/test_norms")
 statistics = tests_in("data/test_statistics")
 train = tests_in("launch/test_train")
@@ -60,6 +61,9 @@ OPERATIONS = tuple(Mistake("run", *row) for row in (
      videos("statistics_tell_what_was_kept_and_why_the_rest_was_not")),
     ("an undetermined language is one", "data/videos/footage.py",
      'if self.language == "und"', "if False", videos("the_language_is_what_the_file_says[und-]")),
+    ("a full disk is what TensorStore says of it", "training/checkpoints.py",
+     "if text in str(error)), None)", "if False), None)",
+     loop("a_full_disk_is_one_line_and_the_checkpoint_before_it_is_gone_on_from")),
     ("processes begin with another step than asked for", "training/loader.py",
      "grain.MapDataset.range(first, last)", "grain.MapDataset.range(0, last)",
      loader("batches_depend_on_their_step_alone")),

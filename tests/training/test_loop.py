@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training.checkpoints import restore
+from jax_avatar.training import loop
+from jax_avatar.training.checkpoints import restore, told_disk_errors
 from jax_avatar.training.evaluation import AverageEvaluation
 from jax_avatar.training.loop import train
 from jax_avatar.training.state import TrainState, build_section, start_state
@@ -163,3 +165,38 @@ def test_an_evaluation_that_fails_later_costs_no_step(tmp_path):
     resumed = train(LineTask(), config, tmp_path, evaluations=[failing({}, made)], progress=False)
     assert made == [0, 6, 6, 12]  # tried, failed; tried again on the same weights, made
     assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
+        (ValueError("RESOURCE_EXHAUSTED: write: No space left on device [28]"), "no space left"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_is_gone_on_from(
+    tmp_path, monkeypatch, error, said
+):
+    config = dataclasses.replace(CONFIG, num_steps=6, checkpoint_every=2)
+    real = loop.save
+
+    def save(manager, step, *rest):
+        if step >= 4:
+            raise error
+        real(manager, step, *rest)
+
+    monkeypatch.setattr(loop, "save", save)
+    with pytest.raises(ValueError, match=rf"{said}.*step 2 is the last saved") as told:
+        train(LineTask(), config, tmp_path, progress=False)
+    assert str(tmp_path) in str(told.value) and "\n" not in str(told.value)
+    monkeypatch.setattr(loop, "save", real)
+    resumed = train(LineTask(), config, tmp_path, progress=False)
+    assert_same(resumed, train(LineTask(), config, tmp_path / "whole", progress=False))
+
+
+def test_other_errors_than_those_of_a_full_disk_stay_as_they_are(tmp_path):
+    with pytest.raises(KeyError), told_disk_errors(tmp_path):
+        raise KeyError("a mistake")
+    with pytest.raises(ValueError, match="there is no checkpoint yet"), told_disk_errors(tmp_path):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
