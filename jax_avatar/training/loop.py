@@ -225,8 +225,10 @@ class _Run:
                 if _anywhere(is_late or self.is_over()):
                     break
         except DataError:
-            # The steps so far were made of whole batches.
-            save(self.manager, int(state.step), state, self.settings, pending)
+            # The steps so far were made of whole batches. Other hosts, which have theirs, would not
+            # come to save with this one.
+            if jax.process_count() == 1:
+                save(self.manager, int(state.step), state, self.settings, pending)
             raise
         finally:
             bar.close()
