@@ -153,6 +153,7 @@ def test_a_part_takes_the_name_and_an_older_video_is_kept(tmp_path):
     path = tmp_path / "a.mp4"
     assert write_grey(path, 50, is_whole=False).older is None and level_of(path) == 50
     writer = write_grey(path, 100, is_whole=False)
+    assert writer.older == tmp_path / "a.before.mp4"
     assert level_of(path) == 100 and level_of(writer.older) == 50
     with pytest.raises(RuntimeError), VideoWriter(path, 32, 32, FPS) as writer:
         writer.write_frames(np.full((8, 32, 32, 3), 150, np.uint8))
