@@ -17,6 +17,7 @@ from jax_avatar.streaming.samples import SampleQueue
 __all__ = ["SpeechQueue", "Spoken", "pcm_samples"]
 
 _RATES = (8000, 96_000)
+_TOO_LARGE = 16.0  # floats beyond are integers, not sound that is a little too loud
 _LATE_S = 0.25  # speech that comes later than this has paused: no hold back would help
 
 
@@ -24,7 +25,8 @@ def pcm_samples(pcm: np.ndarray | bytes) -> Float[np.ndarray, " N"]:
     """Mono samples in [-1, 1] from 16-bit PCM (little-endian where bytes) or floats.
 
     Raises:
-        ValueError: half a sample, more than one channel, another type, or not a number.
+        ValueError: half a sample, more than one channel, another type, not a number, or floats in
+            the range of integers.
     """
     if isinstance(pcm, (bytes, bytearray, memoryview)):
         if len(pcm) % 2:
@@ -39,6 +41,10 @@ def pcm_samples(pcm: np.ndarray | bytes) -> Float[np.ndarray, " N"]:
         return pcm / np.float32(32768)
     if not np.isfinite(pcm).all():
         raise ValueError("audio holds values that are no numbers; expected floats in [-1, 1].")
+    if (peak := float(np.abs(pcm).max(initial=0))) > _TOO_LARGE:
+        raise ValueError(
+            f"audio of floats up to {peak:.4g}; expected [-1, 1]: divide integers by their range."
+        )
     return np.clip(pcm, -1, 1).astype(np.float32)
 
 

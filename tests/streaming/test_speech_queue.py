@@ -128,3 +128,9 @@ def test_an_avatar_that_speaks_must_be_interrupted_before_it_listens():
     with pytest.raises(ValueError, match="speaking cannot become listening"):
         turn.to(State.LISTENING)
     assert turn.to(State.INTERRUPTED) and turn.to(State.LISTENING) and turn.to(State.IDLE)
+
+
+def test_floats_in_the_range_of_integers_are_refused():
+    np.testing.assert_array_equal(pcm_samples(np.array([0.5, -3.0, 15.0])), [0.5, -1, 1])
+    with pytest.raises(ValueError, match=r"floats up to 3\.277e\+04; expected \[-1, 1\]"):
+        pcm_samples(np.array([0.0, -32767.0], np.float32))
