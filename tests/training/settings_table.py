@@ -209,6 +209,7 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
             accumulate="a_batch_is_cut_into_the_parts_and_over_the_devices_that_are_told",
             mesh="a_batch_is_cut_into_the_parts_and_over_the_devices_that_are_told",
             seed="a_run_is_another_with_another_seed",
+            keep="as_many_of_the_latest_checkpoints_stay_as_told",
             evaluate_every="checkpoints_evaluations_and_lines_come_as_often_as_told",
             checkpoint_every="checkpoints_evaluations_and_lines_come_as_often_as_told",
             log_every="checkpoints_evaluations_and_lines_come_as_often_as_told",
@@ -217,10 +218,10 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
         **_all_in(
             "training/guards",
             "the_latest_the_round_and_the_last_good_checkpoint_stay",
-            *("keep", "keep_every"),
+            "keep_every",
         ),
         "validation_clips": Noticed(
-            "training/validation::every_bin_has_a_level_and_clips_come_once_whatever_the_mesh"
+            "training/validation::clips_that_are_not_there_or_not_asked_for_are_left_out"
         ),
         "evaluate_clips": Noticed("launch/train::an_evaluation_streams_as_many_clips_as_told"),
         "workers": Noticed("training/loader::settings_that_cannot_be_kept_are_named"),
@@ -236,9 +237,9 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
             "training/encoding",
             phases="a_folder_becomes_a_set_that_trains",
             clips_per_shard="an_interrupted_encoding_goes_on_to_the_same_set",
-            store_features="other_settings_or_weights_do_not_go_into_the_same_folder",
+            store_features="features_and_the_negative_prompt_are_stored_as_told",
             reference_repeats="a_repeated_portrait_keeps_its_last_latent",
-            negative_prompt="a_folder_becomes_a_set_that_trains",
+            negative_prompt="features_and_the_negative_prompt_are_stored_as_told",
         ),
     },
     "SpeechTaskConfig": {

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from jax_avatar.data.encoded import open_encoded
+from jax_avatar.data.encoded import negative_rows, open_encoded
 from jax_avatar.data.records import ClipRecord, finish_manifest, start_manifest, write_shard
 from jax_avatar.training import encoding
 from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
@@ -134,6 +134,16 @@ def test_a_folder_becomes_a_set_that_trains(tmp_path):
         (person, phase) for person in range(3) for phase in range(4)
     ]
     assert records[0].text.shape == (len(caption_of(clips[0])) % 7, 3)
+
+
+@pytest.mark.parametrize("store_features", [False, True])
+def test_features_and_the_negative_prompt_are_stored_as_told(tmp_path, store_features):
+    data = write_data(tmp_path / "raw", [make_clip()])
+    config = dataclasses.replace(CONFIG, store_features=store_features, negative_prompt="blur")
+    encode_data(data, tmp_path / "set", ENCODERS, config, progress=False)
+    records, _ = open_encoded(tmp_path / "set", "train")
+    assert (records[0].features is not None) == store_features
+    np.testing.assert_array_equal(negative_rows(tmp_path / "set"), text("blur"))
 
 
 class Killed(BaseException):

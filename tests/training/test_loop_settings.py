@@ -192,3 +192,10 @@ def test_checkpoints_evaluations_and_lines_come_as_often_as_told(tmp_path):
     assert saved == [3, 5, 6, 9, 10, 12]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert sum('"loss"' in line for line in lines) == 3
+
+
+def test_as_many_of_the_latest_checkpoints_stay_as_told(tmp_path):
+    config = dataclasses.replace(CONFIG, num_steps=12, checkpoint_every=3, keep=2, keep_every=0)
+    train(LineTask(), config, tmp_path, progress=False)
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {9, 12}
