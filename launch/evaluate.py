@@ -160,6 +160,9 @@ def evaluate(out):
     told += ("steps", "guidance") if FLAGS.sampler == "teacher" else ()
     scores = {"command": shlex.join(["python", "launch/evaluate.py", *sys.argv[1:]])}
     scores |= {name: FLAGS[name].value for name in told}
+    root, folder = Path(__file__).parents[1].resolve(), Path(FLAGS.checkpoint).resolve()
+    if folder.is_relative_to(root):  # so that a kept file names no folder of a machine
+        scores["checkpoint"] = str(folder.relative_to(root))
     for split in FLAGS.splits:
         scores[split], clips = score_split(model, streams, split, probe, out)
         save(out, scores)
