@@ -138,3 +138,11 @@ def test_every_size_is_in_the_weights(field):
         return str(jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(nnx.state(graph))))
 
     assert shapes() != shapes(**{field: getattr(NANO, field) + 1})
+
+
+def test_latents_are_normalised():
+    plain = dataclasses.replace(NANO, latent_mean=(), latent_std=())
+    graphdef, params = split(noisy_model(plain))
+    raw = np.asarray(merge(graphdef, params).encode(clip(5)))
+    mean, std = np.float32([0.3, -0.2, 0.1, 0.0, 0.5]), np.float32([1.5, 0.5, 2.0, 1.0, 0.7])
+    np.testing.assert_allclose(noisy_model().encode(clip(5)), (raw - mean) / std, atol=1e-4)

@@ -295,11 +295,8 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
             *("z_dim", "latent_width", "frame_width", "stem_width"),
             *("encoder_blocks", "latent_blocks", "frame_blocks"),
         ),
-        **_all_in(
-            "models/light_vae",
-            "normalisation_is_undone_by_decoding",
-            *("latent_mean", "latent_std"),
-        ),
+        "latent_mean": Noticed("models/light_vae::latents_are_normalised", (0.0,) * 5),
+        "latent_std": Noticed("models/light_vae::latents_are_normalised", (1.0,) * 5),
         "spatial_stride": Cosmetic("any value but the default is refused"),
         "temporal_stride": Cosmetic("any value but the default is refused"),
     },
