@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import logging as absl_logging
 
-from jax_avatar.io.faces import FACE_SCORE, face_score
 from jax_avatar.io.image import fit_size
 
 
@@ -91,26 +89,6 @@ def log_warnings() -> None:
     """Warnings and errors go to standard error, one line each; the rest is dropped."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of every restore
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-
-
-def face_missing(name: str, image: np.ndarray, portrait: np.ndarray) -> str | None:
-    """What is to be said of a portrait that shows no face; None if it shows one.
-
-    Args:
-        name: of the picture.
-        image: the whole of it, 8-bit RGB.
-        portrait: the part that the video shows, in [-1, 1].
-    """
-    shown = ((np.asarray(portrait)[0, 0] + 1) * 127.5).round().astype(np.uint8)
-    if face_score(shown) >= FACE_SCORE:
-        return None
-    size = f"{shown.shape[0]}x{shown.shape[1]}"
-    if face_score(image) >= FACE_SCORE:
-        return (
-            f"{name}: its face is not in the middle, which is all that the video of {size} shows; "
-            "cut the picture around the face."
-        )
-    return f"{name}: no face was found in it; expected a portrait, seen from the front."
 
 
 def frame_size(settings, image_shape, asked: str | None) -> tuple[int, int]:

@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from absl import app, flags
 
+from jax_avatar.io.faces import face_missing
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.streaming.live import LiveSession, LiveSettings
 from jax_avatar.streaming.model import SMALL, load_model, load_settings
 from jax_avatar.streaming.session import AvatarSession, num_slices
-from launch.common import face_missing, frame_size, log_warnings, prepare_jax
+from launch.common import frame_size, log_warnings, prepare_jax
 from launch.console import outlive_readers
 
 try:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from jax_avatar.shapes import Float
 
-__all__ = ["FACE_SCORE", "face_score"]
+__all__ = ["FACE_SCORE", "face_missing", "face_score"]
 
 FACE_SCORE = 0.5
 """Score from which on a picture is taken to show a face."""
@@ -25,6 +25,26 @@ _WEIGHTS = Path(__file__).parents[1] / "assets" / "face_detector.safetensors"
 _SIDE = 128
 _STRIDED = (2, 5, 11)  # blocks that halve rows and columns
 _HIGH, _LOW = 10, 15  # blocks after which faces are looked for: 16x16 and 8x8 cells
+
+
+def face_missing(name: str, image: np.ndarray, portrait: np.ndarray) -> str | None:
+    """Warning about a portrait that shows no face; None if it shows one.
+
+    Args:
+        name: of the picture, for the message.
+        image: all of it, 8-bit RGB `[H W 3]`.
+        portrait: the part that the video shows, `[1 1 H W 3]` in [-1, 1].
+    """
+    shown = ((np.asarray(portrait)[0, 0] + 1) * 127.5).round().astype(np.uint8)
+    if face_score(shown) >= FACE_SCORE:
+        return None
+    size = f"{shown.shape[0]}x{shown.shape[1]}"
+    if face_score(image) >= FACE_SCORE:
+        return (
+            f"{name}: its face is not in the middle, which is all that the video of {size} shows; "
+            "cut the picture around the face."
+        )
+    return f"{name}: no face was found in it; expected a portrait, seen from the front."
 
 
 def face_score(image: np.ndarray) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jax_avatar.io.faces import face_missing
 from jax_avatar.io.image import decode_image, prepare_reference
 from jax_avatar.serving.messages import VERSION, Limits, ProtocolError
 from jax_avatar.serving.metrics import Metrics
@@ -64,8 +65,8 @@ class ServerState:
         return not self.token or hmac.compare_digest(given, self.token.encode())
 
 
-async def admit(state: ServerState, wanted: dict[str, Any]) -> tuple[np.ndarray, Any]:
-    """Portrait and prompt states of a client that may come in.
+async def admit(state: ServerState, wanted: dict[str, Any]) -> tuple[np.ndarray, Any, list[str]]:
+    """Portrait, prompt states and warnings of a client that is admitted.
 
     Args:
         state: of the server.
@@ -88,7 +89,7 @@ async def admit(state: ServerState, wanted: dict[str, Any]) -> tuple[np.ndarray,
     if not 8000 <= rate <= 96_000:
         raise ProtocolError("bad_message", f"sample_rate {rate}; expected 8000 to 96000.")
     try:
-        image, text = await asyncio.to_thread(_image, state, wanted), None
+        (portrait, warnings), text = await asyncio.to_thread(_portrait, state, wanted), None
         if wanted.get("prompt"):
             if state.encode_prompt is None:
                 raise ProtocolError("no_prompt", "this model takes no prompt.")
@@ -97,16 +98,18 @@ async def admit(state: ServerState, wanted: dict[str, Any]) -> tuple[np.ndarray,
         raise
     except ValueError as error:
         raise ProtocolError("bad_portrait", str(error)) from None
-    return image, text
+    return portrait, text, warnings
 
 
-def _image(state: ServerState, wanted: dict[str, Any]) -> np.ndarray:
-    """The client's portrait, or the server's, in the size of the video."""
-    image = state.portrait
+def _portrait(state: ServerState, wanted: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
+    """The client's portrait, or the server's, in the size of the video, and warnings about it."""
     if "portrait" in wanted:
         if not wanted.get("consent"):
             raise ProtocolError(
                 "consent", "a portrait needs consent: true, that the person agrees."
             )
         image = decode_image(wanted["portrait"], most_pixels=state.limits.portrait_pixels)
-    return prepare_reference(image, *state.seats.size, cover=True)
+        portrait = prepare_reference(image, *state.seats.size, cover=True)
+        missing = face_missing("the portrait", image, portrait)
+        return portrait, [missing] if missing else []
+    return prepare_reference(state.portrait, *state.seats.size, cover=True), []

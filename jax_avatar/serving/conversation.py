@@ -154,7 +154,7 @@ class Conversation:
 
     async def _serve(self, wanted: dict[str, Any]) -> None:
         state = self._state
-        portrait, text = await admit(state, wanted)
+        portrait, text, warnings = await admit(state, wanted)
         self._link.check(wanted)
         self._rate = wanted.get("sample_rate", self._rate)
         core = state.seats.take()
@@ -176,7 +176,7 @@ class Conversation:
             await state.seats.prepare(core, portrait, text)
             try:
                 async with live:
-                    await self._converse(live, began)
+                    await self._converse(live, began, warnings)
             except Closed as closed:
                 reason = str(closed)
                 raise
@@ -191,7 +191,7 @@ class Conversation:
             state.seats.give_back(core)
             state.metrics.ended.labels(reason).inc()
 
-    async def _converse(self, live: LiveSession, began: float) -> None:
+    async def _converse(self, live: LiveSession, began: float, warnings: list[str]) -> None:
         """Listens and sends until one of them ends."""
         described = await self._link.open(live)
         height, width = live.core.frame_size
@@ -200,7 +200,7 @@ class Conversation:
             version=VERSION, session=self._id, width=width, height=height,
             fps=live.core.model.settings.fps, model=live.core.model.name,
             takes_prompt=self._state.encode_prompt is not None,
-            takes_text=self._state.speak is not None, **described,
+            takes_text=self._state.speak is not None, warnings=warnings, **described,
         )  # fmt: skip
         await until_first_ends(
             self._listen(live), self._show(live, began), self._speak(live), self._watch_idle()

@@ -162,11 +162,12 @@ def image_bytes(kind="PNG", size=(40, 50)):
 
 def test_a_portrait_is_uploaded_only_with_consent_and_only_if_it_is_one(served):
     with served.client(portrait=base64_of(image_bytes()), consent=True) as client:
-        client.until("session.created")
+        (warning,) = client.until("session.created")["warnings"]
+        assert "no face was found" in warning
         client.read(1.0)
     frames, _, _ = client.decoded()
     with served.client() as client:
-        client.until("session.created")
+        assert client.until("session.created")["warnings"] == []
         client.read(1.0)
     assert np.abs(client.decoded()[0][0].astype(int) - frames[0]).mean() > 1
     for portrait, consent, code in [

@@ -109,7 +109,7 @@ function begin(message) {
   at("bar").hidden = false;
   at("textForm").hidden = !message.takes_text;
   at("promptForm").hidden = !message.takes_prompt;
-  say("");
+  say(message.warnings.join(" "));
   at("talk").focus();
 }
 
