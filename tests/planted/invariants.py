@@ -286,7 +286,7 @@ INVARIANTS = (
     Mistake(13, "clips are validated at one level", "training/diffusion_forcing.py",
             "sigma = jnp.full(clean.shape[:2], level)",
             "sigma = jnp.full(clean.shape[:2], 0.5)",
-            validation("the_error_is_that_of_the_velocity_at_the_level_of_the_bin")),
+            validation("the_network_is_told_the_level_of_the_bin")),
     Mistake(13, "the critic is validated on clips of the average", "training/distillation_task.py",
             "critic_errors(student, *others", "critic_errors(others[0], *others",
             validation("of_a_critic_it_is_the_error_on_clips_of_the_student"), slow=True),

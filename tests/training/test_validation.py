@@ -88,6 +88,21 @@ def test_the_error_is_that_of_the_velocity_at_the_level_of_the_bin():
     }
 
 
+def test_the_network_is_told_the_level_of_the_bin():
+    task = task_of()
+
+    def velocity(params, noisy, sigma, told, key):
+        return 0 * noisy + 10 * sigma[:, :, None, None, None]
+
+    task._velocity = velocity
+    (validation,) = task.evaluations(LOOP, make_training_mesh("1", None))
+    found = validation(state_of({}), 0)
+    bins = np.array([found[f"flow_bin{i}"] for i in range(1, NUM_BINS)])
+    # Ten times the level misses a target of variance 2 and mean 0; levels differ between clips.
+    levels = np.sqrt(bins - 2) / 10
+    np.testing.assert_allclose(levels, (np.arange(1, NUM_BINS) + 0.5) / NUM_BINS, atol=0.07)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_error_is_the_same_on_every_mesh(rank):
