@@ -25,8 +25,8 @@ from jax_avatar.io.checkpoint import (
     on_host,
     open_weights,
     tree_of,
-    with_tuples,
 )
+from jax_avatar.io.fields import fill_fields
 from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
 from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
 from jax_avatar.models.dit import DiT
@@ -119,6 +119,10 @@ class StreamSettings(Sampling):
             raise ValueError(f"speech_device {self.speech_device!r} must be host or vae.")
         if self.size is None and self.max_area <= 0:
             raise ValueError("stream settings need a size, or a max_area to fit a size to.")
+        if self.fps < 1 or (self.size and min(self.size) < 1):
+            raise ValueError(
+                f"fps {self.fps} and size {self.size} must be at least 1, size also None."
+            )
         if self.warmup_latents < 1:
             raise ValueError(f"warmup_latents {self.warmup_latents} must be at least 1.")
 
@@ -236,12 +240,8 @@ def load_settings(
             f"{folder / 'config.json'}: {wrong or 'stream'} is no "
             f"{'string' if wrong else 'object'}; copy it again, or restore it."
         )
-    known = {field.name for field in dataclasses.fields(StreamSettings)}
-    unknown = sorted(set(content["stream"]) - known)
-    if unknown:
-        raise ValueError(f"{folder / 'config.json'}: stream settings {unknown} are unknown.")
-    stored = StreamSettings(**with_tuples(content["stream"]))
-    told = dataclasses.replace(stored, **changes)
+    stored = fill_fields(StreamSettings, content["stream"], f"{folder / 'config.json'}: stream")
+    told = fill_fields(StreamSettings, {**dataclasses.asdict(stored), **changes}, "stream")
     if not force_sampler:
         stored.check_training(told)
     return told
@@ -328,15 +328,17 @@ def load_network(
     else:
         params, fields, metadata = load_weights(folder, name, widen=widen)
     try:
-        config = config_class(**with_tuples(fields))
-    except TypeError as error:
+        config = fill_fields(config_class, fields, "config")
+        # Sizes that are none are refused by whatever meets them first.
+        graphdef, expected = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
+    except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise ValueError(
             f"weights of '{name}' in {folder} are not those of a {kind} {name} ({error}); pass the "
             "folder of a whole model."
         ) from error
     if name == "speech" and fps:
         config = _at_fps(config, fps, folder)
-    graphdef, expected = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
+        graphdef, _ = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
     got = {path: _shape_and_kind(leaf) for path, leaf in flatten(tree_of(params)).items()}
     want = {path: _shape_and_kind(leaf) for path, leaf in flatten(expected).items()}
     wrong = [path for path in got | want if got.get(path) != want.get(path)]

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_avatar.io.checkpoint import load_header, load_weights, with_tuples
+from jax_avatar.io.checkpoint import load_header, load_weights
 from jax_avatar.io.content_hash import content_hash
+from jax_avatar.io.fields import fill_fields
 from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
 from jax_avatar.models.config import WanVAEConfig
 from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
@@ -112,7 +113,7 @@ def _build(folder: str | Path, name: str, fps: int | None) -> tuple[Any, Any]:
     fields = load_header(folder, name)[0]
     for network, kind in _KINDS[name]:
         if set(fields) <= {field.name for field in dataclasses.fields(kind)}:
-            config = kind(**with_tuples(fields))
+            config = fill_fields(kind, fields, f"{name} in {folder}: config")
             if name == "speech" and fps:
                 config = config.at_fps(fps)
             make = functools.partial(_make, network, config)

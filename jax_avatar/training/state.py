@@ -1,14 +1,14 @@
 """What a training run remembers, and whether two runs are the same run."""
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jax_avatar.io.fields import fill_fields
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.guards import Guard, new_guard, note, rate_factor
 
@@ -119,43 +119,9 @@ def build_section(kind: type[Section], values: Mapping[str, Any], name: str) -> 
     """A section of a config file as its dataclass.
 
     Raises:
-        ValueError: for a key that the dataclass lacks, naming the nearest one it has, or for a
-            value of another type.
+        ValueError: as `fill_fields`.
     """
-    known = {field.name: field.type for field in fields(kind)}
-    checked = {}
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise ValueError(f"config.{name}.{key} is not a setting of {kind.__name__}; {hint}")
-        checked[key] = _of_type(known[key], value, f"config.{name}.{key}")
-    lacking = [
-        field.name
-        for field in fields(kind)
-        if field.name not in values
-        and field.default is MISSING
-        and field.default_factory is MISSING
-    ]
-    if lacking:
-        raise ValueError(f"config.{name} lacks {', '.join(lacking)}; give a value.")
-    return kind(**checked)
-
-
-def _of_type(kind: Any, value: Any, name: str) -> Any:
-    """A value as written on a command line in the type of its field, where that is a plain one."""
-    if isinstance(value, list):
-        return tuple(value)
-    if kind not in (bool, int, float, str) or type(value) is kind:
-        return value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and is_number:
-        return float(value)
-    if kind is int and is_number and float(value).is_integer():
-        return int(value)
-    if kind is str and type(value) is int:  # --config.loop.mesh=2
-        return str(value)
-    raise ValueError(f"{name}: {value!r} came, expected a value of type {kind.__name__}.")
+    return fill_fields(kind, values, f"config.{name}")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -159,11 +159,20 @@ def test_a_transformer_of_another_model_is_found(tmp_path):
         load_model(folder)
 
 
+STREAM = json.loads((SMALL / "config.json").read_text())["stream"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"dit": ["wan_s2v"]}, r"\['dit'\] is no string"),
         ({"stream": []}, "'?stream'? is no object"),
+        ({"stream": {}}, "stream lacks sigmas, fps, size"),
+        ({"stream": {**STREAM, "fps": 0}}, "fps 0 and size"),
+        ({"stream": {**STREAM, "fps": None}}, r"config\.json: stream\.fps: None came.*int"),
+        ({"stream": {**STREAM, "sigmas": 5}}, r"stream\.sigmas: 5 came"),
+        ({"stream": {**STREAM, "sigmas": [[1, 0]]}}, r"stream\.sigmas: \(\[1, 0\],\) came"),
+        ({"stream": {**STREAM, "size": [96]}}, r"stream\.size: \(96,\) came"),
         ({"lora": "lora"}, "no weights of 'lora'"),
     ],
 )
@@ -172,6 +181,19 @@ def test_a_damaged_config_is_named(tmp_path, change, message):
     content = json.loads((folder / "config.json").read_text())
     save_json(folder / "config.json", content | change)
     with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("network", "changes"),
+    [("vae", {"encoder_blocks": None}), ("vae", {"latent_width": -1}), ("dit", {"num_heads": 0}),
+     ("speech", {"lookahead_ms": "x"}), ("speech", {"mel_mean": float("nan")})],
+)  # fmt: skip
+def test_damaged_sizes_of_a_network_are_named(tmp_path, network, changes):
+    folder = shutil.copytree(SMALL, tmp_path / "m")
+    params, config, _ = load_weights(folder, network)
+    save_weights(folder, network, params, config | changes)
+    with pytest.raises(ValueError, match=f"weights of '{network}' in .*are not those of"):
         load_model(folder)
 
 

@@ -104,7 +104,7 @@ INPUTS = tuple(Mistake("input", *row) for row in (
     ("an unknown size is taken for the tiny one", "configs/sizes.py",
      "    if size not in sizes:", '    size = size if size in sizes else "tiny"\n    if False:',
      sizes("an_unknown_size_names_the_nearest")),
-    ("an unknown setting is left out", "training/state.py",
+    ("an unknown setting is left out", "io/fields.py",
      "        if key not in known:", "        if key not in known:\n            continue\n"
      "        if False:", (*loop("a_misspelt_setting_names_the_nearest"),
                           *sizes("a_mistake_is_named"))),

@@ -134,6 +134,16 @@ def test_a_number_may_stand_where_a_text_is_expected():
     assert build_section(LoopConfig, values, "loop").mesh == "2"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_steps", 1.5), ("num_steps", None), ("learning_rate", "fast"), ("mesh", 2.0),
+     ("learning_rate", float("nan")), ("learning_rate", [1e-3])],
+)  # fmt: skip
+def test_a_value_of_another_type_is_named(name, value):
+    with pytest.raises(ValueError, match=rf"config\.loop\.{name}: .* came, expected a"):
+        build_section(LoopConfig, {"num_steps": 3, name: value}, "loop")
+
+
 def failing(at, made):
     """An evaluation that notes its steps and fails at some of them."""
 

@@ -1,0 +1,92 @@
+"""Plain values of a file or a command line -> a dataclass, each in the type of its field."""
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
+
+__all__ = ["fill_fields"]
+
+Settings = TypeVar("Settings")
+
+
+def fill_fields(kind: type[Settings], values: Mapping[str, Any], place: str) -> Settings:
+    """A dataclass with values as JSON, a config file or a command line has them.
+
+    Args:
+        kind: the dataclass.
+        values: of its fields.
+        place: where they are written, before the name of a field in messages.
+
+    Raises:
+        ValueError: for a key that the dataclass lacks, naming the nearest one it has, for a value
+            of another type, for one that is missing, or as the dataclass itself.
+    """
+    known = {field.name: field.type for field in fields(kind)}
+    checked = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ValueError(f"{place}.{key} is not a setting of {kind.__name__}; {hint}")
+        checked[key] = _of_type(known[key], value, f"{place}.{key}")
+    lacking = [
+        field.name
+        for field in fields(kind)
+        if field.name not in values
+        and field.default is MISSING
+        and field.default_factory is MISSING
+    ]
+    if lacking:
+        raise ValueError(f"{place} lacks {', '.join(lacking)}; give a value.")
+    return kind(**checked)
+
+
+def _of_type(kind: Any, value: Any, name: str) -> Any:
+    """A value in the type of its field, where that is a plain one or made of plain ones."""
+    if isinstance(value, list):
+        value = tuple(value)
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for one in inside:
+            if one is str and type(value) is not str:  # among others, a number is no text
+                continue
+            try:
+                return _of_type(one, value, name)
+            except ValueError:
+                continue
+        raise _wrong(kind, value, name)
+    if origin in (tuple, Sequence):
+        if not isinstance(value, tuple):
+            raise _wrong(kind, value, name)
+        items = [one for one in inside if one is not Ellipsis]
+        items = items if len(items) > 1 else items * len(value)
+        if len(items) != len(value):
+            raise _wrong(kind, value, name)
+        return tuple(_of_type(*pair, name) for pair in zip(items, value, strict=True))
+    if kind not in (bool, int, float, str, types.NoneType):
+        return value
+    return _plain(kind, value, name)
+
+
+def _plain(kind: type, value: Any, name: str) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and not math.isfinite(value):
+        raise ValueError(f"{name}: {value!r} came, expected a finite number.")
+    if type(value) is kind:
+        return value
+    if kind is float and is_number:
+        return float(value)
+    if kind is int and is_number and float(value).is_integer():
+        return int(value)
+    if kind is str and type(value) is int:  # --config.loop.mesh=2
+        return str(value)
+    raise _wrong(kind, value, name)
+
+
+def _wrong(kind: Any, value: Any, name: str) -> ValueError:
+    told = kind.__name__ if isinstance(kind, type) else str(kind).replace("collections.abc.", "")
+    return ValueError(f"{name}: {value!r} came, expected a value of type {told}.")
