@@ -13,7 +13,8 @@ starts from a stage 1 with the same, in `runs/NAME`, which is trained first:
     python launch/train.py --config=$CONFIG:stage1_block_1 --workdir runs/stage1_block_1
     python launch/train.py --config=$CONFIG:block_1 --workdir runs/block_1
 
-Ablations of inference alone, which train nothing, stand with their commands in docs/training.md.
+Ablations of inference alone train nothing: `INFERENCE` names them with the command that sets each,
+and `train.py` answers such a name with that command.
 
 Source: Live Avatar (arXiv 2512.04677), tables 3 to 6 and 10 of version 5.
 """
@@ -27,7 +28,7 @@ from ml_collections import ConfigDict
 
 from configs import diffusion_forcing, dmd
 
-__all__ = ["ABLATIONS", "Ablation", "get_config"]
+__all__ = ["ABLATIONS", "INFERENCE", "Ablation", "get_config"]
 
 Settings = Mapping[str, Any]
 Change = Any | Callable[[Settings], Any]
@@ -179,7 +180,19 @@ ABLATIONS: dict[str, Ablation] = {
     **_SCORES,
     **{STAGE_1 + name: ablation for name, ablation in _STAGE_1.items()},
 }
-"""All of them by name."""
+"""Those that train, by name."""
+
+INFERENCE: dict[str, str] = {
+    "no_tpp": "python benchmarks/stream.py --mesh 1+1",
+    "tensor_parallel": "python benchmarks/stream.py --mesh 1x4+1",
+    "no_vae_parallel": "python benchmarks/stream.py --mesh 4",
+    "tpp": "python benchmarks/stream.py --mesh 5",
+    "no_dmd": "python launch/evaluate.py --checkpoint runs/teacher --sampler teacher --steps 40 "
+    "--guidance 4",
+    "no_aas": "python launch/evaluate.py --noaas",
+    "no_rolling_rope": "python launch/evaluate.py --norolling_rope",
+}
+"""Those of tables 3 and 4 that change the stream alone: name -> command."""
 
 
 def get_config(text: str = "baseline") -> ConfigDict:
@@ -189,13 +202,16 @@ def get_config(text: str = "baseline") -> ConfigDict:
         text: its name, and after a comma the size, as in "clean_history,tiny".
 
     Raises:
-        ValueError: the name or the size is unknown.
+        ValueError: the name or the size is unknown, or the ablation trains nothing.
     """
     name, _, size = text.replace(" ", "").partition(",")
+    if name in INFERENCE:
+        raise ValueError(f"ablation {name!r} trains nothing; run: {INFERENCE[name]}")
     if name not in ABLATIONS:
-        near = difflib.get_close_matches(name, ABLATIONS, n=1)
+        known = [*ABLATIONS, *INFERENCE]
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"ablation {name!r} is unknown; write one of {', '.join(ABLATIONS)}{hint}")
+        raise ValueError(f"ablation {name!r} is unknown; write one of {', '.join(known)}{hint}")
     stage = diffusion_forcing if name.startswith(STAGE_1) else dmd
     settings = stage.get_config(size or "small").to_dict()
     changes = {

@@ -1,19 +1,21 @@
 """Every ablation changes what its name says, and nothing else."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from configs import diffusion_forcing, dmd
-from configs.ablations import ABLATIONS, get_config
+from configs.ablations import ABLATIONS, INFERENCE, get_config
 from jax_avatar.training import stages
 from jax_avatar.training.latents import random_clips
 from jax_avatar.training.state import config_differences, start_state
 from jax_avatar.training.step import make_optimiser, make_step, mesh_of
 from launch.overrides import read_config
 
+ROOT = Path(__file__).parents[2]
 SIZES = ("tiny", "small", "wan_s2v_14b")
 BLOCKS = {"model.frames_per_block", "model.ring_blocks"}
 CHANGED = {
@@ -121,6 +123,15 @@ def test_values_are_those_of_the_papers():
     slow = get_config("slow_rates,wan_s2v_14b")
     rates = (slow.loop.learning_rate, slow.task.critic_learning_rate)
     assert rates == pytest.approx((2e-6, 4e-7))
+
+
+def test_an_ablation_of_inference_names_the_command_that_sets_it():
+    for name, command in INFERENCE.items():
+        with pytest.raises(ValueError, match="trains nothing; run: ") as error:
+            get_config(f"{name},tiny")
+        assert command in str(error.value)
+        assert (ROOT / command.split()[1]).is_file()
+    assert not set(INFERENCE) & set(ABLATIONS)
 
 
 def test_the_command_line_names_ablations():
