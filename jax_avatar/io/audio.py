@@ -12,7 +12,7 @@ import av
 import numpy as np
 import soxr
 
-from jax_avatar.io.containers import HEAD, container_kind
+from jax_avatar.io.containers import HEAD, container_kind, silent_kind
 from jax_avatar.io.media import best_stream, open_media
 from jax_avatar.io.mixing import Mixer, is_silent
 from jax_avatar.shapes import Float
@@ -29,7 +29,7 @@ __all__ = [
 
 _PCM_TYPES = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 _RATES = (1000, 768_000)
-_SEEKING = ("M4A, MP4 or MOV", "AIFF", "CAF")  # kinds whose index may come last
+_SEEKING = ("M4A, MP4 or MOV", "AIFF", "CAF", "WavPack")  # kinds whose index or tags come last
 _NOTHING = np.zeros(0, np.float32)
 _SHORT_HEAD = 32  # bytes that tell most kinds of files
 _LONG_STARTS = (0xFF, 0x47)  # first bytes of MP3, AAC and MPEG-TS, which take more to tell
@@ -139,7 +139,7 @@ class AudioReader:
                     if (packet := next(packets, None)) is None:
                         break
                     frames = packet.decode()
-                except (av.FFmpegError, OSError) as caught:
+                except (av.FFmpegError, OSError, ValueError) as caught:  # ValueError: no such codec
                     error = caught
                     if packet is None:  # no more can be read
                         lost_s = np.inf
@@ -396,12 +396,20 @@ class _Pipe:
 
 
 def _read_head(stream: Any) -> bytes:
-    """The first bytes, enough to tell files from raw samples; fewer if the stream ends."""
+    """The first bytes, enough to tell files from raw samples; fewer if the stream ends.
+
+    Raises:
+        ValueError: they are those of a file without sound.
+    """
     read, head, wanted = getattr(stream, "read1", stream.read), b"", _SHORT_HEAD
     while len(head) < wanted and (part := read(wanted - len(head))):
         head += part
         if head[0] in _LONG_STARTS:
             wanted = HEAD
+    if not container_kind(head) and (kind := silent_kind(head)):
+        raise ValueError(
+            f"{_STANDARD_INPUT} holds {kind}; expected raw PCM samples, or a file of sound."
+        )
     return head
 
 

@@ -1,6 +1,8 @@
-"""The kind of a media file, from its first bytes: what raw samples must not be taken for."""
+"""The kind of a file, from its first bytes: what raw samples must not be taken for."""
 
-__all__ = ["HEAD", "container_kind"]
+import codecs
+
+__all__ = ["HEAD", "container_kind", "silent_kind"]
 
 HEAD = 4096
 """First bytes that are enough to tell."""
@@ -24,7 +26,35 @@ _STARTS = {
     b"Creative Voice File": "VOC",
     b"\x30\x26\xb2\x75\x8e\x66\xcf\x11": "WMA or ASF",
     b"\x00\x00\x01\xba": "MPEG",
+    b"riff\x2e\x91\xcf\x11": "Wave64",
+    b"nut/multimedia container": "NUT",
+    b".SoX": "SoX",
+    b"XoS.": "SoX",
+    b"NIST_1A\n": "NIST SPHERE",
+    b"\x7f\xfe\x80\x01": "DTS",
+    b"\xfe\x7f\x01\x80": "DTS",
+    b"\x1f\xff\xe8\x00": "DTS",
+    b"\xff\x1f\x00\xe8": "DTS",
+    b"MPCK": "Musepack",
+    b"MP+": "Musepack",
+    **{bytes((0x64, 0xA3, i, 0)): "IRCAM" for i in range(1, 5)},
+    **{bytes((0, i, 0xA3, 0x64)): "IRCAM" for i in range(1, 5)},
 }
+_NO_SOUND = {
+    b"\x1f\x8b\x08": "gzip data; unpack it first",
+    b"\xfd7zXZ\x00": "xz data; unpack it first",
+    b"BZh9": "bzip2 data; unpack it first",
+    b"\x28\xb5\x2f\xfd": "Zstandard data; unpack it first",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff\xe0": "a picture",
+    b"\xff\xd8\xff\xe1": "a picture",
+    b"GIF8": "a picture",
+    b"%PDF": "a document",
+    b"MThd": "MIDI notes, which hold no sound",
+}
+_SHORTEST_TEXT = 8  # bytes, fewer of which may be samples by chance
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp", b"moof")
 _FORMS = {b"RIFF": (b"WAVE", b"AVI "), b"FORM": (b"AIFF", b"AIFC", b"8SVX")}
 _ADTS_RATES = 13  # indices that mean a rate
@@ -52,6 +82,10 @@ def container_kind(head: bytes) -> str | None:
         return {b"WAVE": "WAV", b"AVI ": "AVI"}.get(head[8:12], "AIFF")
     if head[4:8] in _MP4_BOXES and int.from_bytes(head[:4], "big") not in range(2, 8):
         return "M4A, MP4 or MOV"
+    if head[4:8] in (b"\xf8\x72\x6f\xba", b"\xf8\x72\x6f\xbb"):
+        return "TrueHD or MLP"
+    if _is_ac3(head):
+        return "AC-3"
     if _chain(head, _adts_length):
         return "AAC"
     if _chain(head, _mp3_length):
@@ -59,6 +93,38 @@ def container_kind(head: bytes) -> str | None:
     if len(head) > 376 and all(head[i] == 0x47 for i in range(0, min(len(head), 188 * 8), 188)):
         return "MPEG-TS"
     return None
+
+
+def silent_kind(head: bytes) -> str | None:
+    """What a file that begins so holds instead of sound; None where it may be sound.
+
+    Args:
+        head: as for `container_kind`, of whose kinds this is none.
+    """
+    for start, kind in _NO_SOUND.items():
+        if head.startswith(start):
+            return kind
+    if head[8:10] == b'{"' and not any(head[4:8]):
+        return "weights (safetensors)"
+    if len(head) >= _SHORTEST_TEXT and _is_text(head):
+        return f"text, {head[:20].decode('utf-8', 'ignore')!r}..."
+    return None
+
+
+def _is_text(head: bytes) -> bool:
+    try:  # the last character may be cut
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(c.isprintable() or c in "\t\r\n\f" for c in text)
+
+
+def _is_ac3(h: bytes) -> bool:
+    """True for the head of an AC-3 or E-AC-3 frame. Source: ETSI TS 102 366, 4.4 and E.1.2."""
+    if len(h) < 6 or h[:2] != b"\x0b\x77":
+        return False
+    version, rate = h[5] >> 3, h[4] >> 6
+    return 10 < version <= 16 or (version <= 10 and rate < 3 and h[4] & 0x3F < 38)
 
 
 def _chain(head: bytes, length_at) -> bool:

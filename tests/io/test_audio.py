@@ -1,6 +1,9 @@
+import base64
 import gc
+import gzip
 import io
 import os
+import struct
 import sys
 import threading
 from pathlib import Path
@@ -275,6 +278,11 @@ CONTAINERS = [
     ("a.webm", 48_000, "libopus", "flt", "mono", "Matroska or WebM"),
     ("a.mka", 44_100, "aac", "fltp", "stereo", "Matroska or WebM"),
     ("a.ts", 48_000, "aac", "fltp", "stereo", "MPEG-TS"),
+    ("a.ac3", 48_000, "ac3", "fltp", "stereo", "AC-3"),
+    ("a.eac3", 48_000, "eac3", "fltp", "mono", "AC-3"),
+    ("a.w64", 16_000, "pcm_s16le", "s16", "mono", "Wave64"),
+    ("a.nut", 16_000, "pcm_s16le", "s16", "mono", "NUT"),
+    ("a.wv", 44_100, "wavpack", "s16p", "stereo", "WavPack"),
 ]
 
 
@@ -312,6 +320,21 @@ def test_raw_samples_are_no_file_whatever_they_are(piece):
         reader = open_pipe(Pipe(samples.tobytes(), piece))
         heard = np.concatenate(list(reader))
         np.testing.assert_allclose(heard, samples / 32768, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [(b"Hello, this is no sound.\n" * 200, "text, 'Hello"), (b"No sound", "text, 'No sound'"),
+     (("\ufeff" + "Привет, мир! " * 50).encode(), "text, 'Привет"), (b'{"audio": []}', "text"),
+     (base64.b64encode(bytes(range(256))), "text"), (gzip.compress(bytes(9000)), "gzip data"),
+     (b"PK\x03\x04" + bytes(range(256)), "a zip"), (b"\x89PNG\r\n\x1a\n" + bytes(99), "a picture"),
+     (struct.pack("<Q", 99) + b'{"a": {}}' + bytes(99), "weights")],
+)  # fmt: skip
+@pytest.mark.parametrize("piece", [1, 1001])
+def test_a_file_without_sound_on_standard_input_is_named(data, kind, piece):
+    for read in (open_pipe, PcmReader):
+        with pytest.raises(ValueError, match=f"standard input holds {kind}.*expected raw PCM"):
+            list(read(Pipe(data, piece)))
 
 
 def test_nothing_on_standard_input_is_named():

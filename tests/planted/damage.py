@@ -4,6 +4,7 @@ from tests.planted.mistake import Mistake, tests_in
 
 __all__ = ["DAMAGE"]
 
+loop = tests_in("training/test_loop")
 checksums = tests_in("io/test_checksums")
 writer = tests_in("io/test_slot_writer")
 base = tests_in("training/test_base_weights")
@@ -71,9 +72,9 @@ DAMAGE = tuple(Mistake("input", *row) for row in (
      r"\ud800-\udfff]", "]", HOSTILE),
     ("a token that is no Unicode is compared as text", "serving/admission.py",
      '.encode(errors="surrogatepass")', ".encode()", HOSTILE),
-    ("a value of another type in a config is taken", "io/fields.py",
-     "    if kind not in (bool, int, float, str, types.NoneType):\n", "    if True:\n",
-     checksums("a_damaged_config_is_named")),
+    ("a setting may be NaN", "io/fields.py",
+     "    if is_number and not math.isfinite(value):\n", "    if False:\n",
+     loop("a_value_of_another_type_is_named")),
     ("sizes that are none end in a traceback", "streaming/model.py",
      "except (ValueError, TypeError, ArithmeticError, MemoryError)", "except MemoryError",
      checksums("damaged_sizes_of_a_network_are_named")),
