@@ -107,7 +107,7 @@ def silent_kind(head: bytes) -> str | None:
     if head[8:10] == b'{"' and not any(head[4:8]):
         return "weights (safetensors)"
     if len(head) >= _SHORTEST_TEXT and _is_text(head):
-        return f"text, {head[:20].decode('utf-8', 'ignore')!r}..."
+        return f"text, {head[:20].decode('utf-8-sig', 'ignore')!r}..."
     return None
 
 
