@@ -107,7 +107,7 @@ def stream_long(stream, clips, seconds):
     )
     portraits = np.stack([clips[i % len(clips)].portrait for i in range(count)])
     frames = stream(portraits, waves, seconds * fps)
-    return score_stream(frames, portraits, window=5 * fps), frames, waves
+    return score_stream(frames, portraits, window=5 * fps, seed=FLAGS.seed), frames, waves
 
 
 def make_folder(out):
@@ -169,6 +169,8 @@ def evaluate(out):
     if FLAGS.long_s and FLAGS.sampler == "stream":
         found, frames, waves = stream_long(streams["generated"], clips, FLAGS.long_s)
         scores["long"] = {"n": FLAGS.batch, "seconds": FLAGS.long_s, **found}
+        if "one_step" in streams:
+            scores["long"]["one_step"] = stream_long(streams["one_step"], clips, FLAGS.long_s)[0]
         write(out / "long.mp4", frames[0], waves[0], model)
         save(out, scores)
         print("long", json.dumps(scores["long"]), flush=True)

@@ -7,6 +7,7 @@ frames, truth --measure--> Measures, clip by clip --summarise--> scores
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -258,38 +259,52 @@ def interval(
 
 
 def score_stream(
-    frames: Frames, portrait: UInt8[np.ndarray, "b H W 3"], window: int
-) -> dict[str, float]:
-    """What a long stream does to the picture: last `window` frames against the first.
+    frames: Frames, portrait: UInt8[np.ndarray, "b H W 3"], window: int, *, seed: int = 0
+) -> dict[str, Any]:
+    """Drift of the picture in a long stream: last `window` frames against the first.
+
+    Args:
+        frames: of the streams of several people.
+        portrait: of each of them.
+        window: frames at either end.
+        seed: of the bootstrap's draws of people.
 
     Returns:
         `colour_drift`: change of the mean colour in grey levels; `sharpness`: gradient energy over
         the first window's; `portrait_distance_first` and `_last`: mean absolute difference of the
         windows' mean pictures from the portrait, in grey levels; `identity_first` and `_last`:
-        that distance over the distance from the other portraits, 1 is a stranger.
+        that distance over the distance from the other portraits, 1 is a stranger; and as
+        `interval` the ends of their 95 % bootstrap intervals over people.
     """
-    first, last = (part.astype(np.float32) for part in (frames[:, :window], frames[:, -window:]))
-    still = portrait.astype(np.float32)
-
-    def sharpness(part):
-        return np.abs(np.diff(part, axis=2)).mean() + np.abs(np.diff(part, axis=3)).mean()
-
-    def to_portraits(part):
-        return np.abs(part.mean(1)[:, None] - still[None]).mean((2, 3, 4))
-
-    def identity(part):
-        distance = to_portraits(part)
-        own = np.eye(len(distance), dtype=bool)
-        return float(distance[own].mean() / distance[~own].mean()) if len(distance) > 1 else 0.0
-
-    return {
-        "colour_drift": float(np.abs(last.mean((1, 2, 3)) - first.mean((1, 2, 3))).mean()),
-        "sharpness": float(sharpness(last) / sharpness(first)),
-        "portrait_distance_first": float(np.diag(to_portraits(first)).mean()),
-        "portrait_distance_last": float(np.diag(to_portraits(last)).mean()),
-        "identity_first": identity(first),
-        "identity_last": identity(last),
+    ends = {"first": frames[:, :window], "last": frames[:, -window:]}
+    ends = {name: part.astype(np.float32) for name, part in ends.items()}
+    still, count = portrait.astype(np.float32), len(portrait)
+    colour = {name: part.mean((1, 2, 3)) for name, part in ends.items()}
+    energy = {
+        name: sum(np.abs(np.diff(part, axis=axis)).mean((1, 2, 3, 4)) for axis in (2, 3))
+        for name, part in ends.items()
     }
+    distance = {
+        name: np.abs(part.mean(1)[:, None] - still[None]).mean((2, 3, 4))
+        for name, part in ends.items()
+    }
+    others = ~np.eye(count, dtype=bool)
+
+    def statistic(people):
+        change = np.abs(colour["last"] - colour["first"])[people]
+        found = {
+            "colour_drift": float(change.mean()),
+            "sharpness": float(energy["last"][people].sum() / energy["first"][people].sum()),
+        }
+        for name, table in distance.items():
+            own = np.diag(table)[people].mean()
+            found[f"portrait_distance_{name}"] = float(own)
+            stranger = np.concatenate([table[i][others[i]] for i in people])
+            found[f"identity_{name}"] = float(own / stranger.mean()) if count > 1 else 0.0
+        return found
+
+    ends_of = interval(statistic, count, seed=seed)
+    return statistic(np.arange(count)) | {"interval": {k: list(v) for k, v in ends_of.items()}}
 
 
 def contact_sheet(

@@ -67,6 +67,10 @@ def test_drift_of_a_stream_is_measured_in_grey_levels():
     drifting = still + np.linspace(0, 20, 40).astype(np.uint8)[None, :, None, None, None]
     found = score_stream(drifting + np.eye(8, dtype=np.uint8)[..., None], portrait, 1)
     assert found["colour_drift"] == pytest.approx(20)
+    assert found["interval"]["colour_drift"] == pytest.approx([20, 20])
+    drifting[1] = still[1]
+    found = score_stream(drifting + np.eye(8, dtype=np.uint8)[..., None], portrait, 1)
+    assert found["interval"]["colour_drift"] == pytest.approx([0, 20])
     assert found["portrait_distance_last"] > found["portrait_distance_first"]
 
 
