@@ -1,4 +1,4 @@
-"""How much sound around a block wav2vec 2.0 needs in a live stream, and what it costs.
+"""Audio context that wav2vec 2.0 needs around a block of a live stream, and its cost.
 
     python benchmarks/audio_context.py --checkpoint FOLDER --audio speech.wav
     python benchmarks/audio_context.py --random full

@@ -1,4 +1,4 @@
-"""What the benchmarks share: surroundings, statistics of times, random models, a voice."""
+"""Helpers of the benchmarks: environment, statistics of times, random models, a voice."""
 
 import dataclasses
 import json
@@ -88,7 +88,7 @@ SMALL_CONFIG = NANO.replace(
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    """Where a measurement was made: command, commit, device, versions."""
+    """Environment of a measurement: command, commit, device, versions."""
     device = jax.devices()[0]
     names = ("jax", "jaxlib", "flax", "numpy")
     return {

@@ -55,7 +55,7 @@ def config_of(gigabytes: float) -> DiTConfig:
 
 
 def official_config(config: DiTConfig) -> dict:
-    """What the download's `config.json` would say."""
+    """Content of the download's `config.json`."""
     return {
         "model_type": "s2v",
         "dim": config.width,

@@ -1,4 +1,4 @@
-"""What the benchmarks of one program on one device share: random weights, peaks, memory."""
+"""Helpers of benchmarks of one program on one device: random weights, peaks, memory."""
 
 import collections
 import math

@@ -81,7 +81,7 @@ def shrink(config: DiTConfig, layers: int | None) -> DiTConfig:
 
 @dataclass
 class Inputs:
-    """What a step of a stream takes beside window and sink, made of random numbers.
+    """Random inputs of a streaming step, besides window and sink.
 
     Attributes:
         graphdef, params: of the transformer.

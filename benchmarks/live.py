@@ -314,7 +314,7 @@ def growth(seconds: Sequence[float], mib: Sequence[float]) -> dict:
 
 
 def offsets(picture: list[Packet], sound: list[Packet]) -> dict:
-    """How far picture has come beyond sound, in time of the video, whenever a frame comes."""
+    """Lead of the picture over the sound in video time, at the arrival of every frame."""
     came = np.array([p.came for p in sound])
     ends = np.maximum.accumulate([p.end_s for p in sound])
     times, ahead = [], []
@@ -332,7 +332,7 @@ def offsets(picture: list[Packet], sound: list[Packet]) -> dict:
 
 
 def pacing(picture: list[Packet]) -> dict:
-    """How far frames come from when they are due, were the median one in time."""
+    """Deviation of frames from their due times, relative to the median frame."""
     off = np.array([p.came - p.start_s for p in picture[32:]])
     return quantiles(np.abs(off - np.median(off)))
 
@@ -362,7 +362,7 @@ def memory_after(url: str, token: str, voice: np.ndarray, count: int, server: Se
 
 
 def admission(url: str, token: str) -> int:
-    """Sessions at the same time until the server says that it is busy."""
+    """Opens sessions until the server is busy; counts them."""
     clients = []
     try:
         while True:

@@ -1,4 +1,4 @@
-"""What eight-bit weights cost in accuracy, layer by layer.
+"""Accuracy of eight-bit weights, layer by layer.
 
     python benchmarks/quantised.py                            the golden models of the official code
     python benchmarks/quantised.py --checkpoint MODEL/dit     a converted transformer
@@ -59,7 +59,7 @@ def golden_models(folder: Path):
 
 
 def hidden_states(config: DiTConfig, params, grid: int) -> dict[str, np.ndarray]:
-    """What enters and leaves every layer of a block of random latents, and the velocity."""
+    """Inputs and outputs of every layer for a block of random latents, and the velocity."""
     graphdef = abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[0]
     dit = merge(graphdef, jax.tree.map(jnp.asarray, params))
     keys = iter(jax.random.split(jax.random.key(0), 6))

@@ -90,7 +90,7 @@ def time_steps(model, session, features: np.ndarray, repeats: int) -> dict:
 
 
 def stream_device(stream: SequentialStream) -> jax.Device:
-    """Where a stream's weights are."""
+    """Devices that hold a stream's weights."""
     return next(iter(jax.tree.leaves(stream.params)[0].devices()))
 
 

@@ -32,7 +32,7 @@ class TorchDecoder:
         self.buffers: dict[str, torch.Tensor] = {}
 
     def __call__(self, latent: torch.Tensor) -> torch.Tensor:
-        """As `decode`, in whole numbers 0 to 255."""
+        """Same as `decode`, as integers 0 to 255."""
         with torch.inference_mode():
             return ((self.decode(latent).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 

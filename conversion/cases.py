@@ -1,4 +1,4 @@
-"""What `conversion.verify` and the kinds of golden cases agree on.
+"""Interface between `conversion.verify` and the kinds of golden cases.
 
 A kind looks through the data files of one folder, says which of them it understands as cases, and
 runs a case tensor by tensor. Nothing is known by file name beyond the documented format: sizes
@@ -48,7 +48,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is a number within the tolerance."""
+        """True if the error is finite and within the tolerance."""
         return bool(self.error <= self.tolerance)
 
 

@@ -210,7 +210,7 @@ def _read_pcm(pcm: np.ndarray, input_rate: int, rate: int) -> np.ndarray:
 
 
 class _Results:
-    """What we make of one wave; each is computed when first asked for."""
+    """Our outputs for one wave, each computed on first access."""
 
     def __init__(self, model: Wav2Vec2, wave: np.ndarray):
         self.model, self.wave = model, jnp.asarray(wave)[None]

@@ -117,7 +117,7 @@ def _is_pair(entry: Any) -> bool:
 
 
 class _Results:
-    """What we make of a case's inputs; each is computed when first asked for."""
+    """Our outputs for the inputs of a case, each computed on first access."""
 
     def __init__(self, config: UMT5Config, params: Any, io: SafetensorsFile):
         self.config, self.params = config, params
@@ -145,7 +145,7 @@ class _Results:
 
     @cached_property
     def contexts(self) -> list[np.ndarray]:
-        """What a stream is given: each prompt alone, at the length it is padded to there."""
+        """Streaming form: each prompt alone, padded to its length in the stream."""
         graphdef, params = split(self.encoder)
         prompts = zip(self.ids, self.lengths, strict=True)
         return [np.asarray(encode_tokens(graphdef, params, ids[:n]))[0] for ids, n in prompts]

@@ -66,7 +66,7 @@ class TrainingCases:
         return found
 
     def run(self, case: Case) -> Iterable[Check]:
-        """Checks every tensor that is not an input, and fails for one nobody knows."""
+        """Checks every tensor that is not an input; an unknown one fails."""
         tensors = dict(SafetensorsFile(case.files[0]))
         used = set()
         for check in case.data(tensors):
@@ -203,7 +203,7 @@ def _dmd(tensors: Tensors) -> Iterable[Check]:
 
 
 def _zero_norm(clean: jax.Array, tensors: Tensors) -> Check:
-    """Where the official gradient explodes, ours is within its limit; elsewhere they agree."""
+    """Compares gradients; ours is bounded where the official one explodes."""
     name = "zero_norm.grad"
     expected = tensors[name]
     made = _official(

@@ -147,7 +147,7 @@ class _Bound:
 
 
 class _Results:
-    """What we make of a case's inputs; each is computed when first asked for."""
+    """Our outputs for the inputs of a case, each computed on first access."""
 
     def __init__(self, vae: _Bound, io: SafetensorsFile):
         self.vae = vae
@@ -303,7 +303,7 @@ def _numbers(file: SafetensorsFile, pattern: str) -> list[int]:
 
 
 def _first_alone(clip: np.ndarray) -> list[np.ndarray]:
-    """As live streams begin: the first latent (or frame) by itself, so few shapes are compiled."""
+    """Splits like a live stream: the first latent (or frame) alone, so that few shapes compile."""
     return [part for part in np.split(clip, [1], axis=2) if part.shape[2]]
 
 

@@ -81,7 +81,7 @@ def export_network(
 
 
 def kind_of(folder: str | Path) -> NetworkKind:
-    """What network a folder such as MODEL/dit holds, by its model's `config.json`.
+    """Kind of the network in a folder such as MODEL/dit, from its model's `config.json`.
 
     Raises:
         ValueError: there is none beside it, or the network has no official form.

@@ -74,7 +74,7 @@ def _model(folder: Path) -> Iterator[str]:
 
 
 def _as_far_as_whole(lines: Iterator[str]) -> Iterator[str]:
-    """Lines about one file of several: where it is broken, the others are told of all the same."""
+    """Report lines of one file of several; a broken file does not stop the others."""
     try:
         yield from lines
     except BrokenFile as error:

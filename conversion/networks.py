@@ -1,4 +1,4 @@
-"""What can be converted: one entry per network, recognised by the names of its tensors.
+"""Networks that can be converted, recognised by the names of their tensors.
 
 files of a download --open--> official name -> array --table--> our flat path -> array
 """
@@ -39,7 +39,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class NetworkKind:
-    """How one kind of network is recognised, read and laid out.
+    """Recognition, reading and layout of one kind of network.
 
     Attributes:
         name: on the command line.
@@ -149,7 +149,7 @@ def recognise(path: Path) -> tuple[NetworkKind | None, str]:
 
 
 def find_weights(kind: NetworkKind, source: str | Path) -> Path:
-    """The network's file in a downloaded folder, or the file itself.
+    """Path of the network's weights file in a downloaded folder, or the given file.
 
     Safetensors are preferred where a folder has both.
 

@@ -1,4 +1,4 @@
-"""Weight files as lazy mappings: names and shapes at once, arrays when asked for."""
+"""Weight files as lazy mappings: names and shapes at once, arrays on access."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ _SHARD = re.compile(r"(.*)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
 
 def read_index(index: str | Path) -> dict[str, str]:
-    """Where the tensors of a sharded checkpoint are: name -> file beside the index.
+    """Index of a sharded checkpoint: tensor name -> file beside the index.
 
     Raises:
         BrokenFile: the index is a pointer, cut off or without places, or names a file that is

@@ -157,7 +157,7 @@ Table = Sequence[Rule | Ignore]
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every source tensor.
+    """Outcome for every source tensor.
 
     Attributes:
         used: source name -> our path, with the slot in brackets if the leaf is stacked.
@@ -192,7 +192,7 @@ class Move:
 
     @property
     def label(self) -> str:
-        """Where it goes, for reports."""
+        """Target of the rule, for reports."""
         return self.target + (str(list(self.slot)) if self.slot else "")
 
     def apply(self, array: np.ndarray) -> np.ndarray:
@@ -263,7 +263,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], table: Table, target: Mapping[s
 def infer_leaves(
     shapes: Mapping[str, tuple[int, ...]], table: Table
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Our leaves for a file that nobody knows the size of: as many layers as it names.
+    """Our leaves for a file of unknown size: as many layers as it names.
 
     Args:
         shapes: source name -> shape.
@@ -304,7 +304,7 @@ def export(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
 
 
 def plan_export(leaves: Mapping[str, Any], table: Table) -> list[Move]:
-    """Where every foreign tensor comes from.
+    """Origin of every foreign tensor.
 
     Args:
         leaves: our flat path -> anything with `shape`.

@@ -63,7 +63,7 @@ class _Tensor:
 
 
 class TorchFile(Mapping):
-    """Weights of one `.pth` file: name -> array, each read when asked for.
+    """Weights of one `.pth` file: name -> array, each read on access.
 
     Attributes:
         shapes: name -> shape, without reading the tensor.

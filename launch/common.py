@@ -1,4 +1,4 @@
-"""What several commands do before they begin."""
+"""Preparation that several commands share."""
 
 import contextlib
 import logging

@@ -12,7 +12,7 @@ _ENVIRONMENT = {
 
 
 def join_hosts(multihost: bool, coordinator: str | None, hosts: int | None, host: int | None):
-    """Starts `jax.distributed` if asked to.
+    """Starts `jax.distributed` if the flags say so.
 
     Args:
         multihost: whether to; where only this is given, TPU pods and job schedulers tell the rest.

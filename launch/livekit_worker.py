@@ -1,4 +1,4 @@
-"""A face for a LiveKit agent: joins its room and shows the avatar speaking what the agent says.
+"""Avatar of a LiveKit agent: joins its room and speaks the agent's speech.
 
 python launch/livekit_worker.py --url wss://HOST --room ROOM --agent AGENT
 python launch/livekit_worker.py --mesh 5 --checkpoint FOLDER --url ws://localhost:7880 --token TOKEN

@@ -1,4 +1,4 @@
-"""What a stream needs of its devices, without weights and without the devices.
+"""Device requirements of a stream, without weights or devices.
 
 python launch/plan.py --model wan_s2v_14b --mesh 5 --hardware h200
 python launch/plan.py --model wan_s2v_14b --mesh 4x2+1 --hardware v6e --json

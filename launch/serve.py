@@ -1,4 +1,4 @@
-"""A live avatar in the browser: speak, and the portrait speaks along.
+"""Live avatar in the browser: the portrait speaks along with the microphone.
 
 python launch/serve.py --mesh 1
 python launch/serve.py --mesh 5 --checkpoint FOLDER --host 0.0.0.0 --port 8000 --token SECRET
@@ -91,7 +91,7 @@ def make_seats(image) -> Seats:
 
 
 def ice_servers() -> tuple[str, ...]:
-    """Those of --ice, each of which can be used."""
+    """ICE servers of --ice, each checked."""
     if FLAGS.ice:
         try:
             from jax_avatar.serving.rtc import ice_server

@@ -101,7 +101,7 @@ def read_prompt():
 
 
 def open_signer():
-    """Who signs the video; None if nobody does."""
+    """Signer of the video, or None."""
     if FLAGS.c2pa and can_sign(FLAGS.out):
         return make_signer(FLAGS.c2pa_cert, FLAGS.c2pa_key)
     if FLAGS.c2pa_cert or FLAGS.c2pa_key:

@@ -1,1 +1,1 @@
-"""What to run on a machine with a GPU; see `benchmarks/GPU.md`."""
+"""Commands for a machine with a GPU; see `benchmarks/GPU.md`."""

@@ -64,7 +64,7 @@ _TYPES = {"bfloat16": ml_dtypes.bfloat16, "int16": np.int16, "bool": bool, "floa
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedClip:
-    """One clip: latents of all its frames, what is heard and told, and what is known of it."""
+    """One encoded clip: latents of all frames, audio, text, and ground truth where known."""
 
     latent: np.ndarray  # [t h w c] bfloat16, latent 0 and one per four further frames
     reference: np.ndarray  # [r h w c] bfloat16, one to four candidate portraits
@@ -143,7 +143,7 @@ def decode_encoded(data: bytes) -> EncodedClip:
 
 
 def describe(clips: Iterable[EncodedClip], name: str = "memory") -> dict[str, Any]:
-    """What an index says of some clips: latents and person of each, and what all share.
+    """Index entries of some clips: latents and person of each, and the shared fields.
 
     Raises:
         ValueError: they do not share fields, grid, channels, frames per second and so on.
@@ -178,7 +178,7 @@ def start_index(folder: str | Path, settings: Mapping[str, Any]) -> None:
 
 
 def finish_index(folder: str | Path, shards: Mapping[str, list[Path]]) -> dict[str, Any]:
-    """Writes the whole index; until then nobody trains on the folder.
+    """Writes the whole index; a folder without one is refused by training.
 
     Args:
         folder: begun with `start_index`.
@@ -205,7 +205,7 @@ def finish_index(folder: str | Path, shards: Mapping[str, list[Path]]) -> dict[s
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether the encoding into a folder was finished."""
+    """True if the encoding into a folder is complete."""
     path = Path(folder) / INDEX
     return path.exists() and bool(load_json(path).get("complete"))
 
@@ -291,7 +291,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _kind(clip: EncodedClip) -> dict[str, Any]:
-    """What all clips of a data set must have in common."""
+    """Fields that all clips of a data set share."""
     fields = {
         name: {"dtype": kind, "shape": axes}
         for name, (kind, axes) in _FIELDS.items()

@@ -1,4 +1,4 @@
-"""Which example is which row of which step's batch: a matter of seed, step and row alone.
+"""Maps (seed, step, row) to an example.
 
 The state of such an iterator is the step, so a checkpoint needs no other. A resumed run goes on
 exactly, and hosts that make different rows of a batch make different examples, however many they

@@ -28,7 +28,7 @@ _PIXELS = ("frames",)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClipRecord:
-    """One clip: what is seen and heard, and the truth both were made from, where it is known."""
+    """One clip: frames, sound, and the ground truth both were rendered from, where known."""
 
     frames: np.ndarray  # [T H W 3] uint8; frame i shows time i / fps of the wave
     wave: np.ndarray  # [samples] int16, 16 kHz, the clip and some samples after its end
@@ -81,7 +81,7 @@ def decode_clip(data: bytes) -> ClipRecord:
 
 
 def shard_path(folder: str | pathlib.Path, split: str, shard: int, num_shards: int) -> pathlib.Path:
-    """Where one shard of a split lies."""
+    """Path of one shard of a split."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     return pathlib.Path(folder) / f"{split}-{shard:05d}-of-{num_shards:05d}.array_record"

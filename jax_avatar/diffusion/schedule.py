@@ -52,7 +52,7 @@ class Schedule:
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """What the transformer is fed at every step, `1000 * sigma` in float32."""
+        """Timestep input of the transformer at every step, `1000 * sigma` in float32."""
         return tuple((np.float32(1000) * np.array(self.sigmas[:-1], np.float32)).tolist())
 
 

@@ -1,4 +1,4 @@
-"""How a transformer in training does: held-out clips, streamed, scored and written as videos.
+"""Evaluation of a transformer in training: held-out clips, streamed, scored, written as videos.
 
 weights, averaged and raw --the real streaming sampler, on the run's mesh--> frames --> scores
                                               +--> samples/step_000250/0.mp4 ...

@@ -37,7 +37,7 @@ _STANDARD_INPUT = "standard input"
 
 
 class AudioReader:
-    """Chunks of an audio file, or of a video's sound, decoded as they are asked for.
+    """Chunks of an audio file, or of a video's sound, decoded lazily.
 
     Attributes:
         duration_s: length that the file claims, None if it claims none.
@@ -188,7 +188,7 @@ class Resampler:
         return np.concatenate([before, self._stream.resample_chunk(mono)])
 
     def finish(self) -> np.ndarray:
-        """What is left."""
+        """Remaining samples."""
         if self._stream is None:
             return _NOTHING
         stream, self._stream, self._input_rate = self._stream, None, 0
@@ -196,7 +196,7 @@ class Resampler:
 
 
 class QuickResampler:
-    """As `Resampler`, for sound that somebody waits for: 1 ms behind instead of up to 40.
+    """Low-latency resampler: 1 ms of delay instead of up to 40 ms.
 
     From 7 kHz on, for 16 kHz, it is a little duller, and up to 9 kHz not quite deaf.
     """
@@ -219,7 +219,7 @@ class QuickResampler:
         return np.concatenate([before, *_channel(self._stream.resample(frame))])
 
     def finish(self) -> np.ndarray:
-        """What is left."""
+        """Remaining samples."""
         if self._stream is None:
             return _NOTHING
         stream, self._stream, self._input_rate = self._stream, None, 0

@@ -1,4 +1,4 @@
-"""A fragment of MP4, whole and at once: `moof` says what is in `mdat`.
+"""A fragment of MP4 in one piece: `moof` describes the content of `mdat`.
 
     moof | mfhd | traf (picture) | traf (sound) || mdat | pictures | sounds
 

@@ -83,7 +83,7 @@ class FragmentWriter:
         return self._fragment(0, [], packets)
 
     def _time(self, frame: int) -> int:
-        """When a frame is shown; the first one from the very beginning."""
+        """Presentation time of a frame; the first one starts at 0."""
         return _PRIMING + round(frame * self._per_frame) if frame else 0
 
     def _encode_picture(self, pixels: np.ndarray) -> Sample:
@@ -104,7 +104,7 @@ class FragmentWriter:
         return self._audio.encode(made)
 
     def _fragment(self, start: int, pictures: list[Sample], packets: list[av.Packet]) -> bytes:
-        """What there is of picture from `start` on, and of sound; behind the header at first."""
+        """Fragment with the picture and sound from `start` on; the first follows the header."""
         runs = [Run(1, start, pictures)] if pictures else []
         if packets:
             sounds = [Sample(bytes(packet), packet.duration) for packet in packets]

@@ -176,5 +176,5 @@ def prepare_reference(
 
 
 def _margin(have: int, want: int) -> int:
-    """Where the centre crop starts; negative where black is missing, the smaller half of it."""
+    """Offset of the centre crop; negative for padding, with the smaller half first."""
     return round((have - want) / 2) if have >= want else -((want - have) // 2)

@@ -33,7 +33,7 @@ _Pem = tuple[bytes, bytes]  # chain of certificates, key
 
 @dataclass(frozen=True)
 class Marks:
-    """What a video says of its origin.
+    """Provenance of a video.
 
     Attributes:
         watermark: in the pixels.
@@ -47,12 +47,12 @@ class Marks:
 
     @property
     def says_generated(self) -> bool:
-        """Whether the metadata or the manifest name a model as the source."""
+        """True if the metadata or the manifest name a model as the source."""
         return SOURCE_TYPE in self.comment or SOURCE_TYPE in json.dumps(self.manifest)
 
 
 def can_sign(path: str | Path) -> bool:
-    """Whether a video of this name can have a manifest, with what is installed."""
+    """True if a video of this name can carry a manifest with the installed packages."""
     with contextlib.suppress(ModuleNotFoundError):
         import c2pa  # noqa: F401
 
@@ -159,7 +159,7 @@ def _read(certificate: str | Path, key: str | Path) -> _Pem:
 
 
 def _made() -> _Pem:
-    """A certificate for one signature, and an authority for it that nobody knows."""
+    """Self-signed authority and certificate for one signature."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -177,7 +177,7 @@ def _made() -> _Pem:
 
 
 def _certificate(key: Any, issuer_key: Any, is_authority: bool) -> bytes:
-    """As the C2PA specification wants certificates of signers, and of those who vouch for them."""
+    """Certificate of a signer or authority, as the C2PA specification requires."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID

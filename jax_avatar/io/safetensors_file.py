@@ -1,4 +1,4 @@
-"""Safetensors files as lazy mappings: names and shapes at once, arrays when asked for."""
+"""Safetensors files as lazy mappings: names and shapes at once, arrays on access."""
 
 import itertools
 import json

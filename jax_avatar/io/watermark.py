@@ -28,7 +28,7 @@ _NOISE = 1.0  # squared levels: what a codec leaves of a flat picture
 
 
 class Detection(NamedTuple):
-    """Whether a video is marked.
+    """Result of watermark detection.
 
     Attributes:
         score: correlation with the mark in standard deviations of an unmarked video's.
@@ -40,7 +40,7 @@ class Detection(NamedTuple):
 
     @property
     def is_marked(self) -> bool:
-        """Whether chance is no explanation."""
+        """True if the score is above the false-positive threshold."""
         return self.score >= THRESHOLD
 
 
@@ -92,7 +92,7 @@ def _signs(rows: int, columns: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _pattern(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """What is added and what is taken, each `[H W 3]`."""
+    """Positive and negative parts of the pattern, each `[H W 3]`."""
     rows, columns = _grid(height, width)
     y, x = np.arange(height)[:, None], np.arange(width)
     signs = _signs(rows, columns)[y * rows // height, x * columns // width]

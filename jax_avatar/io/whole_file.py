@@ -19,7 +19,7 @@ _CONTENT = (
 
 
 class BrokenFile(ValueError):
-    """A file that is not what its name says: cut off, a pointer, empty, an error page."""
+    """Incomplete or wrong file: truncated, a pointer, empty, or an error page."""
 
 
 def check_whole(path: str | Path, *, is_text: bool = False) -> int:
@@ -80,7 +80,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def unfinished_downloads(folder: str | Path) -> list[Path]:
-    """What a downloader has begun below a folder and not completed."""
+    """Incomplete downloads below a folder."""
     found = sorted(Path(folder).rglob("*"))
     return [path for path in found if path.suffix in _UNFINISHED and path.is_file()]
 

@@ -74,7 +74,7 @@ def attend(
 
 
 def choose_kernel(kernel: str, query: Array, key: Array, *, has_mask: bool = False) -> str:
-    """The kernel that computes this attention: the one asked for, or "xla" where it cannot.
+    """Kernel of this attention: the requested one, or "xla" where it does not apply.
 
     A few keys, as of the audio injection, are faster without a kernel. cuDNN wants half precision
     and heads of at most 128 channels, splash attention heads of whole vector lanes and no mask
@@ -238,7 +238,7 @@ def _over_heads(function):
 def block_causal_mask(
     num_noisy: int, num_cond: int, block_tokens: int, past_blocks: int | None = None
 ) -> Array:
-    """Who sees whom in the block-causal training form.
+    """Attention mask of the block-causal training form.
 
     Noisy tokens see their own and earlier blocks, and all conditioning tokens; conditioning
     tokens see only each other.

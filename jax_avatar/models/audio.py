@@ -33,13 +33,13 @@ _LOG_FLOOR = 1e-4
 
 @runtime_checkable
 class AudioFrontEnd(Protocol):
-    """What the rest of the package asks of a speech encoder; it sees only `AudioFeatures`."""
+    """Interface of a speech encoder; the rest of the package sees only `AudioFeatures`."""
 
     def encode(self, wave: Float[Array, "b u N"], num_frames: int) -> AudioFeatures:
         """Features of the first `num_frames` video frames of a clip."""
 
     def start(self, head: Float[Array, "b u N"]) -> Any:
-        """State of a stream of which `head` has been heard."""
+        """Streaming state after the samples `head`."""
 
     def features(self, state: Any, samples: Float[Array, "b u N"]) -> tuple[AudioFeatures, Any]:
         """Features of the next video frames."""
@@ -190,7 +190,7 @@ def log_mel(samples: Float[Array, "*batch N"], config: SpeechConfig) -> Float[Ar
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SpeechState:
-    """What a stream remembers: its last samples."""
+    """Streaming state: the last samples."""
 
     samples: Array  # b u history_samples
 
@@ -222,7 +222,7 @@ class SpeechEncoder(nnx.Module):
         return self._hidden(self._clip(wave, num_frames), _COLUMNS_PER_FRAME)
 
     def start(self, head: Float[Array, "b u N"]) -> SpeechState:
-        """State of a stream of which `head` has been heard, silence before it.
+        """Streaming state after the samples `head`, with silence before.
 
         For features from video frame 0 on, `head` is the samples before
         `config.sample_range(0, 1)[0]`; it may be empty.
@@ -257,7 +257,7 @@ class SpeechEncoder(nnx.Module):
         return self.head(self.head_norm(features[..., -1, :]))
 
     def dense_units(self, wave: Float[Array, "b u N"], num_frames: int) -> Float[Array, "b u C n"]:
-        """As `units`, at every mel column: column `4 * i` is at the time of video frame `i`."""
+        """Same as `units` at every mel column: column `4 * i` is at the time of video frame `i`."""
         return self.units(self._hidden(self._clip(wave, num_frames), 1))
 
     def _clip(self, wave: Array, num_frames: int) -> Array:

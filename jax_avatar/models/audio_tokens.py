@@ -151,7 +151,7 @@ class AudioInjector(nnx.Module):
         speaker_mask: Float[Array, "b u n"] | None,
         tap=None,
     ) -> Float[Array, "b n d"]:
-        """What the audio adds to noisy tokens `x`, whole frames.
+        """Audio injection into noisy tokens `x` of whole frames.
 
         Args:
             x: hidden states of the noisy tokens, frame-major.

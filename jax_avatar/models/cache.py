@@ -1,4 +1,4 @@
-"""What a stream remembers: the sink, and one rolling window of keys and values per denoising step.
+"""Streaming state: the sink, and one rolling window of keys and values per denoising step.
 
     key slots:  | sink, rotated anew every call | block | block | block | block |
                   never rolls out                 oldest is overwritten
@@ -55,7 +55,7 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BlockPosition:
-    """Where a block stands: made on the host, handed to the device with every call."""
+    """Rotary position of a block, made on the host and passed to every call."""
 
     frame: Rotation  # frames_per_block pairs
     reference: Rotation  # 1 pairs

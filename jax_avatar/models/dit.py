@@ -237,7 +237,7 @@ class DiT(nnx.Module):
         speaker_mask: SpeakerMask | None = None,
         tap: Tap = None,
     ) -> Latent:
-        """Velocity of a whole clip in which a block sees itself, earlier blocks and the sink.
+        """Velocity of a whole clip in block-causal form: a block attends to itself, past and sink.
 
         Arguments as in `bidirectional`; `timestep` is equal inside a block.
 

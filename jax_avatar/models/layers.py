@@ -79,7 +79,7 @@ class Adapter(nnx.Module):
         self.b = nnx.Param(jnp.zeros((config.adapter_rank, outputs), jnp.float32))
 
     def __call__(self, x: Float[Array, "*n d"], y: Float[Array, "*n o"]) -> Float[Array, "*n o"]:
-        """What the layer made of `x`, with the term added in float32; in the type of `y`."""
+        """Output `y` of the layer plus the adapter's term, added in float32; in the type of `y`."""
         a, b = (factor[...].astype(self.dtype) for factor in (self.a, self.b))
         term = jnp.dot(jnp.dot(x.astype(self.dtype), a), b).astype(jnp.float32)
         return (y.astype(jnp.float32) + self.scaling * term).astype(y.dtype)

@@ -90,7 +90,7 @@ class LightVAEConfig:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LightVAEState:
-    """What the decoder remembers between chunks: the last latent."""
+    """Decoder state between chunks: the last latent."""
 
     latent: Array  # b 1 h w c
 

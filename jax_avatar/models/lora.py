@@ -39,7 +39,7 @@ def adapted_kernels(params: PyTree) -> list[str]:
 
 
 def is_adapted(path: str) -> bool:
-    """Whether a parameter is one of `adapted_kernels`."""
+    """True if a parameter is one of `adapted_kernels`."""
     return path.endswith("/kernel") and path.startswith(_PARTS)
 
 

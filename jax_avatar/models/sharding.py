@@ -38,7 +38,7 @@ SMALL = 2**20
 
 
 def param_specs(params: PyTree, axes: Mapping[str, int], *, smallest: int | None = None) -> PyTree:
-    """How the transformer's weights are split over the axes of a mesh.
+    """Sharding of the transformer's weights over the axes of a mesh.
 
     Projections into heads and into the feed-forward are split by output, those back by input, so
     that a layer needs one sum over the "model" axis per projection back. Over "data", the longest
@@ -129,7 +129,7 @@ def _devices(axes: Mapping[str, int], names: str | Sequence[str] | None) -> int:
 
 
 def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
-    """The function, to be compiled, in sight of the mesh that its constraints speak of."""
+    """Wraps the function to trace under `mesh`, so that its sharding constraints resolve."""
     if mesh is None:
         return function
 
@@ -141,7 +141,7 @@ def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
 
 
 def constrain_params(tree: PyTree) -> PyTree:
-    """Weights, their gradients or a state that has them, spread as `param_specs` says."""
+    """Constrains weights, gradients or a state to the shardings of `param_specs`."""
     mesh = jax.sharding.get_abstract_mesh()
     if "data" not in mesh.shape or mesh.size == 1:
         return tree
@@ -214,7 +214,7 @@ def _spec(path, shape, axes, smallest) -> PartitionSpec:
 
 
 def _factor(path: str) -> str:
-    """Which factor of an adapter a path leads to, "a" or "b", or ""."""
+    """Factor of an adapter at a path: "a", "b", or ""."""
     *_, place, leaf = ("//" + path).split("/")
     return leaf if place in ("kernel", "adapter") and leaf in ("a", "b") else ""
 

@@ -82,7 +82,7 @@ class UMT5Block(nnx.Module):
         self.ffn_out = matrix(config.ffn_width, d)
 
     def position_bias(self, length: int) -> PositionBias:
-        """What is added to the scores `[1, heads, query, key]` of `length` tokens."""
+        """Additive bias of the scores `[1, heads, query, key]` of `length` tokens."""
         config, place = self.config, np.arange(length)
         buckets = position_buckets(
             place[None, :] - place[:, None], config.num_buckets, config.max_distance
@@ -146,6 +146,6 @@ class UMT5Encoder(nnx.Module):
         return self.norm(x)
 
     def position_bias(self, layer: int, length: int) -> PositionBias:
-        """What a layer adds to the scores `[1, heads, query, key]` of `length` tokens."""
+        """Additive bias of a layer's scores `[1, heads, query, key]` of `length` tokens."""
         graphdef, state = nnx.split(self.blocks)
         return nnx.merge(graphdef, layer_at(state, layer)).position_bias(length)

@@ -32,7 +32,7 @@ Tap = Callable[[str, Array], None]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class VAEState:
-    """What a stream remembers between chunks.
+    """Streaming state between chunks.
 
     Attributes:
         buffers: last input frames of each causal convolution with a memory, in order of

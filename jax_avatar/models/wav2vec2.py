@@ -43,7 +43,7 @@ Tap = Callable[[str, Array], None] | None
 
 @dataclass(frozen=True)
 class Wav2Vec2Config:
-    """Size of the network, and how a live stream is heard.
+    """Size of the network, and its rolling window in live streams.
 
     Attributes:
         width: channels of a hidden state.
@@ -225,7 +225,7 @@ def normalise(wave: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Wav2Vec2State:
-    """What a stream remembers."""
+    """Streaming state."""
 
     samples: Any  # b u history_samples, zeros where nothing was heard yet
     heard: Any  # how many of them were, int32
@@ -314,7 +314,7 @@ class Wav2Vec2(nnx.Module):
     # ---- a live stream --------------------------------------------------------------------
 
     def start(self, head: Float[Array, "b u N"]) -> Wav2Vec2State:
-        """State of a stream of which `head` has been heard, nothing before it.
+        """Streaming state after the samples `head`, with nothing before.
 
         Args:
             head: the samples before `config.sample_range(i, 1)[0]`, for features from video frame

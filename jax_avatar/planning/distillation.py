@@ -1,4 +1,4 @@
-"""What self-forcing distillation asks of its devices: both real updates, compiled on shapes.
+"""Device requirements of self-forcing distillation: both updates, compiled on shapes.
 
     frozen base, two adapters, average, moments   computed, spread over the mesh
     generator's update (Algorithm 2), critic's    compiled, one clip per data device
@@ -88,7 +88,7 @@ def distillation_programs(
 def kept_bytes(
     config: DiTConfig, grid: tuple[int, int], rollout: RolloutConfig, latents: int
 ) -> dict[str, float]:
-    """What the two updates must keep per clip, and one block's keys and values.
+    """Bytes per clip that the two updates keep, and those of one block's keys and values.
 
     Args:
         config: size of the transformer.

@@ -1,4 +1,4 @@
-"""Numbers that know where they are from, and what they say together about a device.
+"""Planned quantities with their provenance (compiled, computed).
 
 compiled   by the compiler, from the real step           temporaries, operations
 computed   from shapes, formulas and published peaks     weights, windows, bounds
@@ -21,7 +21,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class DeviceUse:
-    """What lives on a device, in bytes.
+    """Contents of a device's memory, in bytes.
 
     Attributes:
         role: what the device does.
@@ -44,7 +44,7 @@ class DeviceUse:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler agrees and the memory is large enough, as far as known."""
+        """True if the program compiles and fits, False if not, None if unknown."""
         return not self.refused and (not self.limit or self.total <= self.limit)
 
 
@@ -72,7 +72,7 @@ class Needs:
 
     @property
     def fits(self) -> bool:
-        """Whether every device has room."""
+        """True if every device has room, None if unknown."""
         return all(device.fits for device in self.devices)
 
 

@@ -1,4 +1,4 @@
-"""What devices can do at most, as their makers publish it, and stand-ins to compile for them.
+"""Published peak rates of devices, and stand-ins to compile for them.
 
 Peaks are of dense arithmetic, per device as JAX counts devices: a v7x chip is two of them.
 """
@@ -135,13 +135,13 @@ _KINDS = {
 
 
 def recognise(device_kind: str) -> Hardware | None:
-    """The device that calls itself so, as JAX and drivers report it; None if peaks are unknown."""
+    """Hardware of a device kind as JAX reports it; None if its peaks are unknown."""
     name = _KINDS.get(device_kind)
     return HARDWARE[name] if name else None
 
 
 def has_tpu_compiler() -> bool:
-    """Whether the TPU compiler is installed; it needs no TPU."""
+    """True if the TPU compiler is installed; it needs no TPU."""
     return importlib.util.find_spec("libtpu") is not None
 
 

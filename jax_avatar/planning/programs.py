@@ -98,7 +98,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says about a program, per device.
+    """Compiler's analysis of a program, per device.
 
     Attributes:
         temporaries: bytes of intermediate values.
@@ -183,7 +183,7 @@ def step_program(
 
 
 def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Device) -> Program:
-    """The decoding in the middle of a stream: of a block, or of as many latents as the model wants.
+    """Decoding program in the middle of a stream: a block, or `decode_latents` latents.
 
     Args:
         model: from `abstract_model`.
@@ -229,7 +229,7 @@ def compile_program(program: Program, *, stands_in: bool = False) -> Compiled:
 
 
 def _refusal(error: Exception) -> str:
-    """Why a program cannot be, in a line; raises the error again if that is not what it says."""
+    """Compiler's refusal in one line; other errors are raised again."""
     text = str(error)
     if "should include all slice devices" in text:
         return (

@@ -1,4 +1,4 @@
-"""What a training run would do and need, told without data, weights or a step of training.
+"""Dry run of training: schedule and memory without data, weights or a step.
 
 settings --> schedule: steps, learning rates, noise levels, batch
         +--> shapes of the state (computed) --compile the step--> temporaries
@@ -107,7 +107,7 @@ def _schedule(stage: str, sections: Mapping[str, Any], loop: LoopConfig) -> Iter
 
 
 def _guidance(task) -> str:
-    """How the teacher is guided."""
+    """Guidance of the teacher in words."""
     scale, prompt = task.guidance_scale, task.text_guidance_scale
     text = (
         f"guidance {scale:g} by speech, {prompt:g} by prompt" if prompt else f"guidance {scale:g}"

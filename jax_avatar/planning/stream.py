@@ -1,4 +1,4 @@
-"""What a stream asks of its devices, before there are any: bytes, arithmetic, bounds on time.
+"""Device requirements of a stream, estimated without devices: bytes, arithmetic, time bounds.
 
     compiled   by the real compiler, from the real step      temporaries, operations
     computed   from shapes, formulas and published peaks     weights, windows, bounds

@@ -1,4 +1,4 @@
-"""What a training step asks of its devices: the real step on the run's own mesh, on shapes.
+"""Device requirements of a training step, compiled on shapes for the run's own mesh.
 
 One clip per device of "data" and "replica"; weights, optimiser and average are spread as
 `models.sharding` says.

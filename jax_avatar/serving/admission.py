@@ -1,4 +1,4 @@
-"""Who may come in: what all sessions share, and what is asked of a client before it has a seat."""
+"""Admission control: shared state, access tokens, origins, free sessions."""
 
 import asyncio
 import hmac
@@ -24,7 +24,7 @@ __all__ = ["ServerState", "admit"]
 
 @dataclass
 class ServerState:
-    """What all sessions share.
+    """State shared by all sessions.
 
     Attributes:
         seats: sessions that are warm.
@@ -59,7 +59,7 @@ class ServerState:
     tasks: set[asyncio.Task] = field(default_factory=set)
 
     def allows(self, token: str | None) -> bool:
-        """Whether a token is the right one."""
+        """True if the access token is valid."""
         # A client's may hold halves of surrogate pairs.
         given = (token or "").encode(errors="surrogatepass")
         return not self.token or hmac.compare_digest(given, self.token.encode())

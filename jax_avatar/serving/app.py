@@ -104,7 +104,7 @@ def make_app(state: ServerState) -> FastAPI:
 
 
 def _is_foreign(headers: Headers) -> bool:
-    """Whether it is a page of another site that uses this browser's way to us."""
+    """True for a cross-origin request from a page of another site."""
     origin = headers.get("origin")
     try:
         return bool(origin) and urlsplit(origin).netloc != headers.get("host")

@@ -48,7 +48,7 @@ class Closed(Exception):
 
 
 class Link(abc.ABC):
-    """What carries messages to and from one client, and video to it.
+    """Transport of messages and video of one client.
 
     Attributes:
         protocol: its name, one of `PROTOCOLS`.
@@ -70,7 +70,7 @@ class Link(abc.ABC):
 
     @abc.abstractmethod
     async def send(self, text: str) -> None:
-        """Returns when a message is on its way; raises Gone or Closed if nobody takes it."""
+        """Sends a message; raises Gone or Closed if the client does not take it."""
 
     @abc.abstractmethod
     async def show(self, chunk: LiveChunk) -> None:
@@ -101,7 +101,7 @@ class Conversation:
 
     @property
     def protocol(self) -> str:
-        """What carries it."""
+        """Transport of the conversation."""
         return self._link.protocol
 
     async def run(self) -> None:

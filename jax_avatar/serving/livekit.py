@@ -143,7 +143,7 @@ class _StreamCountingRoom:
 
 
 class AvatarVideoGenerator(VideoGenerator):
-    """Speech in, picture and sound out, as `AvatarRunner` wants them.
+    """Speech in, picture and sound out, in the form that `AvatarRunner` expects.
 
     Between segments there is picture only: every piece of sound counts as played. A segment's
     sound begins with the frame in which its speech does, so that both stay together.
@@ -156,7 +156,7 @@ class AvatarVideoGenerator(VideoGenerator):
         is_marked: bool = True,
         receiver: SegmentReceiver | None = None,
     ):
-        """Speaks through a session that somebody else opens and closes.
+        """Speaks through a session that is opened and closed elsewhere.
 
         Args:
             live: nobody else may push audio to it or iterate over it.
@@ -225,7 +225,7 @@ class AvatarVideoGenerator(VideoGenerator):
         self._played_s = 0.0
 
     def _sound(self, chunk: LiveChunk, number: int) -> rtc.AudioFrame | None:
-        """What belongs to a frame of a chunk, if a segment is being spoken."""
+        """Audio of a frame of a chunk, if a segment is being spoken."""
         part = slice(number * self._per_frame, (number + 1) * self._per_frame)
         self._is_speaking |= bool(chunk.marks[part].any())
         if not self._is_speaking:
@@ -260,7 +260,7 @@ def avatar_options(live: LiveSession) -> AvatarOptions:
 def avatar_token(
     key: str, secret: str, room: str, identity: str, *, agent: str | None = None, hours: float = 6
 ) -> str:
-    """Leave to join a room and to publish there.
+    """Access token to join a room and publish in it.
 
     Args:
         key: of the LiveKit project.
@@ -281,7 +281,7 @@ def avatar_token(
 async def serve_room(
     live: LiveSession, room: rtc.Room, *, agent: str | None = None, is_marked: bool = True
 ) -> None:
-    """Lends an agent its face until either leaves the room.
+    """Runs the avatar for an agent until either leaves the room.
 
     Args:
         live: open; at its start.

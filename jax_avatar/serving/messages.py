@@ -1,4 +1,4 @@
-"""What client and server say to each other, version 1; `docs/serving.md` has it in full.
+"""Messages between client and server, version 1; the protocol is in `docs/serving.md`.
 
 Text messages are JSON objects with a "type". Binary messages are 16-bit PCM on the way in, and
 fragments of MP4 on the way out.
@@ -41,7 +41,7 @@ _LARGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may send.
+    """Message types that a client may send.
 
     Attributes:
         portrait_bytes: of an image file.
@@ -70,7 +70,7 @@ class Limits:
 
 
 class ProtocolError(ValueError):
-    """A message that cannot be followed.
+    """Invalid client message.
 
     Attributes:
         code: for programs: "bad_message", "too_large", "unauthorised", "busy", ...

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Server metrics for Prometheus."""
 
 from collections import Counter as Counts
 from collections.abc import Iterable, Mapping

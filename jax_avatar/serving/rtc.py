@@ -200,7 +200,7 @@ class _RtcLink(Link):
     # ---- what the peer does ------------------------------------
 
     def _finish(self, why: Exception) -> None:
-        """Whoever receives is told, now."""
+        """Notifies the receiver at once."""
         if self._end_of_it is None:
             self._end_of_it = why
             while not self._messages.empty():

@@ -1,4 +1,4 @@
-"""Runs the server until it is told to stop, and lets sessions end first."""
+"""Runs the server until a signal, then lets sessions end."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ class _Server(uvicorn.Server):
 
 
 def make_config(state: ServerState, host: str, port: int) -> uvicorn.Config:
-    """How the application is served: limits of the transport."""
+    """Settings of the HTTP server: limits of the transport."""
     return uvicorn.Config(
         make_app(state),
         host=host,

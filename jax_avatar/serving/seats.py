@@ -1,4 +1,4 @@
-"""How many sessions fit, and which of them are free."""
+"""Pool of sessions: capacity, and the free ones."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ _SPEED_SHARE, _MEMORY_SHARE = 0.85, 0.8  # of what there is; the rest is for bur
 
 @dataclass(frozen=True)
 class Budget:
-    """What one session costs, and how many fit.
+    """Cost of one session, and how many fit.
 
     Attributes:
         block_s: seconds that a block of `video_s` seconds takes.
@@ -103,16 +103,16 @@ class Seats:
 
     @property
     def is_ready(self) -> bool:
-        """Whether sessions can begin."""
+        """True if sessions can begin."""
         return self.budget is not None and self.count > 0
 
     @property
     def free(self) -> int:
-        """Seats that nobody has."""
+        """Number of free seats."""
         return len(self._free)
 
     def open(self) -> None:
-        """Compiles, measures, and fills the seats; takes as long as that takes."""
+        """Compiles and warms up every session; blocks until done."""
         core = self._build(None)
         core.warm_up()
         self.model = core.shared_model()
@@ -133,7 +133,7 @@ class Seats:
         return self._free.pop() if self._free else None
 
     def give_back(self, core: AvatarSession) -> None:
-        """Frees a seat; nobody may use it any more."""
+        """Frees a seat; the session must not be used afterwards."""
         self._free.append(core)
 
     async def prepare(self, core: AvatarSession, portrait: np.ndarray, text: Any) -> None:

@@ -1,4 +1,4 @@
-"""A session that lives: audio is pushed at any time, video leaves at the pace of its sound.
+"""Real-time session: accepts audio at any time, emits video paced by its audio.
 
     push_audio --SpeechQueue--> blocks --AvatarSession--> frames --pace--> chunks of picture and
     (any time)                  (feeder, in time)         (fetcher)        sound (async iterator)
@@ -47,7 +47,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class LiveSettings:
-    """How a live session trades delay for smoothness.
+    """Trade-off of a live session between latency and smoothness.
 
     Attributes:
         chunk_frames: most frames delivered at once.
@@ -150,7 +150,7 @@ class _Piece:
 
 
 class LiveSession:
-    """An avatar that talks as it is told, for as long as it is asked to.
+    """Real-time session that runs until it is closed.
 
     All methods belong to one event loop. Use as an asynchronous context manager, and iterate over
     it for `LiveChunk`s: they come when it is time to show them.
@@ -225,7 +225,7 @@ class LiveSession:
 
     @property
     def state(self) -> State:
-        """What the avatar is doing."""
+        """State of the avatar."""
         return self.turn.state
 
     @property
@@ -235,12 +235,12 @@ class LiveSession:
 
     @property
     def ready_frames(self) -> int:
-        """Frames that wait for their time."""
+        """Number of frames waiting for their presentation time."""
         return sum(len(piece.frames) for piece in self._ready)
 
     @property
     def time_s(self) -> float:
-        """Where the video is: the time of the next frame to be delivered."""
+        """Video position: the time of the next frame to be delivered."""
         return self.stats.frames / self._fps
 
     def push_audio(self, pcm: np.ndarray | bytes, sample_rate: int) -> None:
@@ -398,7 +398,7 @@ class LiveSession:
         return spoken.samples
 
     def _seconds_to_next(self) -> float:
-        """How long the next block can wait; 0 or less if it cannot."""
+        """Seconds until the next block must begin; 0 or less if it is due."""
         under_way = self._promised - self._fetched
         if under_way > (self.settings.in_flight - 1) * self.core.pieces_per_block:
             return 3600.0  # the fetcher signals
@@ -417,7 +417,7 @@ class LiveSession:
         return runs_out - self._reserve_s() - self._clock.now()
 
     def _reserve_s(self) -> float:
-        """How long before the frames run out the next block is begun.
+        """Lead time in seconds with which the next block begins before frames run out.
 
         With a microphone this is what its delay has beyond a block: there is always a block that
         waits for speech, and it begins as soon as that is complete.
@@ -430,12 +430,12 @@ class LiveSession:
 
     @property
     def _takes_over(self) -> bool:
-        """Whether the next block is worth dropping what is ready but not yet delivered."""
+        """True if frames that are ready but not delivered should be dropped for the next block."""
         return self._is_cleared or (self._speech.is_starting and self._is_enough)
 
     @property
     def _is_enough(self) -> bool:
-        """Whether a block of speech waits, or the last of it."""
+        """True if a block of speech, or its last part, is queued."""
         return self._speech.has(self.core.samples_wanted)
 
     async def _fetch(self) -> None:

@@ -23,7 +23,7 @@ __all__ = ["Layout", "batch_place", "cache_place", "make_mesh", "parse_layout"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a stream is spread over devices.
+    """Layout of a stream over devices.
 
     Attributes:
         stages: slices that denoise, each one or more consecutive steps.
@@ -175,7 +175,7 @@ def cache_place(on: Mesh | jax.Device) -> NamedSharding | SingleDeviceSharding |
 
 
 def _first_device(devices: Sequence[jax.Device], layout: Layout) -> int:
-    """Where a layout starts in `devices`: the VAE should share a host with the last slice."""
+    """First index of a layout in `devices`: the VAE should share a host with the last slice."""
     count = layout.stages * layout.stage_devices
     for start in range(len(devices) - layout.num_devices + 1 if layout.has_vae_slice else 0):
         if devices[start + count - 1].process_index == devices[start + count].process_index:

@@ -140,7 +140,7 @@ class StreamSettings(Sampling):
         return latents
 
     def plan(self, seed: int) -> StreamPlan:
-        """What the stream's sampler needs of these settings."""
+        """Sampler's plan from these settings."""
         return StreamPlan(**self.sampling(), aas_after_blocks=self.aas_after_blocks, seed=seed)
 
     def layout(self, mesh: str) -> Layout:
@@ -221,7 +221,7 @@ class AvatarModel:
 def load_settings(
     folder: str | Path = SMALL, *, force_sampler: bool = False, **changes: Any
 ) -> StreamSettings:
-    """How the model in a folder wants to be streamed, without reading its weights.
+    """Streaming settings of the model in a folder, without reading its weights.
 
     Arguments and errors as in `load_model`.
     """
@@ -279,7 +279,7 @@ def load_model(
 
 
 def has_text_encoder(folder: str | Path) -> bool:
-    """Whether the model in a folder comes with a prompt encoder."""
+    """True if the model in a folder comes with a prompt encoder."""
     return "text" in load_json(Path(folder) / "config.json")
 
 

@@ -83,7 +83,7 @@ def make_tick(
     steps, renoises = sampling.num_steps // stages, sampling.sampler == "renoise"
 
     def tick(params, noise, latents, audio, pose, caches, sinks, positions, levels, new_noise):
-        """What one slice does; leading axes of one stage are stripped and put back."""
+        """Work of one slice; leading axes of one stage are stripped and put back."""
         own = functools.partial(jax.tree.map, lambda leaf: leaf[0])
         stage = jax.lax.axis_index("stage")
         latent = jnp.where(stage == 0, noise, latents[0])

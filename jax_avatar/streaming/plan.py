@@ -1,4 +1,4 @@
-"""What happens to which block at which step, decided by number alone.
+"""Plan of a stream: noise, positions and sink renewal as functions of block and step.
 
 Noise, rotary positions and the moment of the sink's renewal depend on the block's number and the
 seed, never on the layout of devices, so every layout makes the same stream.
@@ -29,7 +29,7 @@ _RENOISE = np.uint32(2**32 - 1)  # a number that no block has
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Conditions:
-    """What a stream is told once.
+    """Conditions that stay fixed during a stream.
 
     Attributes:
         text: prompt states, `b p f`.
@@ -95,7 +95,7 @@ class StreamPlan(Sampling):
         return block_position(config, block, distance, first_frame=self.first_frame)
 
     def is_renewal(self, block: int) -> bool:
-        """Whether the sink is renewed before this block."""
+        """True if the sink is renewed before this block."""
         return bool(self.aas_after_blocks) and block == self.aas_after_blocks
 
     def make_hearing(self) -> Callable[[AudioFeatures], AudioFeatures]:

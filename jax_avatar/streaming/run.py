@@ -15,7 +15,7 @@ __all__ = ["StreamReport", "for_duration", "stream_to_file"]
 
 @dataclass(frozen=True)
 class StreamReport:
-    """What a stream was and how fast it ran, without compiling.
+    """Report of a stream: its length and speed, without compilation.
 
     Attributes:
         frames: video frames written.

@@ -1,4 +1,4 @@
-"""Audio samples that wait for their turn."""
+"""Queue of audio samples."""
 
 from collections import deque
 

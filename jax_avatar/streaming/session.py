@@ -47,7 +47,7 @@ still portrait; the release drops the frames of that transition, and so does thi
 
 @dataclass
 class SessionTimes:
-    """When things happened, in seconds of the session's clock.
+    """Timestamps of a session, in seconds of its clock.
 
     Attributes:
         started: first samples came in.
@@ -124,7 +124,7 @@ def make_encode(graphdef: Any, settings: StreamSettings) -> Callable[..., tuple[
 
 
 class AvatarSession:
-    """A portrait that speaks what it is given.
+    """A portrait that speaks the given audio.
 
     Frame `j` of the video shows time `j / fps` of the audio: nothing leads, nothing lags.
     """
@@ -244,7 +244,7 @@ class AvatarSession:
         self.reset()
 
     def part_seconds(self, blocks: int = 4) -> dict[str, float]:
-        """How long a block takes in each part of a warm session, one part after the other.
+        """Seconds per block of each part of a warm session, run one after the other.
 
         Streams silence and waits for every part, which a stream never does; then starts anew.
 
@@ -455,7 +455,7 @@ class AvatarSession:
         return frames[DROPPED_FRAMES:] if self._pieces_out == 1 else frames
 
     def _conditions(self, portrait: np.ndarray, text: Array | None) -> Conditions:
-        """What the stream is told of a portrait and a prompt; keeps the still portrait's latents.
+        """Conditions of a stream from a portrait and a prompt; keeps the still portrait's latents.
 
         Raises:
             ValueError: the portrait is not of the size of the one before.

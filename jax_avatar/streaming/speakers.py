@@ -1,4 +1,4 @@
-"""Who speaks where: pixel masks of several people -> routing masks on the token grid."""
+"""Several speakers: pixel masks of people -> routing masks on the token grid."""
 
 from collections.abc import Callable
 

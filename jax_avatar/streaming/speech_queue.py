@@ -99,17 +99,17 @@ class SpeechQueue:
 
     @property
     def is_open(self) -> bool:
-        """Whether more of the newest segment is to come."""
+        """True if the newest segment is open."""
         return self._is_open
 
     @property
     def is_running(self) -> bool:
-        """Whether the newest segment has begun to be spoken, and more of it is to come."""
+        """True if the newest segment is open and partly spoken."""
         return self._is_open and self._taken > self._opened
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing waits, and everything that was taken has been played."""
+        """True if the queue is empty and all taken samples have been played."""
         return not self._waiting and self._played >= self._taken
 
     @property
@@ -119,11 +119,11 @@ class SpeechQueue:
 
     @property
     def is_starting(self) -> bool:
-        """Whether speech waits, and everything that was taken has been played."""
+        """True if speech is queued and all taken samples have been played."""
         return bool(self._waiting) and self._played >= self._taken
 
     def has(self, count: int) -> bool:
-        """Whether as much speech as will be in the next `count` samples is there.
+        """True if all speech of the next `count` samples has arrived.
 
         That is all of them, with what is held back where a segment begins; or the end of one.
         """

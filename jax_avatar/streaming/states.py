@@ -1,4 +1,4 @@
-"""Who has the word: the states of a conversation with an avatar.
+"""Turn-taking: the states of a conversation.
 
             audio is played                    clear
     IDLE ---------------------> SPEAKING ---------------> INTERRUPTED
@@ -16,7 +16,7 @@ __all__ = ["State", "Turn"]
 
 
 class State(enum.Enum):
-    """What the avatar is doing."""
+    """State of the avatar."""
 
     IDLE = "idle"
     LISTENING = "listening"
@@ -42,7 +42,7 @@ class Turn:
         self.state = State.IDLE
 
     def to(self, state: State) -> bool:
-        """Moves to a state; says whether it is another one.
+        """Moves to a state; returns True if it changed.
 
         Raises:
             ValueError: that state does not follow; an avatar that speaks must be interrupted

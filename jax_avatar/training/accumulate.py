@@ -15,7 +15,7 @@ Measured = tuple[PyTree, dict[str, Array], PyTree]
 
 
 def accumulated(measure: Callable[[PyTree], Measured], batch: PyTree, parts: int) -> Measured:
-    """What `measure` says of a whole batch, asked for equal parts of it in turn.
+    """Gradient accumulation: applies `measure` to equal micro-batches and averages.
 
     Args:
         measure: clips -> their gradients and other measurements, both means over the clips, and

@@ -1,4 +1,4 @@
-"""What of a transformer is trained: all its weights, or an adapter beside a frozen base.
+"""Trained part of a transformer: all its weights, or an adapter beside a frozen base.
 
     base, one copy --bind--> parameters of the transformer <-- adapter, trained
 
@@ -23,7 +23,7 @@ __all__ = ["AdapterConfig", "FrozenBase"]
 
 
 class FrozenBase:
-    """One copy of weights that are not trained, read or drawn when first asked for."""
+    """One copy of frozen weights, read or initialised on first access."""
 
     def __init__(self, make: Callable[[Mesh | None], PyTree]):
         """Keeps what makes them.
@@ -34,7 +34,7 @@ class FrozenBase:
         self._make, self._placed = make, None
 
     def on(self, mesh: Mesh | None = None) -> PyTree:
-        """The weights, spread over the mesh that they were first asked for with."""
+        """Weights, sharded over the mesh of the first call."""
         if self._placed is None:
             # Kept, so it must be numbers, also when first asked for while something is traced.
             with jax.ensure_compile_time_eval():
@@ -96,7 +96,7 @@ class AdapterConfig:
     def stored(
         self, base: FrozenBase, weights: PyTree
     ) -> tuple[PyTree, tuple[PyTree, dict[str, Any]] | None]:
-        """What a model folder keeps: parameters, and the adapter with `adapter_fields` if any."""
+        """Exported parts: parameters, and the adapter with `adapter_fields` if any."""
         if not self.adapter_rank:
             return weights, None
         return base.on_host(), (weights, self.adapter_fields)

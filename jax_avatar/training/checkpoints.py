@@ -87,7 +87,7 @@ class GoodSteps:
         self._write({good for good in self._steps if good <= step})
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Which checkpoints to keep: the last good one."""
+        """Retention of checkpoints: keeps the last good one."""
         del context
         last = self.last(checkpoint.step for checkpoint in checkpoints)
         return [checkpoint.step == last for checkpoint in checkpoints]

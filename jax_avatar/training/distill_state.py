@@ -1,4 +1,4 @@
-"""Settings and state of distillation, and what its clips are told."""
+"""Settings, state and conditions of distillation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,14 +140,14 @@ class DistillState:
 
     @property
     def params(self) -> PyTree:
-        """What `ema` is the average of."""
+        """Weights that `ema` averages."""
         return self.generator
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Told:
-    """What clips are told, and what the teacher is told to be guided away from.
+    """Conditions of a batch, and the null condition for classifier-free guidance.
 
     Attributes:
         text: prompt states, `b p f`.

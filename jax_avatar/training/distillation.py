@@ -107,7 +107,7 @@ class Distiller:
         )
 
     def is_generator_step(self, step: int) -> bool:
-        """Whether the generator is updated in step number `step`, from 0."""
+        """True if the generator is updated in step `step`, counted from 0."""
         return (step + 1) % self.settings.generator_every == 0
 
     def step(

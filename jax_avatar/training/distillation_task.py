@@ -191,7 +191,7 @@ class DistillTask:
         return step
 
     def batches(self, step: int, rows: np.ndarray | None = None) -> dict[str, Told]:
-        """What clips are told in a step: other ones for the generator than for the critic.
+        """Conditions of a step, different ones for generator and critic.
 
         Args:
             step: number of the step, from 0.

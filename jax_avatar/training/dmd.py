@@ -38,7 +38,7 @@ def score_level(
     shift: float = 5.0,
     bounds: tuple[float, float] = (0.02, 0.98),
 ) -> Float[Array, "..."]:
-    """Noise level at which the score networks are asked.
+    """Noise level at which the score networks are evaluated.
 
     Args:
         draw: integers within 0..999, uniform.

@@ -44,7 +44,7 @@ _CANDIDATES = 4  # portraits taken from a clip that has none of its own
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """What is made of every clip.
+    """Settings of the encoding of clips.
 
     Attributes:
         phases: 1 to 4, how often a training clip is encoded, each time from one frame later: a
@@ -223,7 +223,7 @@ def encode_clip(
 
 
 def caption_of(clip: ClipRecord) -> str:
-    """What the prompt encoder is told of a clip: its caption, and what happens when."""
+    """Prompt of a clip: its caption, and the timed actions."""
     said = clip.caption or "A person talks to the camera."
     for _, start, end, what in clip.actions:
         said += f" From {start:.1f} to {end:.1f} seconds, the person {what}."

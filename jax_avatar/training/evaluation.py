@@ -1,4 +1,4 @@
-"""What a run measures on held-out data: tried before the first step, made every so many steps."""
+"""Evaluations of a run on held-out data: tried before the first step, made periodically."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -37,7 +37,7 @@ class AverageEvaluation:
         self(state, int(state.step))
 
     def __call__(self, state: PyTree, step: int) -> dict[str, float]:
-        """As of `Evaluation`."""
+        """Implements `Evaluation`."""
         weights = fetched(state.ema)
         return on_first_host(lambda: self._score(weights, step))
 

@@ -1,4 +1,4 @@
-"""When an update is skipped, when a run goes back, and when it stops.
+"""Guards of training: skipped updates, rollbacks, and the end of a run.
 
     generated clip, loss, gradient --judge--> taken, or skipped and counted by its cause
     more than 20 skips in 100 steps --------> the last good checkpoint, other chance, half the rates
@@ -48,7 +48,7 @@ _NEVER = -(2**30)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Guard:
-    """What went wrong so far.
+    """Counters of skipped updates and rollbacks.
 
     Attributes:
         skipped: updates that were not made, one count for each of `CAUSES`.
@@ -93,7 +93,7 @@ def judge(
     *,
     is_replayed: Array | bool = True,
 ) -> tuple[Array, Array]:
-    """Whether an update may be made, and the norm of its gradient.
+    """Checks an update: True if it may be applied, and the norm of its gradient.
 
     Args:
         loss: of the step.
@@ -130,7 +130,7 @@ def note(guard: Guard, step: IntScalar, cause: Array) -> Guard:
 
 
 def rate_factor(guard: Guard) -> Array:
-    """What learning rates are multiplied by: halved, exactly, by every rollback."""
+    """Multiplier of the learning rates: halved, exactly, by every rollback."""
     return jnp.ldexp(jnp.float32(1), -guard.rollbacks)
 
 
@@ -198,7 +198,7 @@ def find_strayed_replay(rows: Iterable[Mapping[str, Any]], step: int, limit: flo
 
 
 def is_passed(scores: Mapping[str, float]) -> bool:
-    """Whether all scores of an evaluation are finite."""
+    """True if all scores of an evaluation are finite."""
     return all(math.isfinite(score) for score in scores.values())
 
 

@@ -57,7 +57,7 @@ class Journal:
         wandb: str = "",
         settings: Mapping[str, Any] | None = None,
     ):
-        """Opens the loggers: `metrics.jsonl`, TensorBoard if it is installed, W&B if asked for.
+        """Opens the loggers: `metrics.jsonl`, TensorBoard if installed, W&B if configured.
 
         Args:
             workdir: folder of the run.

@@ -118,17 +118,17 @@ class LatentClips:
         return self.features.shape[2:]
 
     def moving(self, index: int) -> dict[str, Any]:
-        """As of `Clips`."""
+        """Implements `Clips`."""
         names = ("latent", "reference", "features", "mouth", "lip_gap")
         return {name: getattr(self, name)[index] for name in names} | {"reference_frames": (-1,)}
 
     def take(self, index: np.ndarray | slice) -> "LatentClips":
-        """As of `Clips`."""
+        """Implements `Clips`."""
         return LatentClips(**{name: getattr(self, name)[index] for name in self.__annotations__})
 
 
 class StoredClips:
-    """Clips of an encoded data set, read when they are asked for; see `Clips`."""
+    """Clips of an encoded data set, read on access; see `Clips`."""
 
     has_first = True
 
@@ -142,7 +142,7 @@ class StoredClips:
         encode_speech: EncodeSpeech | None = None,
         states: tuple[int, int] | None = None,
     ):
-        """Binds records to what the index says of them.
+        """Binds records to their index entries.
 
         Args:
             records: of the split.
@@ -175,7 +175,7 @@ class StoredClips:
         return len(self.lengths)
 
     def moving(self, index: int) -> dict[str, Any]:
-        """As of `Clips`."""
+        """Implements `Clips`."""
         clip = self._records[index]
         t, h, w, _ = clip.latent.shape
         frames = 4 * (t - 1)
@@ -198,7 +198,7 @@ class StoredClips:
         return moving | ({} if clip.text is None else {"text": clip.text})
 
     def take(self, index: np.ndarray | slice) -> LatentClips:
-        """As of `Clips`."""
+        """Implements `Clips`."""
         chosen = np.arange(len(self))[index]
         shortest = int(self.lengths[chosen].min())
         clips = [self.moving(int(i)) for i in chosen]

@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard's event files, Weights & Biases."""
+"""Loggers of metrics: `metrics.jsonl`, TensorBoard's event files, Weights & Biases."""
 
 import json
 import os
@@ -45,7 +45,7 @@ class JsonLines:
         self._drop_after(first_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """As of `Logger`."""
+        """Implements `Logger`."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -80,7 +80,7 @@ class TensorBoard:
         self._events = SummaryWriter(str(workdir / "events"), purge_step=first_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """As of `Logger`."""
+        """Implements `Logger`."""
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
@@ -88,7 +88,7 @@ class TensorBoard:
         """Nothing: TensorBoard shows both branches."""
 
     def close(self) -> None:
-        """As of `Logger`."""
+        """Implements `Logger`."""
         self._events.close()
 
 
@@ -132,14 +132,14 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """As of `Logger`."""
+        """Implements `Logger`."""
         self._run.log({"step": step, **values})
 
     def turn_back(self, step: int, rollbacks: int) -> None:
         """Nothing: the steps that are made again are drawn beside the abandoned ones."""
 
     def close(self) -> None:
-        """As of `Logger`."""
+        """Implements `Logger`."""
         self._run.finish()
 
 
@@ -157,7 +157,7 @@ def check_project(name: str) -> None:
 
 
 def check_installed(project: str) -> None:
-    """Checks that the library is there if W&B is asked for.
+    """Checks that wandb is installed if a project is given.
 
     Raises:
         ValueError: it is not.

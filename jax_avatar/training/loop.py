@@ -162,7 +162,7 @@ def _start(task: Task | OwnStepTask, config: LoopConfig, key: Array) -> PyTree:
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays the same from step to step."""
+    """Constants of a run."""
 
     task: Any
     config: LoopConfig
@@ -283,7 +283,7 @@ def _until_interrupted() -> Iterator[Callable[[], bool]]:
 def _evaluations(
     task: Task | OwnStepTask, config: LoopConfig, mesh: Mesh, more: Sequence[Evaluation]
 ) -> list[Evaluation]:
-    """Those of the task, then the others; none where none are asked for."""
+    """Evaluations of the task, then the others; none if `evaluate_every` is 0."""
     if not config.evaluate_every:
         return []
     own = task.evaluations(config, mesh) if hasattr(task, "evaluations") else ()
@@ -291,7 +291,7 @@ def _evaluations(
 
 
 def _anywhere(flag: bool) -> bool:
-    """Whether it is so on any host, since all must stop together."""
+    """Logical OR over hosts, so that all stop together."""
     return flag if jax.process_count() == 1 else any(gathered_values(flag))
 
 

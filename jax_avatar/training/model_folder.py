@@ -73,7 +73,7 @@ class StageWeights:
         return {name: folder for name, folder in named.items() if folder}
 
     def folder(self, name: str) -> str:
-        """Where a network comes from."""
+        """Source folder of a network."""
         return self.others.get(name, self.model)
 
 

@@ -61,7 +61,7 @@ _LEAST_SPREAD = 1e-2  # of latents, whose deviation is about 1
 
 @dataclass(frozen=True, eq=False)
 class ClipFigures:
-    """What the data's clips look like; generated ones are compared with it.
+    """Statistics of the data's clips, compared with those of generated ones.
 
     Attributes:
         motion: mean change from one latent frame to the next.
@@ -137,7 +137,7 @@ def measure_clips(clips: Latent, frames_per_block: int) -> dict[str, Array]:
 
 
 def measure_data(clips: Float[np.ndarray, "b t h w c"], frames_per_block: int) -> ClipFigures:
-    """What clips of the data look like.
+    """Measures the statistics of clips of the data.
 
     Args:
         clips: a few hundred windows as long as the generator's clips.
@@ -273,7 +273,7 @@ def _figures(watch: Watch, data: ClipFigures | None) -> dict[str, Scalar]:
 
 
 def _bins(sigma, shift):
-    """Which bin every clip's level is in, `[b bins]`."""
+    """One-hot bin of every clip's noise level, `[b bins]`."""
     borders = shift_sigma(np.arange(1, NUM_BINS) / NUM_BINS, shift)
     number = jnp.searchsorted(jnp.asarray(borders, jnp.float32), sigma, side="right")
     return number[:, None] == np.arange(NUM_BINS)[None]

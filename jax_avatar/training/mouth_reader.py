@@ -50,7 +50,7 @@ def fit_mouth_reader(clips: LatentClips, ridge: float = 10.0) -> MouthReader:
 
 
 def _mouth_features(latent, reference, mouth: Bool[Any, "b t h w"] | Any, np_like):
-    """What is linear in the latents: their mean change in a grid laid over the mouth's box."""
+    """Features linear in the latents: their mean change in a grid over the mouth's box."""
     change = latent - reference
     parts = []
     _, _, h, w = mouth.shape

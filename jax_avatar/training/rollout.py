@@ -44,7 +44,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(Sampling):
-    """How the generator makes a clip in training.
+    """Settings of the generator's rollout in training.
 
     The settings of `Sampling` are stored with the student, which is streamed with the same; those
     here are of training alone.
@@ -86,7 +86,7 @@ class RolloutConfig(Sampling):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Clip:
-    """What a clip is told.
+    """Conditions of a clip.
 
     Attributes:
         text: prompt states, `b p f`.
@@ -104,7 +104,7 @@ class Clip:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Draws:
-    """All chance in one clip, so that Algorithm 2's second pass needs none."""
+    """All random numbers of a clip, drawn up front: Algorithm 2's second pass needs the same."""
 
     noise: Any  # N b t h w c, where the blocks start
     distance: Any  # N T+1, of the reference, per block and step; the last is the refresh's
@@ -116,7 +116,7 @@ class Draws:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Trace:
-    """What a rollout leaves: the clip, and all that its exit steps saw."""
+    """Result of a rollout: the clip and the inputs of its exit steps."""
 
     start: Any  # N b t h w c, x~: the blocks before their exit step
     clean: Any  # N b t h w c, X: the blocks after it

@@ -1,4 +1,4 @@
-"""What a run was started with, beside its metrics: one line of `runs.jsonl` for every start."""
+"""Record of a run's start beside its metrics: one line of `runs.jsonl` per start."""
 
 import datetime
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What a training run remembers, and whether two runs are the same run."""
+"""State of a training run, and the comparison of two runs' settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

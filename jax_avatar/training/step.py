@@ -47,7 +47,7 @@ Step = Callable[[Any, Batch, Array], tuple[Any, dict[str, Array]]]
 
 @runtime_checkable
 class Task(Protocol):
-    """What a stage of training provides; the loop does the rest.
+    """Interface of a training stage.
 
     A task may also have `evaluations(config, mesh)`, which returns `Evaluation`s that the loop
     makes every `evaluate_every` steps, and `export(params, folder, metadata)`, called with the EMA
@@ -67,7 +67,7 @@ class Task(Protocol):
         """Loss and metrics, all scalars; pure, compiled by the loop."""
 
     def batches(self, step: int) -> Batch:
-        """The batch of a step; the same for the same step, whoever asks.
+        """Batch of a step; deterministic in the step.
 
         On several hosts it is called with `rows`, too, numbers of the clips that this host needs.
         With `loop.workers` it goes to other processes; a task that cannot be pickled has the same
@@ -96,7 +96,7 @@ class OwnStepTask(Protocol):
         """
 
     def batches(self, step: int) -> Batch:
-        """As of a `Task`."""
+        """Same as in `Task`."""
 
 
 @dataclass(frozen=True)

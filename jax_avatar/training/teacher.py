@@ -27,7 +27,7 @@ Portrait = Float[Array, "b 1 h w c"]
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How a teacher's clips are made.
+    """Settings of the teacher's sampler.
 
     Attributes:
         num_steps: of Euler, evenly spaced, then shifted; none below the network's own

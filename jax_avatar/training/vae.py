@@ -47,7 +47,7 @@ _BASIS_WINDOWS = 128
 
 @dataclass(frozen=True)
 class VAELossConfig:
-    """What counts how much, and how batches are drawn.
+    """Loss weights and batches.
 
     Attributes:
         mouth_weight: weight of pixels in the mouth box; all others have 1.

@@ -31,7 +31,7 @@ _SEED_STRIDE = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class PeopleConfig:
-    """What a data set of talking people holds."""
+    """Contents of a data set of talking people."""
 
     people: int = 320
     """Training people."""
@@ -95,7 +95,7 @@ def person_seed(config: PeopleConfig, split: str, index: int) -> int:
 
 
 def voices(split: str) -> tuple[str, ...]:
-    """Voices that may speak in a split."""
+    """Voices allowed in a split."""
     if split in ("held_out_voice", "held_out_both"):
         return (speech.HELD_OUT_VOICE,)
     return speech.TRAINING_VOICES
@@ -259,7 +259,7 @@ class ShardJob:
 
     @property
     def path(self) -> pathlib.Path:
-        """Where the shard lies once written."""
+        """Path of the shard once written."""
         count = len(self.config.shards(self.split))
         return records.shard_path(self.folder, self.split, self.shard, count)
 

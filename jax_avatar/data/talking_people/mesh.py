@@ -167,7 +167,7 @@ def load_face_mesh() -> FaceMesh:
 def texel_positions(
     texture_size: int,
 ) -> tuple[Float[np.ndarray, "2 r r 3"], Int[np.ndarray, "2 r r"]]:
-    """Where on the base mesh every texel lies, so that paint can be placed in space.
+    """Position on the base mesh of every texel, to place paint in space.
 
     Args:
         texture_size: edge of the square texture in texels.

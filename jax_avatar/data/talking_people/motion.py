@@ -1,4 +1,4 @@
-"""How a talking head moves besides its mouth: blinks, glances, sway and small timed actions."""
+"""Motion of a talking head besides its mouth: blinks, glances, sway and small timed actions."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ class Motion:
         return Pose(yaw, pitch, roll, tuple(shift))
 
     def gaze_at(self, frame: int) -> tuple[float, float]:
-        """Where the eyes turn in one frame."""
+        """Gaze of one frame."""
         right, down = (float(v) for v in self.gaze[frame])
         return right, down
 
@@ -95,7 +95,7 @@ def blinks(rng: np.random.Generator, num_frames: int, fps: int) -> Float[np.ndar
 
 
 def glances(rng: np.random.Generator, num_frames: int, fps: int) -> Float[np.ndarray, "T 2"]:
-    """Where the eyes look: mostly at the viewer, jumping a little now and then; radians."""
+    """Gaze in radians: mostly at the viewer, with occasional small saccades."""
     gaze = np.zeros((num_frames, 2), np.float32)
     frame = 0
     while frame < num_frames:

@@ -161,7 +161,7 @@ def _make_shape(
 
 
 class _Hairline:
-    """How much of the scalp hair covers, as a function of the place on the base mesh."""
+    """Hair coverage of the scalp as a function of the position on the base mesh."""
 
     def __init__(self, rng: np.random.Generator, style: str):
         front = rng.uniform(-0.06, 0.12)

@@ -305,7 +305,7 @@ def mouth_units(
 
 
 def is_lip_closure(name: str) -> bool:
-    """Whether the lips meet in this phone: m, b, p."""
+    """True if the lips close in this phone: m, b, p."""
     return _LOOKS_LIKE.get(_bare(name)) == "m"
 
 

@@ -1,1 +1,1 @@
-"""Videos of talking people -> clips of one person who speaks."""
+"""Videos of talking people -> clips of a single speaker."""

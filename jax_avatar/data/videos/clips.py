@@ -44,7 +44,7 @@ _LOOKAHEAD = 1280  # samples after the end of a clip, for a speech encoder that 
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """Which clips are made of videos.
+    """Selection and shape of the clips cut from videos.
 
     Attributes:
         size: height and width of the clips in pixels, multiples of 16.
@@ -120,7 +120,7 @@ class VideoJob:
 
     @property
     def split(self) -> str:
-        """Where its clips belong."""
+        """Split of its clips."""
         draw = int(self.id[:8], 16) / 2**32
         return "held_out_person" if draw < self.config.held_out_share else "train"
 
@@ -131,7 +131,7 @@ class VideoJob:
 
     @property
     def note(self) -> Path:
-        """What became of it, written last."""
+        """Path of the result, written last."""
         return self.out / _NOTES / f"{self.id}.json"
 
 

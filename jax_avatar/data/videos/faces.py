@@ -1,4 +1,4 @@
-"""Where faces are, and the stretches of a shot that show one and the same."""
+"""Face detection, and the stretches of a shot that show a single face."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class FrontalFaces:
         return cv2.CascadeClassifier(f"{cv2.data.haarcascades}haarcascade_frontalface_default.xml")
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
-        """As `FaceFinder`."""
+        """Implements `FaceFinder`."""
         height, width = frame.shape[:2]
         scale = min(1.0, _LARGEST / height)
         size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -1,4 +1,4 @@
-"""What a clip must have to be kept: each filter says why it is not, or nothing.
+"""Filters of clips: each returns a reason for rejection, or None.
 
 A filter is any `clip -> reason or None`. What is here needs nothing but the clip. Judges that come
 with weights of their own (SyncNet's confidence and offset, Q-Align's quality, a finder of burnt-in
