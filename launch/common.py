@@ -77,7 +77,7 @@ def refuse_input_as_output(flag: str, out: str | Path, **inputs: str | Path | No
         with contextlib.suppress(OSError, ValueError):  # one of them is not there, or is no file
             came = os.fstat(sys.stdin.fileno()) if is_piped else read.stat()
             is_same |= os.path.samestat(came, written.stat()) and not stat.S_ISCHR(came.st_mode)
-        if is_same or (read.is_dir() and read in written.parents):
+        if is_same or (os.path.isdir(read) and read in written.parents):
             where = "is" if is_same else "lies in"
             raise ValueError(
                 f"--{flag} {out} {where} what --{name} reads, which is not overwritten; give "

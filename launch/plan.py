@@ -56,7 +56,7 @@ def say(text: str) -> None:
 
 def read_config(name: str) -> dict:
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"--model {name}: {path} does not exist; pass wan_s2v_14b or a .py file.")
     return load(path).get_config().to_dict()
 

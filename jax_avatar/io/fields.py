@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 __all__ = ["fill_fields"]
 
 Settings = TypeVar("Settings")
+_LARGEST = 2**53  # beyond which no setting makes sense, and JAX's integers end soon after
 
 
 def fill_fields(kind: type[Settings], values: Mapping[str, Any], place: str) -> Settings:
@@ -42,7 +43,16 @@ def fill_fields(kind: type[Settings], values: Mapping[str, Any], place: str) -> 
     ]
     if lacking:
         raise ValueError(f"{place} lacks {', '.join(lacking)}; give a value.")
-    return kind(**checked)
+    try:
+        made = kind(**checked)
+    except (TypeError, ArithmeticError, SyntaxError) as error:  # as 0 heads, or a type of numbers
+        raise ValueError(f"{place}: values that cannot be used came ({error}).") from error
+    # A number alone is a size, a count, a rate, a weight or a share; those of a sequence may be
+    # less, as the means of latents are.
+    for key, value in checked.items():
+        if isinstance(value, int | float) and not 0 <= value <= _LARGEST:
+            raise ValueError(f"{place}.{key}: {value!r} came, expected 0 to {_LARGEST:g}.")
+    return made
 
 
 def _of_type(kind: Any, value: Any, name: str) -> Any:

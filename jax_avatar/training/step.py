@@ -5,6 +5,7 @@
 A step depends on the seed, the step number and the state alone.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -99,6 +100,18 @@ class OwnStepTask(Protocol):
         """Same as in `Task`."""
 
 
+# Of settings that a run with more, or with less than nothing, would be lost by.
+_MOST = {
+    "learning_rate": 1.0,
+    "final_learning_rate": 1.0,
+    "weight_decay": 1.0,
+    "ema_decay": 1.0,
+    "evaluate_every": math.inf,
+    "keep_every": math.inf,
+    "max_minutes": math.inf,
+}
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """Optimiser, length and bookkeeping of a run.
@@ -184,6 +197,13 @@ class LoopConfig:
         for name in ("log_every", "evaluate_clips", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} {getattr(self, name)} must be at least 1.")
+        for name, most in _MOST.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"loop.{name} {getattr(self, name)} must be from 0 to {most}.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"loop.betas {self.betas} must be two shares below 1.")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"loop.max_grad_norm {self.max_grad_norm} must be above 0.")
         if not 0 <= self.workers <= 64:
             raise ValueError(
                 f"loop.workers={self.workers}: expected a number of processes from 0 to 64 that "

@@ -187,6 +187,7 @@ def test_a_damaged_config_is_named(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("network", "changes"),
     [("vae", {"encoder_blocks": None}), ("vae", {"latent_width": -1}), ("dit", {"num_heads": 0}),
+     ("dit", {"dtype": "none"}), ("dit", {"ring_blocks": -1}),
      ("speech", {"lookahead_ms": "x"}), ("speech", {"mel_mean": float("nan")})],
 )  # fmt: skip
 def test_damaged_sizes_of_a_network_are_named(tmp_path, network, changes):

@@ -137,11 +137,22 @@ def test_a_number_may_stand_where_a_text_is_expected():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("num_steps", 1.5), ("num_steps", None), ("learning_rate", "fast"), ("mesh", 2.0),
-     ("learning_rate", float("nan")), ("learning_rate", [1e-3])],
+     ("learning_rate", float("nan")), ("learning_rate", [1e-3]), ("seed", -1), ("seed", 10**30)],
 )  # fmt: skip
 def test_a_value_of_another_type_is_named(name, value):
-    with pytest.raises(ValueError, match=rf"config\.loop\.{name}: .* came, expected a"):
-        build_section(LoopConfig, {"num_steps": 3, name: value}, "loop")
+    with pytest.raises(ValueError, match=rf"config\.loop\.{name}: .* came, expected "):
+        build_section(LoopConfig, {"num_steps": 3, "warmup_steps": 0, name: value}, "loop")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", 1e30), ("final_learning_rate", 1.5), ("weight_decay", -0.1),
+     ("ema_decay", 1.5), ("betas", (0.9, 1.0)), ("max_grad_norm", 0.0),
+     ("max_minutes", -1.0), ("keep_every", -1)],
+)  # fmt: skip
+def test_a_setting_that_would_spoil_a_run_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"loop.{name} .* must be"):
+        LoopConfig(num_steps=3, warmup_steps=0, **{name: value})
 
 
 def failing(at, made):
