@@ -1,6 +1,7 @@
 """Detection rate and cost of the watermark after video coding, on marked and unmarked clips.
 
-python benchmarks/watermark.py docs/images/demo.mp4 CLIP.mp4 ...
+python launch/stream.py --nowatermark --duration 6 --out clip.mp4
+python benchmarks/watermark.py clip.mp4 ...
 """
 
 import io

@@ -13,6 +13,9 @@ starts from a stage 1 with the same, in `runs/NAME`, which is trained first:
     python launch/train.py --config=$CONFIG:stage1_block_1 --workdir runs/stage1_block_1
     python launch/train.py --config=$CONFIG:block_1 --workdir runs/block_1
 
+`levels_released` is for the 14B only: its last level lies below those of the small network, whose
+run is refused.
+
 Ablations of inference alone train nothing: `INFERENCE` names them with the command that sets each,
 and `train.py` answers such a name with that command.
 

@@ -158,8 +158,13 @@ def test_the_task_of_an_ablation_is_built(monkeypatch, name):
     assert set(task.batches(0)) >= ({"latent"} if name.startswith("stage1_") else {"critic"})
 
 
+def test_levels_below_those_of_the_small_network_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"rollout\.sigmas asks PortraitDiT .* from 0\.1 up"):
+        make_task(monkeypatch, "levels_released")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("name", [name for name in ABLATIONS if name != "levels_released"])
 def test_an_ablation_makes_a_step(monkeypatch, name):
     task, loop = make_task(monkeypatch, name)
     loop = dataclasses.replace(loop, mesh="1", warmup_steps=0)
