@@ -200,11 +200,12 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
         **_all_in(
             _LOOP,
             "a_step_is_adamw_at_the_rate_of_its_number_and_its_average_follows",
-            *("learning_rate", "weight_decay", "betas", "max_grad_norm", "ema_decay"),
-            "warmup_steps",
+            *("weight_decay", "betas", "max_grad_norm", "ema_decay"),
         ),
         **_in(
             _LOOP,
+            learning_rate="the_rate_rises_to_its_top_and_falls_to_its_share_of_it",
+            warmup_steps="the_rate_rises_to_its_top_and_falls_to_its_share_of_it",
             final_learning_rate="the_rate_rises_to_its_top_and_falls_to_its_share_of_it",
             accumulate="a_batch_is_cut_into_the_parts_and_over_the_devices_that_are_told",
             mesh="a_batch_is_cut_into_the_parts_and_over_the_devices_that_are_told",

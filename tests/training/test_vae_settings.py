@@ -39,10 +39,11 @@ class Network:
 
 @pytest.fixture(scope="module")
 def task():
-    """On clips of one colour each, with a dark mouth in the middle."""
+    """On clips of one colour each, with a dark mouth that opens and closes."""
     clips = [np.full((9, 32, 32, 3), 70 + 15 * number, np.uint8) for number in range(9)]
     for clip in clips:
-        clip[:, 18:24, 10:22] = 20
+        for number, frame in enumerate(clip):
+            frame[18 : 20 + number % 5, 10:22] = 20
     box = np.tile(np.float32([10, 18, 22, 24]), (9, 1))
     return VAETask(NANO, LOSS, FaceWindows(clips, [box] * len(clips)))
 
