@@ -19,7 +19,6 @@ class MouthReader:
 
     kernel: np.ndarray  # features, 4
     bias: np.ndarray  # 4
-    correlation: float  # with the truth, on the clips it was fitted on
 
     def __call__(
         self, latent: Latent, reference: Float[Array, "b 1 h w c"], mouth: Array
@@ -43,10 +42,8 @@ def fit_mouth_reader(clips: LatentClips, ridge: float = 10.0) -> MouthReader:
     mean, centre = x.mean(0), y.mean(0)
     gram = (x - mean).T @ (x - mean) + ridge * len(x) * 1e-3 * np.eye(x.shape[1])
     kernel = np.linalg.solve(gram, (x - mean).T @ (y - centre))
-    read = (x - mean) @ kernel
-    correlation = np.corrcoef(read.ravel(), (y - centre).ravel())[0, 1]
     bias = centre - mean @ kernel
-    return MouthReader(kernel.astype(np.float32), bias.astype(np.float32), float(correlation))
+    return MouthReader(kernel.astype(np.float32), bias.astype(np.float32))
 
 
 def _mouth_features(latent, reference, mouth: Bool[Any, "b t h w"] | Any, np_like):
