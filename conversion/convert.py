@@ -10,6 +10,7 @@ interrupted run goes on when the command is repeated, and nothing half-written l
 
 import argparse
 import hashlib
+import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,10 @@ class Options:
     lora: Path | None = None
     scaling: float = SCALING
     command: str = ""
+
+    def __post_init__(self):
+        if not math.isfinite(self.scaling):
+            raise ValueError(f"--lora-scaling {self.scaling}: expected a finite number.")
 
 
 @dataclass(frozen=True)
@@ -350,9 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--merge needs --lora FILE, or the network all.")
     if flags.dtype in _EIGHT_BITS and flags.lora and not flags.merge:
         parser.error(f"--dtype {flags.dtype} cannot take an adapter later; add --merge.")
-    options = Options(flags.dtype, None, flags.lora_scaling, command)
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is meant here
     try:
+        options = Options(flags.dtype, None, flags.lora_scaling, command)
         if flags.network == "all":
             _convert_all(flags.src, flags.out, options, merge=flags.merge)
             return 0

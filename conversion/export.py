@@ -9,6 +9,7 @@ that the network does not use but the conversion kept. The others that it ignore
 
 import argparse
 import json
+import math
 import os
 import shutil
 import struct
@@ -61,6 +62,8 @@ def export_network(
     Raises:
         ValueError: not a checkpoint of a network that has an official form, or in eight bits.
     """
+    if not 0 < shard_gb < math.inf:
+        raise ValueError(f"--shard-gb {shard_gb}: expected a size above 0.")
     stored, kind = StoredWeights(folder), kind_of(folder)
     if stored.config.get("weights"):
         raise ValueError(

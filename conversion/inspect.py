@@ -130,7 +130,7 @@ def _amount(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, Any]) -> s
         types[str(np.dtype(dtypes[name]))] += size
     total = sum(size * np.dtype(dtypes[name]).itemsize for name, size in sizes.items())
     kinds = ", ".join(
-        f"{dtype} {count / sum(sizes.values()):.0%}" for dtype, count in types.items()
+        f"{dtype} {count / max(1, sum(sizes.values())):.0%}" for dtype, count in types.items()
     )
     return (
         f"{len(sizes)} tensors, {sum(sizes.values()):,} parameters, {total / 1e9:.3f} GB ({kinds})"

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         marks = read_marks(argv[1])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if FLAGS.json:

@@ -197,7 +197,7 @@ def main(argv):
         check_devices()
         make_folder(out)
         evaluate(out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
         url, token = read_access()
         say("compiling")
         asyncio.run(work(load_core(), url, token))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 2
     except (asyncio.CancelledError, KeyboardInterrupt):

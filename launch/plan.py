@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 2
     return 0

@@ -143,6 +143,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_places(arguments: argparse.Namespace) -> None:
+    """Refuses what would write over its own input, and counts that are none."""
+    if arguments.command in ("videos", "encode"):
+        from launch.common import refuse_input_as_output
+
+        given = {name: getattr(arguments, name, None) for name in ("src", "data", "model")}
+        refuse_input_as_output("out", arguments.out, **given)
+    if getattr(arguments, "workers", 1) < 1:
+        raise ValueError(f"--workers {arguments.workers}: expected at least 1.")
+    if arguments.command == "portraits" and not 16 <= arguments.size <= 4096:
+        raise ValueError(f"--size {arguments.size}: expected 16 to 4096 pixels.")
+
+
 def check_programs(arguments: argparse.Namespace) -> None:
     if arguments.command == "videos":
         try:
@@ -204,11 +217,14 @@ def prepare_people(arguments: argparse.Namespace) -> None:
 def load_filter(name: str):
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
             f"--filter {name}: {error}; expected MODULE:NAME of a function that can be imported."
         ) from error
+    if not callable(found):
+        raise ValueError(f"--filter {name} is not a function; expected clip -> reason or None.")
+    return found
 
 
 def cut_videos(arguments: argparse.Namespace) -> None:
@@ -295,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         check_programs(arguments)
+        check_places(arguments)
         commands = {
             "people": prepare_people,
             "portraits": draw_portraits,
@@ -303,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
             "stats": print_statistics,
         }
         commands[arguments.command](arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 1
     return 0

@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
     log_warnings()
     try:
         run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 2
     return 0

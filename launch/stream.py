@@ -214,7 +214,7 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every restore
     try:
         return run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:

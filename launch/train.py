@@ -115,7 +115,7 @@ def main(argv: list[str], overrides: dict[str, str]) -> int:
     logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
     try:
         run(overrides)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     return 0

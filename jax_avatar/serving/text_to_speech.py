@@ -61,7 +61,7 @@ def find_speech(name: str) -> Speak | None:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
             f"--tts {name}: {error}; expected flite, or MODULE:NAME of a function "
             "text -> (samples, rate)."

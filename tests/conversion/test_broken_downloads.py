@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from conversion import convert, inspect, verify
+from conversion import convert, export, inspect, verify
 from tests.conversion import official
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -143,3 +143,21 @@ def test_verify_names_pointers(tmp_path, capsys):
     (tmp_path / "b.json").write_bytes(POINTER)
     assert verify.main([str(tmp_path)]) == 1
     assert capsys.readouterr().out.count("is a Git LFS pointer") == 2
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_numbers_that_are_none_are_refused(tmp_path, capsys, number):
+    places = ["--src", str(tmp_path), "--out", str(tmp_path / "model")]
+    assert convert.main(["wan_s2v", *places, "--lora-scaling", number]) == 1
+    assert f"--lora-scaling {number}: expected a finite" in capsys.readouterr().err
+    for size in (number, "0", "-1"):
+        assert export.main([str(tmp_path), "--out", str(tmp_path / "o"), f"--shard-gb={size}"]) == 1
+        assert "--shard-gb" in capsys.readouterr().err
+
+
+def test_weights_without_a_number_are_told_of(tmp_path, capsys):
+    (tmp_path / "m.safetensors").write_bytes(
+        header({"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}, b"")
+    )
+    assert inspect.main([str(tmp_path)]) == 0
+    assert "1 tensors, 0 parameters" in capsys.readouterr().out

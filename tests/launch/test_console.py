@@ -80,6 +80,7 @@ def test_an_output_that_is_an_input_is_refused_by_whatever_name(tmp_path, monkey
         with pytest.raises(ValueError, match="is what --audio reads"):
             refuse_input_as_output("out", name, audio=source)
         refuse_input_as_output("out", name, audio=tmp_path / "other", image=None)
+        refuse_input_as_output("out", name, audio="x" * 300)  # no file can be called so
     with pytest.raises(ValueError, match="lies in what --data reads"):
         refuse_input_as_output("out", folder / "new" / "b.mp4", data=folder)
     with open(source, "rb") as file:

@@ -27,6 +27,37 @@ def test_every_command_explains_itself(prepare, capsys, command):
     assert stopped.value.code == 0 and "--out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("people --out {out} --clips_per_person 0", "clips_per_person 0: expected at least 1"),
+        ("people --out {out} --cartoon_clips -1", "cartoon_clips -1: expected at least 0"),
+        ("people --out {out} --seed -1", "seed -1: expected at least 0"),
+        ("people --out {out} --movement -1", "movement -1.0: expected at least 0"),
+        ("people --out {out} --fps 0", "fps 0: must divide"),
+        ("people --out {out} --size 0", "size 0: expected 16 to 4096"),
+        ("people --out {out} --workers 0", "--workers 0: expected at least 1"),
+        ("portraits --out {out} --size 0", "--size 0: expected 16 to 4096"),
+        ("portraits --out {file}", "File exists"),
+        ("videos --src {src} --out {src}", "--out {src} is what --src reads"),
+        ("videos --src {src} --out {out} --face_zoom -1", "face_zoom -1.0"),
+        ("videos --src {src} --out {out} --filter .:a", "--filter .:a"),
+        ("videos --src {src} --out {out} --filter os:name", "--filter os:name is not a function"),
+        ("encode --data {src} --model m --out {src}", "--out {src} is what --data reads"),
+        ("stats {long}", "File name too long"),
+    ],
+)
+def test_what_cannot_be_made_is_one_line(prepare, tmp_path, capsys, command, message):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "file").touch()
+    places = {name: str(tmp_path / name) for name in ("src", "file", "out")}
+    places["long"] = "x" * 300
+    assert prepare([word.format(**places) for word in command.split()]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and message.format(**places) in told[0], told
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def encoded(prepare, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded")

@@ -5,6 +5,7 @@ from tests.planted.mistake import Mistake, tests_in
 __all__ = ["DAMAGE"]
 
 loop = tests_in("training/test_loop")
+prepare = tests_in("launch/test_prepare_data")
 checksums = tests_in("io/test_checksums")
 writer = tests_in("io/test_slot_writer")
 base = tests_in("training/test_base_weights")
@@ -85,6 +86,12 @@ DAMAGE = tuple(Mistake("input", *row) for row in (
      loop("a_value_of_another_type_is_named")),
     ("an average may grow without end", "training/step.py",
      '    "ema_decay": 1.0,\n', "", loop("a_setting_that_would_spoil_a_run_is_refused")),
+    ("clips are written over the videos they are cut from", "launch/prepare_data.py",
+     'refuse_input_as_output("out", arguments.out, **given)', "pass",
+     prepare("what_cannot_be_made_is_one_line")),
+    ("what the system refuses is a traceback", "launch/prepare_data.py",
+     "except (ValueError, OSError) as error:", "except ValueError as error:",
+     prepare("what_cannot_be_made_is_one_line")),
     ("a key may stand twice", "serving/messages.py",
      "if len(dict(pairs)) < len(pairs):", "if False:", HOSTILE),
     ("a limit ends a session without a word", "serving/conversation.py",

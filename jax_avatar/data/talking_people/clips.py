@@ -57,7 +57,13 @@ class PeopleConfig:
                 f"num_frames {self.num_frames}: a clip has 1 + 4n frames; "
                 f"take {self.num_frames // 4 * 4 + 1}"
             )
-        if speech.SAMPLE_RATE % self.fps:
+        for name in ("clips_per_person", "held_out_clips", "cartoon_clips", "movement", "seed"):
+            least = 1 if name == "clips_per_person" else 0
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least {least}")
+        if not 16 <= self.size <= 4096:
+            raise ValueError(f"size {self.size}: expected 16 to 4096 pixels")
+        if self.fps < 1 or speech.SAMPLE_RATE % self.fps:
             raise ValueError(
                 f"fps {self.fps}: must divide the sample rate {speech.SAMPLE_RATE}; take 16, 20, 25"
             )

@@ -87,6 +87,8 @@ class VideoConfig:
         shares = self.face_share, self.speech_share, self.held_out_share
         if not all(0 <= share <= 1 for share in shares) or self.looks_per_s <= 0:
             raise ValueError(f"shares {shares} must be within 0..1, and looks_per_s positive.")
+        if self.face_zoom < 0:
+            raise ValueError(f"face_zoom {self.face_zoom}: expected face heights, 0 for all.")
 
     def frames_of(self, seconds: float) -> int:
         """Frames of the longest clip that is no longer than this; 1 if there is none."""
