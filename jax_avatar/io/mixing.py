@@ -28,6 +28,8 @@ _ONE_SIDED = 1e-4  # power of all other channels over that of the loudest
 _LISTEN_S = 30.0  # of sound, before the whole is judged
 _QUIET = 10 ** (-40 / 20)  # RMS of the loudest moment, below which speech is quiet
 _MOMENT_S = 0.1
+_NOISE = 10 ** (-8 / 20)  # RMS of the whole, above which it is no speech
+_CLIPPED = 1.5  # largest sample that a lossy codec may make of full scale
 _PLANES = 8  # of a frame that PyAV cannot read; one plane fewer it can
 
 
@@ -54,7 +56,8 @@ class Mixer:
     Channels in which nothing was heard yet do not count. The others are mixed as ITU-R BS.775 has
     it. Where the mix cancels itself (one channel is the other upside down) the loudest channel is
     taken alone. Floats in the range of integers are divided by it. Each of these is told once, as
-    are speech in a single channel and quiet sound; all of it without looking ahead.
+    are speech in a single channel, quiet sound and sound too loud for speech; all of it without
+    looking ahead.
     """
 
     def __init__(self, name: str, warn: Callable[[str], None] = warnings.warn):
@@ -70,12 +73,15 @@ class Mixer:
         self._layout: tuple[str, ...] = ()
         self._total: np.ndarray | None = None  # power of each channel since the beginning
         self._heard_s = self._peak = self._loudest = 0.0
+        self._power, self._num = 0.0, 0  # of the mix
         self._is_judged = False
         self._pack: av.AudioResampler | None = None
 
     def frame(self, frame: av.AudioFrame) -> Float[np.ndarray, " N"]:
         """Mono samples of a decoded frame."""
-        layout = [channel.name for channel in frame.layout.channels]
+        # Channels of no known place are numbered.
+        names = [channel.name for channel in frame.layout.channels]
+        layout = ["" if name == "NONE" else name for name in names]
         rate = frame.sample_rate
         if not frame.format.is_planar or len(layout) < _PLANES:
             return self(float_channels(frame), rate, layout)
@@ -128,6 +134,18 @@ class Mixer:
             named = self._layout[loud] or str(loud + 1)
             self._tell(
                 "side", f"only channel {named} of {len(self._total)} carries sound; it is used"
+            )
+        rms = math.sqrt(self._power / max(1, self._num))
+        if rms > _NOISE:
+            self._tell(
+                "noise",
+                f"is as loud as noise ({20 * math.log10(rms):.0f} dB on the whole); speech is not: "
+                "it is clipped, or raw samples of another format than was told",
+            )
+        elif self._peak > _CLIPPED:
+            self._tell(
+                "clipped",
+                f"goes up to {self._peak:.3g}, full scale is 1; the sound of the video is clipped",
             )
         if self._peak > _SILENT and self._loudest < _QUIET:
             self._tell(
@@ -190,6 +208,7 @@ class Mixer:
     def _watch(self, channels: np.ndarray, mono: np.ndarray, rate: int) -> None:
         self._total += (channels**2).sum(1)
         self._peak = max(self._peak, float(np.abs(mono).max()))
+        self._power, self._num = self._power + float((mono**2).sum()), self._num + len(mono)
         size = max(1, round(_MOMENT_S * rate))
         for start in range(0, len(mono), size):
             part = mono[start : start + size]

@@ -150,6 +150,32 @@ def test_quiet_sound_is_told_at_its_end(level, is_told):
     assert [("very quiet" in remark) for remark in told] == [True] * is_told
 
 
+def test_raw_samples_of_another_format_are_told_by_their_loudness():
+    samples = np.round(32767 * speech(0.1)).astype("<i2")
+    for wrong in (samples.byteswap(), (samples / 32768).astype("<f4").view("<i2")):
+        told, mix = [], Mixer("a.wav", told.append)
+        mix(wrong[None] / 32768, RATE)
+        mix.finish()
+        assert len(told) == 1 and "as loud as noise" in told[0], told
+
+
+def test_sound_beyond_full_scale_is_told():
+    told, mix = [], Mixer("a.wav", told.append)
+    mix(np.r_[speech(0.1), 3.0][None], RATE)
+    mix.finish()
+    assert len(told) == 1 and "goes up to 3, full scale is 1" in told[0], told
+
+
+def test_a_channel_of_no_known_place_is_numbered():
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 300), np.float32), "flt", "3 channels")
+    frame.planes[0].update(np.outer(speech(0.1)[:100], [0, 1, 0]).astype(np.float32).tobytes())
+    frame.sample_rate, told = RATE, []
+    mix = Mixer("a.wav", told.append)
+    mix.frame(frame)
+    mix.finish()
+    assert any("only channel 2 of 3" in text for text in told), told
+
+
 def test_a_stream_without_end_is_judged_after_half_a_minute():
     told, mix = [], Mixer("a.wav", lambda text: told.append(text))
     mix(np.zeros((1, 40 * RATE)), RATE)
