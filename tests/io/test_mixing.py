@@ -153,14 +153,16 @@ def test_quiet_sound_is_told_at_its_end(level, is_told):
 def test_raw_samples_of_another_format_are_told_by_their_loudness():
     samples = np.round(32767 * speech(0.1)).astype("<i2")
     for wrong in (samples.byteswap(), (samples / 32768).astype("<f4").view("<i2")):
-        told, mix = [], Mixer("a.wav", told.append)
+        told = []
+        mix = Mixer("a.wav", told.append)
         mix(wrong[None] / 32768, RATE)
         mix.finish()
         assert len(told) == 1 and "as loud as noise" in told[0], told
 
 
 def test_sound_beyond_full_scale_is_told():
-    told, mix = [], Mixer("a.wav", told.append)
+    told = []
+    mix = Mixer("a.wav", told.append)
     mix(np.r_[speech(0.1), 3.0][None], RATE)
     mix.finish()
     assert len(told) == 1 and "goes up to 3, full scale is 1" in told[0], told
