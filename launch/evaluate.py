@@ -200,6 +200,9 @@ def main(argv):
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("evaluate.py: stopped; the scores of finished splits are saved.", file=sys.stderr)
+        sys.exit(130)
 
 
 def write(path, frames, wave, model):

@@ -140,6 +140,9 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
     return 0
 
 

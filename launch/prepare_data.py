@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import time
 
@@ -189,6 +190,13 @@ def config_of(kind, arguments: argparse.Namespace):
     return kind(**{name: value for name, value in (given | lists).items() if value is not None})
 
 
+def worker_pool(workers: int):
+    """Processes that leave Ctrl-C to this one, which ends them."""
+    # Spawned, not forked: JAX and numba hold threads.
+    context = multiprocessing.get_context("spawn")
+    return context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
 def prepare_people(arguments: argparse.Namespace) -> None:
     from jax_avatar.data.talking_people import clips
 
@@ -199,11 +207,9 @@ def prepare_people(arguments: argparse.Namespace) -> None:
     total = sum(len(job.clips) for job in jobs) * config.num_frames
     done = total - sum(len(job.clips) for job in left) * config.num_frames
     start = time.monotonic()
-    # Spawned, not forked: JAX and numba hold threads.
-    context = multiprocessing.get_context("spawn")
     with tqdm(total=total, initial=done, unit="frame", smoothing=0.1) as progress:
         if left:
-            with context.Pool(min(arguments.workers, len(left))) as pool:
+            with worker_pool(min(arguments.workers, len(left))) as pool:
                 for frames in pool.imap_unordered(clips.write_shard, left):
                     progress.update(frames)
     data_hash = clips.finish_manifest(config, arguments.out)
@@ -236,10 +242,9 @@ def cut_videos(arguments: argparse.Namespace) -> None:
     jobs = clips.plan(config, arguments.src, arguments.out, filters)
     clips.start(config, arguments.out, arguments.filter)
     left = [job for job in jobs if not job.note.exists()]
-    context = multiprocessing.get_context("spawn")
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="video") as progress:
         if len(left) > 1 and arguments.workers > 1:
-            with context.Pool(min(arguments.workers, len(left))) as pool:
+            with worker_pool(min(arguments.workers, len(left))) as pool:
                 for _ in pool.imap_unordered(clips.cut_video, left):
                     progress.update()
         else:
@@ -323,6 +328,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("prepare_data.py: stopped; repeat the command to go on.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -118,6 +118,9 @@ def main(argv: list[str], overrides: dict[str, str]) -> int:
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # outside of the loop, which saves first
+        print("train.py: stopped; repeat the command to go on.", file=sys.stderr)
+        return 130
     return 0
 
 

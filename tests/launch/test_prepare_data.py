@@ -58,6 +58,15 @@ def test_what_cannot_be_made_is_one_line(prepare, tmp_path, capsys, command, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interrupt_is_one_line(prepare, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jax_avatar.data.statistics.data_statistics", interrupted)
+    assert prepare(["stats", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "prepare_data.py: stopped; repeat the command to go on.\n"
+
+
 @pytest.fixture(scope="module")
 def encoded(prepare, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded")
