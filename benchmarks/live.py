@@ -13,6 +13,7 @@ import bisect
 import contextlib
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -60,7 +61,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--trials", type=int, default=10, help="reactions and interrupts of each kind")
     add("--reconnects", type=int, default=20, help="sessions begun and ended in a row")
     add("--out", default=None, help="JSON file to write")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.minutes < math.inf:
+        parser.error(f"--minutes {arguments.minutes}: expected a number above 0")
+    if arguments.trials < 1 or arguments.reconnects < 0:
+        parser.error("--trials must be at least 1, and --reconnects at least 0")
+    return arguments
 
 
 class Server:

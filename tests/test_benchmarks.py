@@ -218,6 +218,15 @@ def test_the_recipe_for_a_gpu_is_a_chain():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "flag", ["--minutes=nan", "--minutes=inf", "--minutes=-1", "--trials=0", "--reconnects=-1"]
+)
+def test_numbers_that_measure_nothing_are_refused(flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        live.parse_arguments([flag])
+    assert stopped.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
+
+
 def test_more_sound_around_a_block_brings_live_features_nearer(capsys):
     arguments = ["--seconds", "2.88", "--look-back", "0", "2", "--look-ahead", "0", "1"]
     record = audio_context.main([*arguments, "--repeats", "1"])
