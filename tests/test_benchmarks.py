@@ -217,7 +217,6 @@ def test_the_recipe_for_a_gpu_is_a_chain():
     assert len(models) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag", ["--minutes=nan", "--minutes=inf", "--minutes=-1", "--trials=0", "--reconnects=-1"]
 )
@@ -227,6 +226,7 @@ def test_numbers_that_measure_nothing_are_refused(flag, capsys):
     assert stopped.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_more_sound_around_a_block_brings_live_features_nearer(capsys):
     arguments = ["--seconds", "2.88", "--look-back", "0", "2", "--look-ahead", "0", "1"]
     record = audio_context.main([*arguments, "--repeats", "1"])
