@@ -40,7 +40,7 @@ STAGE_1 = "stage1_"
 
 @dataclass(frozen=True)
 class Ablation:
-    """What a run changes.
+    """Settings that a run changes.
 
     Attributes:
         where: table of the paper, or what else is asked.

@@ -118,7 +118,7 @@ def make_folder(out):
 
 
 def streams_of(model):
-    """What makes clips, by the name of its row."""
+    """Makers of clips, by the name of their row."""
     plan = stream_plan(model)
     streams = {"generated": BatchStream(model, plan, sample=sampler(model))}
     if FLAGS.baselines and FLAGS.sampler == "stream":

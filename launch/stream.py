@@ -113,7 +113,7 @@ def open_signer():
 
 
 def check_numbers_and_output() -> None:
-    """What can be refused without opening anything."""
+    """Checks that need no file opened."""
     check_finite(FLAGS)
     if FLAGS.duration is not None and not _SHORTEST_S <= FLAGS.duration <= _LONGEST_S:
         raise ValueError(

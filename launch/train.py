@@ -49,7 +49,7 @@ def evaluations_of(task, settings, loop):
 
 
 def work_of(task, settings):
-    """What a step computes; a task without batches of clips tells nothing."""
+    """Work of a step; empty for a task without batches of clips."""
     from jax_avatar.planning.work import step_work
     from jax_avatar.training.stages import read_sections
     from jax_avatar.training.step import mesh_of

@@ -119,7 +119,7 @@ def _encoded(folder: Path) -> tuple[dict[str, Any], dict[str, RecordSource]]:
 
 
 def _videos(folder: Path) -> dict[str, Any]:
-    """What the notes of cut videos say, also while more are being cut."""
+    """Notes of cut videos, also while more are being cut."""
     notes = [json.loads(path.read_text()) for path in sorted((folder / _NOTES).glob("*.json"))]
     if not notes:
         return {}

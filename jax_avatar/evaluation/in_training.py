@@ -101,7 +101,7 @@ class ClipEvaluation:
         return on_first_host(finish)
 
     def _waves(self, frames: int) -> np.ndarray:
-        """What is heard in so many frames and a second after; silence where a wave ends."""
+        """Sound of so many frames and a second after, padded with silence."""
         rate, fps = self.stream.model.speech.config.sample_rate, self.clips[0].fps
         samples = (frames + fps) * rate // fps
         waves = [clip.wave[:samples] for clip in self.clips]

@@ -41,7 +41,7 @@ _SMALL = 1e-6
 
 @dataclass(frozen=True)
 class Truth:
-    """What clips really look like; of lips only where they are known."""
+    """Ground truth of clips; lips only where they are known."""
 
     frames: Frames
     portrait: UInt8[np.ndarray, "b H W 3"]
@@ -77,7 +77,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Measures:
-    """What `summarise` makes scores of, one row per clip.
+    """Measurements that `summarise` turns into scores, one row per clip.
 
     Attributes:
         own: distance of the mean picture from the portrait of the same person.
@@ -111,7 +111,7 @@ class Measures:
 
 
 def has_lips(clip: ClipRecord) -> bool:
-    """Whether place and opening of the mouth are known, as they are of rendered people."""
+    """True if place and opening of the mouth are known, as of rendered people."""
     return clip.mouth_box is not None and clip.lip_gap is not None
 
 

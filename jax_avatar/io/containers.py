@@ -96,7 +96,7 @@ def container_kind(head: bytes) -> str | None:
 
 
 def silent_kind(head: bytes) -> str | None:
-    """What a file that begins so holds instead of sound; None where it may be sound.
+    """Kind of a file without sound that begins so; None if it may be sound.
 
     Args:
         head: as for `container_kind`, of whose kinds this is none.

@@ -48,7 +48,7 @@ def face_missing(name: str, image: np.ndarray, portrait: np.ndarray) -> str | No
 
 
 def face_score(image: np.ndarray) -> float:
-    """How surely a picture shows a face, from 0 to 1; see `FACE_SCORE`.
+    """Score of the best face in a picture, from 0 to 1; see `FACE_SCORE`.
 
     Args:
         image: 8-bit RGB `[H W 3]`, upright.

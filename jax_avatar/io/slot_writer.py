@@ -159,7 +159,7 @@ class SlotWriter:
 
 
 def _reason(error: ValueError) -> str:
-    """What the system said, out of a message that names every file on the way."""
+    """Reason of the system, extracted from a message that names every file on the way."""
     text = str(error).split(" [os_error_code")[0]
     return text.rsplit(": ", 1)[-1]
 

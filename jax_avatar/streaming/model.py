@@ -71,7 +71,7 @@ _TRAINED = ("sigmas", "sampler", "cache", "refresh", "refresh_sigma", "audio_con
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSettings(Sampling):
-    """How a model wants to be streamed; the settings of `Sampling` are those of its training.
+    """Streaming settings of a model; those of `Sampling` are of its training.
 
     Attributes:
         fps: video frames per second, of the speech encoder's features, too.

@@ -28,7 +28,7 @@ _SAMPLED = 64  # numbers of every leaf that a base is known by
 
 
 def merge_record(folder: str | Path) -> dict[str, Any]:
-    """What a network's history says of adapters merged into the transformer of a folder.
+    """Record of the adapters merged into the transformer of a folder.
 
     Returns:
         `{"merged": [adapter, ...]}`; empty if its conversion or training did not record it.

@@ -27,7 +27,7 @@ _END = object()
 
 @dataclass(frozen=True)
 class Work:
-    """What one step computes; 0 is not known.
+    """Work of one step; 0 is unknown.
 
     Attributes:
         clips: of a batch.

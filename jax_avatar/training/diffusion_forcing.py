@@ -154,7 +154,7 @@ class ForcingConfig(AdapterConfig):
 
 @dataclass(frozen=True)
 class ForcingFiles:
-    """What a task reads and writes beside the clips that it trains on.
+    """Inputs and outputs of a task beside its training clips.
 
     Attributes:
         start: reads the parameters to start from, instead of random ones, for a mesh if there is

@@ -78,7 +78,7 @@ class _Batches:
         return {role: self.told(self.windows[role], step, rows) for role in roles}
 
     def told(self, windows: Windows, step: int, rows: np.ndarray) -> Told:
-        """What the clips of some windows are told."""
+        """Conditions of the clips of some windows."""
         batch = windows.batch(step, rows)
         pose = reference = batch["reference"]
         if self.pose == "zeros":
@@ -224,16 +224,16 @@ class DistillTask:
 
     @property
     def streamed(self) -> tuple[Any, DiTConfig]:
-        """As of `ForcingTask`."""
+        """Same as in `ForcingTask`."""
         return self.generator.graphdef, self.generator.config
 
     def bound(self, weights: PyTree, mesh: Mesh | None = None) -> PyTree:
-        """As of `ForcingTask`."""
+        """Same as in `ForcingTask`."""
         return self.settings.bind(self._base.on(mesh))(weights)
 
     @property
     def stream_settings(self) -> dict[str, Any]:
-        """How the student is streamed, as it was trained."""
+        """Streaming settings of the student, as it was trained."""
         rate = {"fps": self._fps} if self._fps else {}
         return {**self.generator.settings.sampling(), **rate}
 
