@@ -32,7 +32,9 @@ def fill_fields(kind: type[Settings], values: Mapping[str, Any], place: str) -> 
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise ValueError(f"{place}.{key} is not a setting of {kind.__name__}; {hint}")
+            raise ValueError(
+                f"{place}.{key} is not a setting of {kind.__name__}: {key!r} is unknown; {hint}"
+            )
         checked[key] = _of_type(known[key], value, f"{place}.{key}")
     lacking = [
         field.name
