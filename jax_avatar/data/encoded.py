@@ -23,8 +23,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_avatar.data.shards import RecordSource, file_sha256
+from jax_avatar.data.shards import RecordSource
 from jax_avatar.io.checkpoint import load_json, load_weights, save_json
+from jax_avatar.io.checksums import file_sha256
 from jax_avatar.io.content_hash import content_hash
 
 __all__ = [

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_avatar.data.shards import RecordSource, file_sha256, write_records
+from jax_avatar.data.shards import RecordSource, write_records
+from jax_avatar.io.checksums import file_sha256
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out_person", "held_out_voice", "held_out_both", "cartoon")

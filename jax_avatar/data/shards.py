@@ -1,11 +1,10 @@
 """ArrayRecord shards: written whole or not at all, read at random."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RecordSource", "file_sha256", "write_records"]
+__all__ = ["RecordSource", "write_records"]
 
 _OPTIONS = "group_size:1,zstd:3"  # one record per group, so that any one is read alone
 
@@ -27,12 +26,6 @@ def write_records(path: Path, records: Iterable[bytes]) -> int:
     writer.close()
     part.rename(path)
     return count
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hash of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class RecordSource:

@@ -25,6 +25,7 @@ except ModuleNotFoundError:  # Windows
 __all__ = [
     "CHECKSUMS",
     "check_files",
+    "file_sha256",
     "keep_checksums",
     "locked",
     "recorded",
@@ -34,6 +35,12 @@ __all__ = [
 
 CHECKSUMS = "checksums.json"
 _THREADS = min(16, os.cpu_count() or 1)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def keep_checksums(folder: str | Path) -> None:
@@ -176,7 +183,6 @@ def _is_of(file: str, name: str) -> bool:
 
 def _digest(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except FileNotFoundError:
         return ""
