@@ -33,9 +33,9 @@ from benchmarks.common import (
     random_weights,
     read_voice,
 )
-from jax_avatar.io.checkpoint import load_weights
 from jax_avatar.models.params import abstract, merge
-from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config, xlsr53_large
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config, xlsr53_large
+from jax_avatar.weights.files import load_weights
 
 __all__ = ["main", "open_encoder", "run"]
 

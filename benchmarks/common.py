@@ -19,14 +19,14 @@ import numpy as np
 from flax import nnx
 
 from jax_avatar.io.audio import AudioReader
-from jax_avatar.io.checkpoint import save_json, save_weights
-from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
 from jax_avatar.models.params import split
 from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
+from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
 from jax_avatar.streaming.model import SMALL, AvatarModel, load_model
+from jax_avatar.weights.files import save_json, save_weights
 
 __all__ = [
     "NANO",

@@ -27,10 +27,10 @@ from absl import flags
 
 from benchmarks.common import emit, environment
 from jax_avatar.data.encoded import EncodedClip, encode_encoded, finish_index, start_index
+from jax_avatar.data.latents import load_encoded
 from jax_avatar.data.shards import write_records
-from jax_avatar.training.latents import load_encoded
-from jax_avatar.training.loader import load_batches
-from jax_avatar.training.windows import Windows
+from jax_avatar.data.windows import Windows
+from jax_avatar.training.run.loader import load_batches
 
 __all__ = ["main", "run", "write_noise"]
 

@@ -24,12 +24,12 @@ from benchmarks.common import emit, environment
 from conversion.readers import SafetensorsFile
 from conversion.rules import convert
 from conversion.wan_dit import TABLE, config_from_official
-from jax_avatar.io.checkpoint import StoredWeights, with_tuples
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
 from jax_avatar.models.quantise import quantise_params
+from jax_avatar.weights.files import StoredWeights, with_tuples
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "dit"
 

@@ -32,7 +32,7 @@ from benchmarks.device import (
 )
 from jax_avatar.models.config import WanVAEConfig
 from jax_avatar.models.params import abstract
-from jax_avatar.models.vae import WanVAE
+from jax_avatar.models.vae.wan import WanVAE
 from jax_avatar.planning.stream import decode_flops
 from jax_avatar.streaming.session import make_decode
 

@@ -36,7 +36,7 @@ from jax_avatar.models.cache import block_position
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, flatten
-from jax_avatar.models.vae import WanVAE
+from jax_avatar.models.vae.wan import WanVAE
 from jax_avatar.planning.stream import compute_bound, decode_flops, step_flops
 
 _BACKENDS = {

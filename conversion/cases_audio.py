@@ -23,14 +23,14 @@ from conversion.readers import SafetensorsFile
 from conversion.rules import check, conv, convert
 from conversion.wav2vec2 import TABLE, config_from, config_from_shapes, official_names
 from jax_avatar.io.audio import PcmReader
-from jax_avatar.models.feature_rate import (
+from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.speech.feature_rate import (
     bucket_indices,
     context_indices,
     pick_frames,
     to_30hz,
 )
-from jax_avatar.models.params import abstract, flatten, merge, unflatten
-from jax_avatar.models.wav2vec2 import Wav2Vec2, normalise
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, normalise
 
 __all__ = ["AudioFrontEndCases", "AudioManifests", "BucketCases", "BucketTables", "Wav2Vec2Cases"]
 

@@ -28,11 +28,11 @@ from jax_avatar.diffusion.schedule import euler_schedule
 from jax_avatar.io.image import fit_size, resized_size
 from jax_avatar.models.config import DiTConfig, wan_s2v_14b
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.feature_rate import bucket_indices, num_frames_30hz, to_30hz
 from jax_avatar.models.layers import TimeEmbedding
 from jax_avatar.models.lora import adapter_leaves
 from jax_avatar.models.params import abstract, flatten
 from jax_avatar.models.rope import axis_rotation, motion_positions
+from jax_avatar.models.speech.feature_rate import bucket_indices, num_frames_30hz, to_30hz
 from jax_avatar.streaming.speakers import speaker_masks
 
 __all__ = ["DiTManifests", "RotaryCases", "RoutingCases", "SamplerTables"]

@@ -39,8 +39,8 @@ from jax_avatar.training.dmd import (
     guide,
     score_level,
 )
-from jax_avatar.training.state import update_ema
-from jax_avatar.training.step import LoopConfig, make_optimiser
+from jax_avatar.training.run.state import update_ema
+from jax_avatar.training.run.step import LoopConfig, make_optimiser
 
 __all__ = ["TrainingCases"]
 

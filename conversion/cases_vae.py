@@ -24,7 +24,7 @@ from conversion.rules import check, convert
 from conversion.wan_vae import TABLE, config_from, config_from_shapes, official_names
 from jax_avatar.models.config import WanVAEConfig
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
-from jax_avatar.models.vae import WanVAE
+from jax_avatar.models.vae.wan import WanVAE
 
 __all__ = ["VAECases", "VAEManifests"]
 

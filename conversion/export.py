@@ -26,8 +26,8 @@ from conversion.console import finish
 from conversion.networks import NETWORKS, NetworkKind
 from conversion.readers import SAFETENSORS_NAMES
 from conversion.rules import Ignore, Move, plan_export
-from jax_avatar.io.checkpoint import StoredWeights, load_json, with_tuples
-from jax_avatar.io.checksums import keep_checksums, rewriting
+from jax_avatar.weights.checksums import keep_checksums, rewriting
+from jax_avatar.weights.files import StoredWeights, load_json, with_tuples
 
 __all__ = ["export_network", "kind_of", "main"]
 

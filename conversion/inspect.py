@@ -20,8 +20,8 @@ from conversion.console import finish
 from conversion.networks import NETWORKS, identify, plain_fields, weight_files
 from conversion.readers import SafetensorsFile, open_weights
 from conversion.rules import check
-from jax_avatar.io.checkpoint import StoredWeights, load_json
-from jax_avatar.io.whole_file import BrokenFile, unfinished_downloads
+from jax_avatar.weights.files import StoredWeights, load_json
+from jax_avatar.weights.whole_file import BrokenFile, unfinished_downloads
 
 __all__ = ["describe", "main"]
 

@@ -15,14 +15,14 @@ from flax import nnx
 from conversion import umt5, wan_dit, wan_vae, wav2vec2
 from conversion.readers import is_shard, open_weights, read_index
 from conversion.rules import Table, infer_leaves
-from jax_avatar.io.checkpoint import load_json
-from jax_avatar.io.whole_file import BrokenFile, unfinished_downloads
 from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from jax_avatar.models.text import UMT5Encoder
-from jax_avatar.models.vae import WanVAE
-from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from jax_avatar.models.vae.wan import WanVAE
+from jax_avatar.weights.files import load_json
+from jax_avatar.weights.whole_file import BrokenFile, unfinished_downloads
 
 __all__ = [
     "NETWORKS",

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from conversion.torch_file import TorchFile
-from jax_avatar.io.safetensors_file import SAFETENSORS_NAMES, SafetensorsFile
-from jax_avatar.io.whole_file import BrokenFile, check_whole, read_object, unfinished_downloads
+from jax_avatar.weights.safetensors_file import SAFETENSORS_NAMES, SafetensorsFile
+from jax_avatar.weights.whole_file import BrokenFile, check_whole, read_object, unfinished_downloads
 
 __all__ = [
     "SAFETENSORS_NAMES",

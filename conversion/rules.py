@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_avatar.io.finite import all_finite
+from jax_avatar.weights.finite import all_finite
 
 __all__ = [
     "Ignore",

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_avatar.io.whole_file import BrokenFile
+from jax_avatar.weights.whole_file import BrokenFile
 
 __all__ = ["TorchFile"]
 

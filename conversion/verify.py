@@ -30,7 +30,7 @@ from conversion.cases_training import TrainingCases
 from conversion.cases_vae import VAECases, VAEManifests
 from conversion.console import finish
 from conversion.readers import SafetensorsFile
-from jax_avatar.io.whole_file import check_whole
+from jax_avatar.weights.whole_file import check_whole
 
 __all__ = ["CASES", "main", "verify"]
 

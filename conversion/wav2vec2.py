@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conversion.rules import Ignore, Rule, Table, conv, keep, squeeze, transpose
-from jax_avatar.models.wav2vec2 import Wav2Vec2Config
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2Config
 
 __all__ = ["TABLE", "config_from", "config_from_shapes", "official_names"]
 

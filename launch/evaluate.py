@@ -42,12 +42,12 @@ from jax_avatar.evaluation.scores import (
     still_portraits,
 )
 from jax_avatar.evaluation.tables import rows_of, scored
-from jax_avatar.io.checkpoint import save_json
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.models.params import merge
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.model import SMALL, load_model
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
+from jax_avatar.weights.files import save_json
 from launch.common import check_devices, refuse_input_as_output
 from launch.console import check_finite, outlive_readers
 

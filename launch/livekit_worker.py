@@ -18,7 +18,7 @@ from absl import app, flags
 
 from jax_avatar.io.faces import face_missing
 from jax_avatar.io.image import load_image, prepare_reference
-from jax_avatar.streaming.live import LiveSession, LiveSettings
+from jax_avatar.live.session import LiveSession, LiveSettings
 from jax_avatar.streaming.model import SMALL, load_model, load_settings
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from launch.common import frame_size, log_warnings, prepare_jax
@@ -27,7 +27,7 @@ from launch.console import outlive_readers
 try:
     from livekit import rtc
 
-    from jax_avatar.serving.livekit import avatar_token, serve_room
+    from jax_avatar.serving.links.livekit import avatar_token, serve_room
 except ModuleNotFoundError as missing:
     sys.exit(
         f"livekit_worker.py: {missing.name} is not installed; the worker needs: "

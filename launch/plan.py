@@ -27,10 +27,10 @@ from jax_avatar.io.image import fit_size
 from jax_avatar.planning.distillation import plan_distillation
 from jax_avatar.planning.hardware import find_hardware
 from jax_avatar.planning.programs import abstract_model
+from jax_avatar.planning.report import plan_as_dict, plan_as_text
 from jax_avatar.planning.stream import DTYPES, plan_stream
-from jax_avatar.planning.tables import plan_as_dict, plan_as_text
 from jax_avatar.planning.training import plan_training
-from jax_avatar.training.mesh import parse_training_mesh
+from jax_avatar.training.run.placement import parse_training_mesh
 from launch.console import outlive_readers
 
 CONFIGS = Path(__file__).parents[1] / "configs"

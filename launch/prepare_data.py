@@ -262,10 +262,10 @@ def cut_videos(arguments: argparse.Namespace) -> None:
 
 def encode_clips(arguments: argparse.Namespace) -> None:
     # Late, so that --help answers at once.
+    from jax_avatar.data.encode import EncodeConfig, encode_data, first_clip
     from jax_avatar.streaming.model import has_text_encoder
     from jax_avatar.streaming.prompts import prompt_encoder
-    from jax_avatar.training.encoders import Encoders
-    from jax_avatar.training.encoding import EncodeConfig, encode_data, first_clip
+    from jax_avatar.weights.encoders import Encoders
 
     config, model = config_of(EncodeConfig, arguments), arguments.model
     folders = {"vae": arguments.vae or model, "speech": arguments.speech or model, "text": model}
@@ -284,7 +284,7 @@ def encode_clips(arguments: argparse.Namespace) -> None:
 
 def print_statistics(arguments: argparse.Namespace) -> None:
     from jax_avatar.data.statistics import FILE, data_statistics, statistics_table
-    from jax_avatar.io.checkpoint import save_json
+    from jax_avatar.weights.files import save_json
 
     found = data_statistics(arguments.data, sample=arguments.sample)
     print(statistics_table(found))

@@ -18,7 +18,7 @@ from absl import app, flags
 
 from jax_avatar.io.faces import face_missing
 from jax_avatar.io.image import load_image, prepare_reference
-from jax_avatar.streaming.live import LiveSettings
+from jax_avatar.live.session import LiveSettings
 from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
 from jax_avatar.streaming.prompts import prompt_encoder, prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
@@ -26,10 +26,10 @@ from launch.common import frame_size, log_warnings, prepare_jax
 from launch.console import check_finite, outlive_readers
 
 try:
-    from jax_avatar.serving.admission import ServerState
-    from jax_avatar.serving.run import serve
-    from jax_avatar.serving.seats import Seats
-    from jax_avatar.serving.text_to_speech import find_speech
+    from jax_avatar.dialogue.tts import find_speech
+    from jax_avatar.serving.pool import Seats
+    from jax_avatar.serving.server import serve
+    from jax_avatar.serving.server_state import ServerState
 except ModuleNotFoundError as missing:
     sys.exit(f'serve.py: {missing.name} is not installed; the server needs: pip install ".[serve]"')
 
@@ -94,7 +94,7 @@ def ice_servers() -> tuple[str, ...]:
     """ICE servers of --ice, each checked."""
     if FLAGS.ice:
         try:
-            from jax_avatar.serving.rtc import ice_server
+            from jax_avatar.serving.links.webrtc import ice_server
         except ModuleNotFoundError:
             raise ValueError('--ice is for WebRTC; it needs: pip install ".[webrtc]"') from None
         for url in FLAGS.ice:

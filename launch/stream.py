@@ -27,9 +27,9 @@ from jax_avatar.io.faces import face_missing
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.io.provenance import can_sign, make_signer, sign_video
 from jax_avatar.io.video import VideoWriter
+from jax_avatar.streaming.file import StreamReport, for_duration, stream_to_file
 from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
 from jax_avatar.streaming.prompts import prompt_states
-from jax_avatar.streaming.run import StreamReport, for_duration, stream_to_file
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from launch.common import frame_size, prepare_jax, refuse_input_as_output
 from launch.console import check_finite, outlive_readers

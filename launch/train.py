@@ -39,7 +39,7 @@ FORCE = flags.DEFINE_bool("force", False, "resume although the settings differ")
 def evaluations_of(task, settings, loop):
     """Those of a transformer, which stream; other tasks bring their own."""
     from jax_avatar.evaluation.in_training import make_evaluation
-    from jax_avatar.training.step import mesh_of
+    from jax_avatar.training.run.step import mesh_of
 
     if not loop.evaluate_every or not hasattr(task, "streamed"):
         return []
@@ -51,8 +51,8 @@ def evaluations_of(task, settings, loop):
 def work_of(task, settings):
     """Work of a step; empty for a task without batches of clips."""
     from jax_avatar.planning.work import step_work
-    from jax_avatar.training.stages import read_sections
-    from jax_avatar.training.step import mesh_of
+    from jax_avatar.training.run.step import mesh_of
+    from jax_avatar.training.stages.build import read_sections
 
     if not hasattr(task, "batch_size"):
         return None
@@ -78,8 +78,8 @@ def run(overrides: dict[str, str]) -> None:
 
     keep_compiled()
     join_hosts(MULTIHOST.value, COORDINATOR.value, HOSTS.value, HOST.value)
-    from jax_avatar.training.loop import train
-    from jax_avatar.training.stages import build_stage
+    from jax_avatar.training.run.loop import train
+    from jax_avatar.training.stages.build import build_stage
 
     settings = read_config(CONFIG.value or "", overrides)
     build_task, loop = build_stage(settings, small_batch=SMALL_BATCH.value)

@@ -76,10 +76,10 @@ def save_model(folder, *, name="nano", speech="mel", framepack=False, **stream):
     """
     import dataclasses
 
-    from jax_avatar.io.checkpoint import save_json, save_weights
-    from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
-    from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
-    from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+    from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
+    from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+    from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
+    from jax_avatar.weights.files import save_json, save_weights
 
     if speech == "wav2vec2":
         front_end = Wav2Vec2Config(
@@ -158,9 +158,9 @@ def save_text_encoder(folder, kind="json", **changes):
     """Adds a random prompt encoder and a tokenizer to the model in `folder`."""
     import dataclasses
 
-    from jax_avatar.io.checkpoint import load_json, save_json, save_weights
     from jax_avatar.models.config import UMT5Config
     from jax_avatar.models.text import UMT5Encoder
+    from jax_avatar.weights.files import load_json, save_json, save_weights
 
     values = dict(vocab_size=64, width=4, ffn_width=8, num_heads=2, head_dim=2, num_layers=2)
     config = UMT5Config(**(values | changes))

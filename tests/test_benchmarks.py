@@ -26,7 +26,7 @@ from configs.sizes import SMALL_MODEL
 from jax_avatar.models.dit import DiT
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.session import AvatarSession
-from jax_avatar.training.stages import read_sections
+from jax_avatar.training.stages.build import read_sections
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,4 +1,4 @@
-"""Imports point one way: shapes <- models, diffusion <- streaming, training <- evaluation."""
+"""Imports point one way: shapes <- models, diffusion <- weights <- streaming, training <- live."""
 
 import ast
 from pathlib import Path
@@ -11,12 +11,15 @@ MAY_IMPORT = {
     "models": set(),
     "diffusion": set(),
     "io": set(),
-    "data": {"io"},
-    "streaming": {"models", "diffusion", "io"},
-    "training": {"models", "diffusion", "data", "io"},
-    "planning": {"models", "diffusion", "io", "streaming", "training"},
-    "serving": {"streaming", "io"},
-    "evaluation": {"models", "diffusion", "data", "io", "streaming", "training"},
+    "dialogue": set(),
+    "weights": {"models"},
+    "data": {"models", "weights", "io"},
+    "streaming": {"models", "diffusion", "weights", "io"},
+    "training": {"models", "diffusion", "weights", "data"},
+    "live": {"streaming", "io"},
+    "serving": {"streaming", "live", "dialogue", "io"},
+    "planning": {"models", "diffusion", "weights", "data", "io", "streaming", "training"},
+    "evaluation": {"models", "diffusion", "weights", "data", "io", "streaming", "training"},
 }
 FORBIDDEN = {"torch", "absl", "argparse", "conversion", "launch", "configs", "pickle"}
 

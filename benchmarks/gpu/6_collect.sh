@@ -9,7 +9,7 @@ python - "$WORK/dmd" "$OUT/small_128" <<'PY'
 import sys
 
 sys.path.insert(0, ".")
-from jax_avatar.io.checkpoint import load_weights, save_weights
+from jax_avatar.weights.files import load_weights, save_weights
 
 source, folder = sys.argv[1:]
 for part in ("dit", "vae"):

@@ -39,9 +39,9 @@ def build_app(mesh: str, checkpoint: str, sessions: int):
     """The application of one replica, compiled and warm; runs in the replica's process."""
     os.environ.setdefault("NPROC", "16")  # as in launch/serve.py
     from jax_avatar.io.image import load_image, prepare_reference
-    from jax_avatar.serving.admission import ServerState
     from jax_avatar.serving.app import make_app
-    from jax_avatar.serving.seats import Seats
+    from jax_avatar.serving.pool import Seats
+    from jax_avatar.serving.server_state import ServerState
     from jax_avatar.streaming.model import load_model, load_settings
     from jax_avatar.streaming.session import AvatarSession, num_slices
     from launch.common import frame_size, prepare_jax

@@ -24,9 +24,9 @@ import ml_dtypes
 import numpy as np
 
 from jax_avatar.data.shards import RecordSource
-from jax_avatar.io.checkpoint import load_json, load_weights, save_json
-from jax_avatar.io.checksums import file_sha256
-from jax_avatar.io.content_hash import content_hash
+from jax_avatar.weights.checksums import file_sha256
+from jax_avatar.weights.content_hash import content_hash
+from jax_avatar.weights.files import load_json, load_weights, save_json
 
 __all__ = [
     "INDEX",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jax_avatar.data.shards import RecordSource, write_records
-from jax_avatar.io.checksums import file_sha256
+from jax_avatar.weights.checksums import file_sha256
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out_person", "held_out_voice", "held_out_both", "cartoon")

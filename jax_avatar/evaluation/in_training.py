@@ -17,15 +17,15 @@ from jax.sharding import Mesh
 from jax_avatar.data.records import ClipRecord
 from jax_avatar.evaluation.mouth_probe import MouthProbe
 from jax_avatar.evaluation.scores import Truth, fit_probe, has_lips, score
-from jax_avatar.io.checkpoint import load_json
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.model import AvatarModel, Network, load_network, load_settings
-from jax_avatar.training.mesh import on_first_host
 from jax_avatar.training.model_folder import fitting
-from jax_avatar.training.stages import HELD_OUT, load_clips
+from jax_avatar.training.run.placement import on_first_host
+from jax_avatar.training.stages.build import HELD_OUT, load_clips
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
+from jax_avatar.weights.files import load_json
 
 __all__ = ["ClipEvaluation", "make_evaluation", "write_clip"]
 

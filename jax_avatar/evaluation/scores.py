@@ -16,8 +16,8 @@ from jaxtyping import Float, Int, UInt8
 
 from jax_avatar.data.records import ClipRecord
 from jax_avatar.evaluation.mouth_probe import MouthProbe
-from jax_avatar.models.light_vae import LightVAE
 from jax_avatar.models.params import merge, split
+from jax_avatar.models.vae.light import LightVAE
 
 __all__ = [
     "Measures",

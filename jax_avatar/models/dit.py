@@ -18,13 +18,6 @@ import numpy as np
 from flax import nnx
 
 from jax_avatar.models.attention import Attention, attend, block_causal_mask
-from jax_avatar.models.audio_tokens import (
-    AUDIO_CONTEXTS,
-    EARLIER_FRAMES,
-    AudioInjector,
-    AudioTokens,
-    CausalAudioEncoder,
-)
 from jax_avatar.models.cache import BlockPosition, KVCache, Sink
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.layers import (
@@ -48,6 +41,13 @@ from jax_avatar.models.rope import (
     rotate,
 )
 from jax_avatar.models.sharding import constrain, gathered
+from jax_avatar.models.speech.tokens import (
+    AUDIO_CONTEXTS,
+    EARLIER_FRAMES,
+    AudioInjector,
+    AudioTokens,
+    CausalAudioEncoder,
+)
 from jax_avatar.shapes import (
     Array,
     AudioFeatures,

@@ -11,10 +11,10 @@ all of it for motion. From outside it is a `DiT`: the same arguments come, the v
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_avatar.models.audio_tokens import AudioTokens, CausalAudioEncoder
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.layers import layer_norm
+from jax_avatar.models.speech.tokens import AudioTokens, CausalAudioEncoder
 from jax_avatar.shapes import Array, AudioFeatures, Float, Latent
 
 __all__ = ["NormalisedAudioEncoder", "PortraitDiT"]

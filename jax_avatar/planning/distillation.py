@@ -20,16 +20,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import abstract
 from jax_avatar.models.sharding import clip_axes, on_mesh
-from jax_avatar.planning.figures import DeviceUse, Figure, Needs
 from jax_avatar.planning.hardware import Hardware
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
+from jax_avatar.planning.quantities import DeviceUse, Figure, Needs
 from jax_avatar.planning.training import placed, summed_over_replicas, training_devices
 from jax_avatar.streaming.model import _KINDS
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import make_distiller
-from jax_avatar.training.mesh import abstract_on, clip_devices
 from jax_avatar.training.rollout import RolloutConfig
-from jax_avatar.training.step import LoopConfig
+from jax_avatar.training.run.placement import abstract_on, clip_devices
+from jax_avatar.training.run.step import LoopConfig
 
 __all__ = ["distillation_programs", "kept_bytes", "plan_distillation"]
 

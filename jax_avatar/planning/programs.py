@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from jax_avatar.models.audio_tokens import AudioInjector
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.params import abstract, merge
+from jax_avatar.models.speech.tokens import AudioInjector
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout, make_mesh
 from jax_avatar.streaming.model import _KINDS, Network, StreamSettings

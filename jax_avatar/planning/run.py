@@ -14,23 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_avatar.io.checkpoint import load_json
 from jax_avatar.io.image import fit_size
-from jax_avatar.models.audio import SpeechEncoder
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.light_vae import LightVAE
 from jax_avatar.models.params import abstract
+from jax_avatar.models.speech.mel import SpeechEncoder
+from jax_avatar.models.vae.light import LightVAE
 from jax_avatar.planning.programs import Compiled, Program, compile_program
 from jax_avatar.planning.training import still_clips
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.model import LIVE_AVATAR
-from jax_avatar.training.diffusion_forcing import ForcingTask
 from jax_avatar.training.distill_state import Told
 from jax_avatar.training.distillation import make_distiller
 from jax_avatar.training.model_folder import NETWORKS
-from jax_avatar.training.stages import read_sections
-from jax_avatar.training.state import start_state
-from jax_avatar.training.step import LoopConfig, compiled_step, learning_rate, make_optimiser
+from jax_avatar.training.run.state import start_state
+from jax_avatar.training.run.step import LoopConfig, compiled_step, learning_rate, make_optimiser
+from jax_avatar.training.stages.build import read_sections
+from jax_avatar.training.stages.flow import ForcingTask
+from jax_avatar.weights.files import load_json
 
 __all__ = ["plan_run"]
 

@@ -14,7 +14,6 @@ from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.params import flatten
 from jax_avatar.models.quantise import quantised_leaves
 from jax_avatar.models.sharding import param_specs
-from jax_avatar.planning.figures import DeviceUse, Figure, Needs, total_bytes
 from jax_avatar.planning.hardware import Hardware, stand_ins
 from jax_avatar.planning.programs import (
     AbstractModel,
@@ -26,6 +25,7 @@ from jax_avatar.planning.programs import (
     placed_bytes,
     step_program,
 )
+from jax_avatar.planning.quantities import DeviceUse, Figure, Needs, total_bytes
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout, make_mesh
 

@@ -14,26 +14,26 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from jax_avatar.data.latents import LatentClips
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import abstract
 from jax_avatar.models.sharding import clip_axes
-from jax_avatar.planning.figures import DeviceUse, Figure, Needs
 from jax_avatar.planning.hardware import Hardware, stand_ins
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
+from jax_avatar.planning.quantities import DeviceUse, Figure, Needs
 from jax_avatar.planning.work import clip_flops
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout
 from jax_avatar.streaming.model import _KINDS
-from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
-from jax_avatar.training.latents import LatentClips
-from jax_avatar.training.mesh import (
+from jax_avatar.training.run.placement import (
     abstract_on,
     clip_devices,
     make_training_mesh,
     parse_training_mesh,
 )
-from jax_avatar.training.state import start_state
-from jax_avatar.training.step import LoopConfig, compiled_step, make_optimiser
+from jax_avatar.training.run.state import start_state
+from jax_avatar.training.run.step import LoopConfig, compiled_step, make_optimiser
+from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
 
 __all__ = [
     "placed",

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.planning.hardware import recognise
 from jax_avatar.planning.stream import step_flops
-from jax_avatar.training.clock import Work
+from jax_avatar.training.run.clock import Work
 
 __all__ = ["clip_flops", "step_work"]
 

@@ -13,11 +13,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers
 from starlette.staticfiles import StaticFiles
 
-from jax_avatar.serving.admission import ServerState
-from jax_avatar.serving.connection import serve_socket
+from jax_avatar.serving.links.websocket import serve_socket
+from jax_avatar.serving.server_state import ServerState
 
 try:
-    from jax_avatar.serving.rtc import serve_offer
+    from jax_avatar.serving.links.webrtc import serve_offer
 except ModuleNotFoundError:  # the extra "webrtc" is not installed
     serve_offer = None
 

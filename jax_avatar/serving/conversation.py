@@ -15,12 +15,12 @@ import time
 from typing import Any
 
 from jax_avatar.io.watermark import mark
-from jax_avatar.serving.admission import ServerState, admit
+from jax_avatar.live.session import LiveChunk, LiveSession
+from jax_avatar.live.turn import State
 from jax_avatar.serving.messages import VERSION, ClientMessage, ProtocolError, read_message
+from jax_avatar.serving.server_state import ServerState, admit
 from jax_avatar.serving.tasks import until_first_ends
-from jax_avatar.streaming.live import LiveChunk, LiveSession
 from jax_avatar.streaming.session import NotFinite
-from jax_avatar.streaming.states import State
 
 __all__ = ["Closed", "Conversation", "Gone", "Link"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from jax_avatar.streaming.live import LiveSession, LiveStats
+from jax_avatar.live.session import LiveSession, LiveStats
 
 __all__ = ["PROTOCOLS", "Metrics"]
 

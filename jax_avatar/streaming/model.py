@@ -18,7 +18,22 @@ from flax import nnx
 
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import euler_schedule
-from jax_avatar.io.checkpoint import (
+from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.lora import adapter_leaves, add_adapter
+from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.quantise import quantise_params
+from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from jax_avatar.models.text import UMT5Encoder
+from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
+from jax_avatar.models.vae.wan import WanVAE
+from jax_avatar.shapes import PyTree
+from jax_avatar.streaming.mesh import Layout, parse_layout
+from jax_avatar.streaming.plan import StreamPlan, check_slices
+from jax_avatar.weights.fields import fill_fields
+from jax_avatar.weights.files import (
     StoredWeights,
     load_json,
     load_weights,
@@ -26,21 +41,6 @@ from jax_avatar.io.checkpoint import (
     open_weights,
     tree_of,
 )
-from jax_avatar.io.fields import fill_fields
-from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
-from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
-from jax_avatar.models.dit import DiT
-from jax_avatar.models.light_vae import LightVAE, LightVAEConfig
-from jax_avatar.models.lora import adapter_leaves, add_adapter
-from jax_avatar.models.params import abstract, flatten
-from jax_avatar.models.portrait_dit import PortraitDiT
-from jax_avatar.models.quantise import quantise_params
-from jax_avatar.models.text import UMT5Encoder
-from jax_avatar.models.vae import WanVAE
-from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from jax_avatar.shapes import PyTree
-from jax_avatar.streaming.mesh import Layout, parse_layout
-from jax_avatar.streaming.plan import StreamPlan, check_slices
 
 __all__ = [
     "LIVE_AVATAR",

@@ -22,7 +22,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_avatar.diffusion.sampling import Sampling, noised
-from jax_avatar.io.checkpoint import StoredWeights, place, tree_of
 from jax_avatar.models.cache import BlockPosition, KVCache, empty_cache
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.sharding import param_shardings
@@ -35,6 +34,7 @@ from jax_avatar.streaming.plan import (
     denoise,
     make_prefill,
 )
+from jax_avatar.weights.files import StoredWeights, place, tree_of
 
 __all__ = ["PipelinedStream", "check_mesh", "make_tick", "tick_arguments"]
 

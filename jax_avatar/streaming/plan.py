@@ -15,10 +15,10 @@ import numpy as np
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import euler_schedule
 from jax_avatar.diffusion.step import move
-from jax_avatar.models.audio_tokens import EARLIER_FRAMES
 from jax_avatar.models.cache import BlockPosition, KVCache, Sink, block_position
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
+from jax_avatar.models.speech.tokens import EARLIER_FRAMES
 from jax_avatar.shapes import Array, AudioFeatures, PyTree, Scalar
 
 __all__ = ["Conditions", "StreamPlan", "check_slices", "denoise", "make_prefill"]

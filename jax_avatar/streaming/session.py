@@ -26,8 +26,8 @@ from jax_avatar.streaming.mesh import Layout, make_mesh
 from jax_avatar.streaming.model import AvatarModel, StreamSettings
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import Conditions, check_slices
+from jax_avatar.streaming.sample_queue import SampleQueue
 from jax_avatar.streaming.sampler import SequentialStream
-from jax_avatar.streaming.samples import SampleQueue
 from jax_avatar.streaming.working_level import WorkingLevel
 
 __all__ = [

@@ -17,7 +17,7 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.lora import adapter_leaves, with_adapter
 from jax_avatar.models.params import unflatten
 from jax_avatar.shapes import PyTree
-from jax_avatar.training.mesh import place_state
+from jax_avatar.training.run.placement import place_state
 
 __all__ = ["AdapterConfig", "FrozenBase"]
 

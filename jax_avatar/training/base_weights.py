@@ -12,15 +12,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_avatar.io.checkpoint import (
+from jax_avatar.models.params import flatten
+from jax_avatar.training.run.journal import warn
+from jax_avatar.weights.files import (
     StoredWeights,
     load_header,
     load_json,
     open_leaf,
     open_weights,
 )
-from jax_avatar.models.params import flatten
-from jax_avatar.training.journal import warn
 
 __all__ = ["base_hash", "check_not_merged", "merge_record"]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax_avatar.shapes import PyTree
 from jax_avatar.training.adapters import AdapterConfig
 from jax_avatar.training.dmd import NORMALIZERS
-from jax_avatar.training.step import SCHEDULES
+from jax_avatar.training.run.step import SCHEDULES
 
 __all__ = ["DistillConfig", "DistillState", "Told"]
 

@@ -28,7 +28,6 @@ from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.models.sharding import constrain, constrain_params
 from jax_avatar.shapes import Array, IntScalar, Latent, PyTree
-from jax_avatar.training.accumulate import accumulated, clip_keys
 from jax_avatar.training.distill_state import DistillConfig, DistillState, Told
 from jax_avatar.training.dmd import (
     critic_loss,
@@ -38,16 +37,6 @@ from jax_avatar.training.dmd import (
     guide,
     guide_apart,
 )
-from jax_avatar.training.guards import judge, new_guard, note, rate_factor, report
-from jax_avatar.training.monitors import (
-    ClipFigures,
-    bin_shares,
-    new_watch,
-    review,
-    watch_clips,
-    watch_scores,
-)
-from jax_avatar.training.norms import average_distance, step_norms
 from jax_avatar.training.rollout import (
     Clip,
     Generator,
@@ -57,9 +46,20 @@ from jax_avatar.training.rollout import (
     made_clips,
     roll_out,
 )
-from jax_avatar.training.state import scaled_update, update_ema
-from jax_avatar.training.step import LoopConfig, learning_rate, make_optimiser
-from jax_avatar.training.validation import levels_in_bins
+from jax_avatar.training.run.accumulate import accumulated, clip_keys
+from jax_avatar.training.run.guards import judge, new_guard, note, rate_factor, report
+from jax_avatar.training.run.monitors import (
+    ClipFigures,
+    bin_shares,
+    new_watch,
+    review,
+    watch_clips,
+    watch_scores,
+)
+from jax_avatar.training.run.norms import average_distance, step_norms
+from jax_avatar.training.run.state import scaled_update, update_ema
+from jax_avatar.training.run.step import LoopConfig, learning_rate, make_optimiser
+from jax_avatar.training.stages.validation import levels_in_bins
 
 __all__ = ["Distiller", "check_levels", "make_distiller"]
 

@@ -15,7 +15,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jax_avatar.io.checkpoint import (
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.params import flatten
+from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.sharding import param_shardings
+from jax_avatar.shapes import PyTree
+from jax_avatar.training.base_weights import base_hash
+from jax_avatar.weights.checksums import keep_checksums, rewriting
+from jax_avatar.weights.files import (
     StoredWeights,
     load_header,
     load_json,
@@ -25,14 +33,6 @@ from jax_avatar.io.checkpoint import (
     save_weights,
     tree_of,
 )
-from jax_avatar.io.checksums import keep_checksums, rewriting
-from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import flatten
-from jax_avatar.models.portrait_dit import PortraitDiT
-from jax_avatar.models.sharding import param_shardings
-from jax_avatar.shapes import PyTree
-from jax_avatar.training.base_weights import base_hash
 
 __all__ = [
     "NETWORKS",

@@ -21,11 +21,11 @@ from jax_avatar.diffusion.flow import clean_from_velocity
 from jax_avatar.diffusion.sampling import Sampling, noised
 from jax_avatar.diffusion.schedule import few_step_schedule
 from jax_avatar.diffusion.step import move
-from jax_avatar.models.audio_tokens import EARLIER_FRAMES
 from jax_avatar.models.cache import Sink, frame_table, position_in
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
 from jax_avatar.models.sharding import clip_axes, constrain_params
+from jax_avatar.models.speech.tokens import EARLIER_FRAMES
 from jax_avatar.shapes import Array, IntScalar, Latent, PyTree
 
 __all__ = [

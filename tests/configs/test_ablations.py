@@ -9,10 +9,10 @@ import pytest
 
 from configs import diffusion_forcing, dmd
 from configs.ablations import ABLATIONS, INFERENCE, get_config
-from jax_avatar.training import stages
-from jax_avatar.training.latents import random_clips
-from jax_avatar.training.state import config_differences, start_state
-from jax_avatar.training.step import make_optimiser, make_step, mesh_of
+from jax_avatar.data.latents import random_clips
+from jax_avatar.training.run.state import config_differences, start_state
+from jax_avatar.training.run.step import make_optimiser, make_step, mesh_of
+from jax_avatar.training.stages import build as stages
 from launch.overrides import read_config
 
 ROOT = Path(__file__).parents[2]

@@ -5,13 +5,13 @@ import importlib
 import pytest
 
 from configs.sizes import PAPER_MODEL
+from jax_avatar.data.latents import random_clips
 from jax_avatar.models.config import wan_s2v_14b
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.portrait_dit import PortraitDiT
-from jax_avatar.training import stages
 from jax_avatar.training.distillation import check_levels
-from jax_avatar.training.latents import random_clips
-from jax_avatar.training.stages import build_stage, load_latents, read_sections
+from jax_avatar.training.stages import build as stages
+from jax_avatar.training.stages.build import build_stage, load_latents, read_sections
 
 SIZES = {
     "speech": ("tiny", "small"),

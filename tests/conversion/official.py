@@ -14,7 +14,7 @@ from conversion.wan_dit import LORA_TABLE, config_from_official
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import adapter_leaves
 from jax_avatar.models.params import abstract, flatten, split, unflatten
-from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INFO = json.loads((GOLDEN / "dit" / "cfgA.json").read_text())

@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from conversion.readers import SafetensorsFile, open_weights
-from jax_avatar.io.whole_file import BrokenFile
+from jax_avatar.weights.whole_file import BrokenFile
 
 
 def test_tensors_metadata_and_shapes_are_those_that_were_written(tmp_path):

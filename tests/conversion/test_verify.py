@@ -15,7 +15,7 @@ from conversion.verify import main
 from conversion.wan_vae import TABLE
 from jax_avatar.models.config import WanVAEConfig
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
-from jax_avatar.models.vae import WanVAE
+from jax_avatar.models.vae.wan import WanVAE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

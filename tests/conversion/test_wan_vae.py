@@ -8,7 +8,7 @@ from conversion.rules import check, export
 from conversion.wan_vae import TABLE, config_from, config_from_shapes, official_name, official_names
 from jax_avatar.models.config import WanVAEConfig
 from jax_avatar.models.params import abstract, flatten
-from jax_avatar.models.vae import WanVAE
+from jax_avatar.models.vae.wan import WanVAE
 
 SMALL = WanVAEConfig(
     dim=2,

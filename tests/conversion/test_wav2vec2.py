@@ -19,7 +19,7 @@ from conversion.rules import check, convert, export
 from conversion.verify import main
 from conversion.wav2vec2 import TABLE, config_from, config_from_shapes, official_names
 from jax_avatar.models.params import abstract, flatten
-from jax_avatar.models.wav2vec2 import Wav2Vec2, xlsr53_large
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, xlsr53_large
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "audio"
 FILES = sorted(path for path in GOLDEN.iterdir() if path.suffix in (".json", ".safetensors"))

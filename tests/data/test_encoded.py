@@ -15,7 +15,7 @@ from jax_avatar.data.encoded import (
     read_index,
     start_index,
 )
-from jax_avatar.data.order import Order
+from jax_avatar.data.example_order import Order
 from jax_avatar.data.shards import write_records
 
 BF16 = ml_dtypes.bfloat16

@@ -8,9 +8,9 @@ import pytest
 
 from jax_avatar.data.statistics import data_statistics, statistics_table
 from launch.prepare_data import main
+from tests.data.test_encode import make_clip, write_data
 from tests.data.test_encoded import make_clip as make_encoded
 from tests.data.test_encoded import write_set
-from tests.training.test_encoding import make_clip, write_data
 
 TONE = np.round(16384 * np.sqrt(2) * np.sin(np.arange(32_000) * 0.3)).astype(np.int16)
 

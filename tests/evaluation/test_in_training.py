@@ -14,7 +14,7 @@ from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import load_model
 from jax_avatar.streaming.session import AvatarSession
-from jax_avatar.training.mesh import make_training_mesh, place_state
+from jax_avatar.training.run.placement import make_training_mesh, place_state
 from tests.evaluation.test_scores import BrightnessProbe
 from tests.nano import save_model
 

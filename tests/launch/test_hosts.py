@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_avatar.io.checkpoint import load_weights
+from jax_avatar.weights.files import load_weights
 from launch.hosts import join_hosts
 
 ROOT = Path(__file__).parents[2]
@@ -25,11 +25,11 @@ from launch.hosts import join_hosts
 if int(hosts) > 1:
     join_hosts(True, f"localhost:{port}", int(hosts), int(host))
 import numpy as np
-from jax_avatar.io.checkpoint import save_weights
+from jax_avatar.weights.files import save_weights
 from jax_avatar.models import sharding
-from jax_avatar.training.evaluation import AverageEvaluation
-from jax_avatar.training.loop import train
-from jax_avatar.training.step import LoopConfig
+from jax_avatar.training.run.evaluation import AverageEvaluation
+from jax_avatar.training.run.loop import train
+from jax_avatar.training.run.step import LoopConfig
 
 sharding.SMALL = 1  # every weight is cut
 

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
-from jax_avatar.training.latents import load_encoded
+from jax_avatar.data.latents import load_encoded
+from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
 from tests import nano
-from tests.training.test_encoding import make_clip, write_data
+from tests.data.test_encode import make_clip, write_data
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "prepare_data.py"
 

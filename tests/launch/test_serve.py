@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from websockets.exceptions import ConnectionClosed
 
+from tests.live.helpers import voice
 from tests.nano import save_model
 from tests.serving.client import Client
 from tests.serving.test_server import free_port
-from tests.streaming.live import voice
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from jax_avatar.training.clock import is_timing
+from jax_avatar.training.run.clock import is_timing
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_avatar.models import audio
-from jax_avatar.models.audio import AudioFrontEnd, SpeechConfig, SpeechEncoder, log_mel
+from jax_avatar.models.speech import mel as audio
+from jax_avatar.models.speech.mel import AudioFrontEnd, SpeechConfig, SpeechEncoder, log_mel
 
 SMALL = SpeechConfig(bands=16, width=8, dilations=(1, 2), kernel=3, units=("jawOpen", "tongueOut"))
 

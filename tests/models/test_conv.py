@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.models.conv import causal_conv3d
+from jax_avatar.models.vae.conv import causal_conv3d
 
 
 def example(kt=3, k=3, frames=5):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jax_avatar.models.feature_rate import bucket_indices, num_frames_30hz, to_30hz
+from jax_avatar.models.speech.feature_rate import bucket_indices, num_frames_30hz, to_30hz
 
 
 def test_end_points_stay():

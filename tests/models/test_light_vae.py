@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_avatar.models.light_vae import (
+from jax_avatar.models.params import merge, split
+from jax_avatar.models.vae.light import (
     LightVAE,
     LightVAEConfig,
     principal_components,
     with_patch_basis,
 )
-from jax_avatar.models.params import merge, split
 
 NANO = LightVAEConfig(
     z_dim=5,

@@ -5,11 +5,11 @@ import optax
 import pytest
 from flax import nnx
 
-from jax_avatar.models.audio_tokens import EARLIER_FRAMES, CausalAudioEncoder
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge, split
 from jax_avatar.models.portrait_dit import NormalisedAudioEncoder, PortraitDiT
+from jax_avatar.models.speech.tokens import EARLIER_FRAMES, CausalAudioEncoder
 
 CONFIG = DiTConfig(
     width=24,

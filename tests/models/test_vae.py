@@ -8,7 +8,7 @@ from flax import nnx
 
 from jax_avatar.models.config import WanVAEConfig
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
-from jax_avatar.models.vae import ChannelNorm, WanVAE, upsample_conv
+from jax_avatar.models.vae.wan import ChannelNorm, WanVAE, upsample_conv
 
 NANO = WanVAEConfig(
     dim=4,

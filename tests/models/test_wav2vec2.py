@@ -12,10 +12,10 @@ from safetensors.numpy import load_file
 from conversion.readers import SafetensorsFile
 from conversion.rules import convert
 from conversion.wav2vec2 import TABLE, config_from
-from jax_avatar.models.audio import AudioFrontEnd
-from jax_avatar.models.feature_rate import bucket_indices, positions_at
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
-from jax_avatar.models.wav2vec2 import Wav2Vec2, Wav2Vec2Config, normalise, xlsr53_large
+from jax_avatar.models.speech.feature_rate import bucket_indices, positions_at
+from jax_avatar.models.speech.mel import AudioFrontEnd
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config, normalise, xlsr53_large
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "audio"
 TINY = Wav2Vec2Config(

@@ -15,8 +15,8 @@ from jax_avatar.planning.programs import (
     count_step_flops,
     step_program,
 )
+from jax_avatar.planning.report import plan_as_text
 from jax_avatar.planning.stream import plan_stream, step_flops
-from jax_avatar.planning.tables import plan_as_text
 from jax_avatar.streaming.mesh import Layout, make_mesh, parse_layout
 from jax_avatar.streaming.pipeline import PipelinedStream, tick_arguments
 from jax_avatar.streaming.plan import StreamPlan

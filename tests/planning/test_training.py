@@ -16,8 +16,8 @@ from jax_avatar.planning.training import (
     training_devices,
     training_program,
 )
-from jax_avatar.training.diffusion_forcing import ForcingConfig
 from jax_avatar.training.rollout import RolloutConfig
+from jax_avatar.training.stages.flow import ForcingConfig
 from tests.nano import CONFIG, GRID
 from tests.planning.test_stream import NANO
 

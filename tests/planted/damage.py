@@ -6,8 +6,8 @@ __all__ = ["DAMAGE"]
 
 loop = tests_in("training/test_loop")
 prepare = tests_in("launch/test_prepare_data")
-checksums = tests_in("io/test_checksums")
-writer = tests_in("io/test_slot_writer")
+checksums = tests_in("weights/test_checksums")
+writer = tests_in("weights/test_slot_writer")
 base = tests_in("training/test_base_weights")
 adapters = tests_in("training/test_adapters")
 session = tests_in("streaming/test_session")
@@ -25,22 +25,22 @@ HOSTILE = server("no_text_causes_a_traceback")
 
 # fmt: off
 DAMAGE = tuple(Mistake("input", *row) for row in (
-    ("a file is not compared with its checksum", "io/checkpoint.py",
+    ("a file is not compared with its checksum", "weights/files.py",
      "    check_files(folder, [path.name])\n", "", checksums("every_byte_of_a_file_counts")),
-    ("an Orbax folder's numbers are not compared", "io/checkpoint.py",
+    ("an Orbax folder's numbers are not compared", "weights/files.py",
      'files = [f"{self.folder.name}/params/{name}/" for name in names]', 'files = ["-"]', FILES),
-    ("one leaf is read without its checksum", "io/checkpoint.py",
+    ("one leaf is read without its checksum", "weights/files.py",
      "self._verify(f\"{self.folder.name}/params/{path.replace('/', '.')}/\")", "pass",
      checksums("one_leaf_read_alone_is_checked_too")),
-    ("NaN in a file is not looked for", "io/checkpoint.py",
+    ("NaN in a file is not looked for", "weights/files.py",
      "    check_finite(path, flat)  # first: it names the tensor\n", "", OLDER),
-    ("NaN on devices is not looked for", "io/finite.py",
+    ("NaN on devices is not looked for", "weights/finite.py",
      "    if placed:\n", "    if False:\n", OLDER),
-    ("infinity in bfloat16 is not found", "io/finite.py",
+    ("infinity in bfloat16 is not found", "weights/finite.py",
      "(np.uint16, 0x7F80)", "(np.uint16, 0x7FC0)", NAN),
-    ("NaN beyond the first piece is not found", "io/finite.py",
+    ("NaN beyond the first piece is not found", "weights/finite.py",
      "range(0, flat.size, _PIECE)", "range(0, _PIECE, _PIECE)", NAN),
-    ("checksums stay as they were", "io/checksums.py",
+    ("checksums stay as they were", "weights/checksums.py",
      "_exchange(folder, name, dict(zip(files, digests, strict=True)))",
      "_exchange(folder, name, before)",
      checksums("checksums_follow_what_is_written")),
@@ -52,16 +52,16 @@ DAMAGE = tuple(Mistake("input", *row) for row in (
     ("output that is not finite is shown", "streaming/session.py",
      "if not np.asarray(is_finite):", "if False:",
      session("finite_weights_whose_output_is_not_end_the_stream")),
-    ("two conversions write the same network", "io/slot_writer.py",
+    ("two conversions write the same network", "weights/slot_writer.py",
      "return take_lock(", "return (lambda folder: lambda: None)(",
      writer("two_conversions_cannot_write_the_same_network")),
-    ("a Git LFS pointer is text like any other", "io/whole_file.py",
+    ("a Git LFS pointer is text like any other", "weights/whole_file.py",
      'if head.startswith((b"version https://git-lfs"', 'if head.startswith((b"-"', INDEX),
-    ("a web page is text like any other", "io/whole_file.py",
+    ("a web page is text like any other", "weights/whole_file.py",
      "(!doctype|html|head|", "(", INDEX),
-    ("bytes behind the last tensor pass", "io/safetensors_file.py",
+    ("bytes behind the last tensor pass", "weights/safetensors_file.py",
      "if size > expected:", "if False:", SHARD),
-    ("a cut file passes", "io/safetensors_file.py", "if size < expected:", "if False:", SHARD),
+    ("a cut file passes", "weights/safetensors_file.py", "if size < expected:", "if False:", SHARD),
     ("a merged adapter is no reason to stop", "training/base_weights.py",
      'if record.get("merged"):', "if False:", STAGES),
     ("a student's own weights may have an adapter merged in", "training/base_weights.py",
@@ -71,9 +71,9 @@ DAMAGE = tuple(Mistake("input", *row) for row in (
      adapters("an_adapter_beside_another_base_is_refused")),
     ("halves of surrogate pairs reach the session", "serving/messages.py",
      r"\ud800-\udfff]", "]", HOSTILE),
-    ("a token that is no Unicode is compared as text", "serving/admission.py",
+    ("a token that is no Unicode is compared as text", "serving/server_state.py",
      '.encode(errors="surrogatepass")', ".encode()", HOSTILE),
-    ("a setting may be NaN", "io/fields.py",
+    ("a setting may be NaN", "weights/fields.py",
      "    if is_number and not math.isfinite(value):\n", "    if False:\n",
      loop("a_value_of_another_type_is_named")),
     ("sizes that are none end in a traceback", "streaming/model.py",
@@ -81,10 +81,10 @@ DAMAGE = tuple(Mistake("input", *row) for row in (
      checksums("damaged_sizes_of_a_network_are_named")),
     ("a stream of no frames a second is taken", "streaming/model.py",
      "if self.fps < 1 or", "if False or", checksums("a_damaged_config_is_named")),
-    ("a setting may be below 0", "io/fields.py",
+    ("a setting may be below 0", "weights/fields.py",
      "if isinstance(value, int | float) and not 0", "if False and not 0",
      loop("a_value_of_another_type_is_named")),
-    ("an average may grow without end", "training/step.py",
+    ("an average may grow without end", "training/run/step.py",
      '    "ema_decay": 1.0,\n', "", loop("a_setting_that_would_spoil_a_run_is_refused")),
     ("clips are written over the videos they are cut from", "launch/prepare_data.py",
      'refuse_input_as_output("out", arguments.out, **given)', "pass",
@@ -97,10 +97,10 @@ DAMAGE = tuple(Mistake("input", *row) for row in (
     ("a limit ends a session without a word", "serving/conversation.py",
      "reason, last = str(closed), closed.error", "reason = str(closed)",
      server("limits_that_end_a_session_are_errors_first")),
-    ("only the first of several cleared segments is told", "serving/livekit.py",
+    ("only the first of several cleared segments is told", "serving/links/livekit.py",
      "for number in range(self._num_open):", "for number in range(min(1, self._num_open)):",
      room("a_clear_before_any_sound_is_answered_at_once")),
-    ("the runner's account of segments is taken", "serving/livekit.py",
+    ("the runner's account of segments is taken", "serving/links/livekit.py",
      "self._finish(length_s)\n", "pass\n", room("segments_in_quick_succession_are_finished_each")),
 ))
 # fmt: on

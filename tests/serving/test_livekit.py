@@ -19,19 +19,19 @@ from livekit.agents.voice.avatar import (
 
 from jax_avatar.io.audio import QuickResampler
 from jax_avatar.io.watermark import mark
-from jax_avatar.serving.livekit import (
+from jax_avatar.live.session import LiveSession, LiveSettings
+from jax_avatar.serving.links.livekit import (
     AvatarVideoGenerator,
     avatar_options,
     avatar_token,
     serve_room,
 )
-from jax_avatar.streaming.live import LiveSession, LiveSettings
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import load_model
 from jax_avatar.streaming.session import AvatarSession
+from tests.live.helpers import FastClock, voice
 from tests.nano import save_model
 from tests.serving.livekit_rooms import meet
-from tests.streaming.live import FastClock, voice
 
 RATE, FRAME_S = 24_000, 1 / 16
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_avatar.serving import app, rtc
-from jax_avatar.streaming.live import LiveChunk
+from jax_avatar.live.session import LiveChunk
+from jax_avatar.serving import app
+from jax_avatar.serving.links import webrtc as rtc
+from tests.live.helpers import voice
 from tests.serving.rtc_client import Peer, post
 from tests.serving.test_server import TOKEN, nothing_leaks, served  # noqa: F401
-from tests.streaming.live import voice
 
 
 @pytest.fixture(autouse=True)

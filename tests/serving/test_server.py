@@ -17,16 +17,16 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from jax_avatar.serving.admission import ServerState
 from jax_avatar.serving.messages import Limits
-from jax_avatar.serving.run import make_config
-from jax_avatar.serving.seats import Seats
+from jax_avatar.serving.pool import Seats
+from jax_avatar.serving.server import make_config
+from jax_avatar.serving.server_state import ServerState
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import load_model
 from jax_avatar.streaming.session import AvatarSession, NotFinite
+from tests.live.helpers import voice
 from tests.nano import save_model
 from tests.serving.client import Client, base64_of
-from tests.streaming.live import voice
 
 TOKEN = "open sesame"
 LIMITS = Limits(portrait_bytes=100_000, portrait_pixels=1_000_000, audio_bytes=50_000)

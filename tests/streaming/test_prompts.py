@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.io.checkpoint import load_header, load_json, load_weights, save_orbax, save_weights
 from jax_avatar.io.prompt import Tokenizer
 from jax_avatar.models.params import merge
 from jax_avatar.streaming import prompts
@@ -20,6 +19,7 @@ from jax_avatar.streaming.model import (
 )
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.weights.files import load_header, load_json, load_weights, save_orbax, save_weights
 from tests.nano import CONFIG, PROMPTS, save_model, save_text_encoder, save_tokenizer
 
 

@@ -2,12 +2,12 @@ import jax
 import numpy as np
 import pytest
 
-from jax_avatar.io.checkpoint import load_json, save_json
 from jax_avatar.io.video import VideoWriter, read_video
+from jax_avatar.streaming.file import for_duration, stream_to_file
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.model import load_model
-from jax_avatar.streaming.run import for_duration, stream_to_file
 from jax_avatar.streaming.session import AvatarSession, NotFinite
+from jax_avatar.weights.files import load_json, save_json
 from tests.nano import save_model
 
 RATE, FPS, PER_FRAME = 16_000, 16, 1000

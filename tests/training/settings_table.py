@@ -14,17 +14,17 @@ __all__ = ["FILES", "SETTINGS", "Cosmetic", "Noticed"]
 FILES = {
     "DiTConfig": "models/config.py",
     "DistillConfig": "training/distill_state.py",
-    "DistillWeights": "training/distillation_task.py",
-    "EncodeConfig": "training/encoding.py",
-    "ForcingConfig": "training/diffusion_forcing.py",
-    "LightVAEConfig": "models/light_vae.py",
-    "LoopConfig": "training/step.py",
+    "DistillWeights": "training/stages/distill.py",
+    "EncodeConfig": "data/encode.py",
+    "ForcingConfig": "training/stages/flow.py",
+    "LightVAEConfig": "models/vae/light.py",
+    "LoopConfig": "training/run/step.py",
     "RolloutConfig": "training/rollout.py",
     "SamplerConfig": "training/teacher.py",
-    "SpeechConfig": "models/audio.py",
-    "SpeechTaskConfig": "training/speech.py",
+    "SpeechConfig": "models/speech/mel.py",
+    "SpeechTaskConfig": "training/stages/speech.py",
     "StageWeights": "training/model_folder.py",
-    "VAELossConfig": "training/vae.py",
+    "VAELossConfig": "training/stages/light_vae.py",
 }
 """Where each config is, in `jax_avatar`."""
 
@@ -235,7 +235,7 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
     },
     "EncodeConfig": {
         **_in(
-            "training/encoding",
+            "data/encode",
             phases="a_folder_becomes_a_set_that_trains",
             clips_per_shard="an_interrupted_encoding_goes_on_to_the_same_set",
             store_features="features_and_the_negative_prompt_are_stored_as_told",
@@ -325,7 +325,7 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
         "zero_init": Noticed("models/dit::pose_starts_at_zero_if_told"),
         "text_len": Noticed("models/dit::wrong_audio_length_and_prompt_are_named"),
         "frames_per_block": Noticed(
-            "training/latents::clips_that_do_not_fit_the_model_are_named", 2
+            "data/latents::clips_that_do_not_fit_the_model_are_named", 2
         ),
         "ring_blocks": Noticed(
             "training/diffusion_forcing::"

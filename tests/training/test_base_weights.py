@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from configs import diffusion_forcing, dmd, teacher
-from jax_avatar.io.checkpoint import save_json, save_weights
 from jax_avatar.training.base_weights import check_not_merged, merge_record
 from jax_avatar.training.model_folder import StageWeights
-from jax_avatar.training.stages import build_stage
+from jax_avatar.training.stages.build import build_stage
+from jax_avatar.weights.files import save_json, save_weights
 
 STAGES = {"teacher": teacher, "diffusion_forcing": diffusion_forcing, "dmd": dmd}
 MERGED = {"merged": [{"file": "liveavatar.safetensors", "scaling": 0.5}]}

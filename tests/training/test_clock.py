@@ -15,13 +15,13 @@ from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.planning.hardware import HARDWARE
 from jax_avatar.planning.work import clip_flops, step_work
-from jax_avatar.training.clock import PHASES, StepClock, Work, memory_peak
-from jax_avatar.training.diffusion_forcing import ForcingConfig
 from jax_avatar.training.distill_state import DistillConfig
-from jax_avatar.training.loop import train
-from jax_avatar.training.mesh import make_training_mesh
 from jax_avatar.training.rollout import RolloutConfig
-from jax_avatar.training.step import LoopConfig
+from jax_avatar.training.run.clock import PHASES, StepClock, Work, memory_peak
+from jax_avatar.training.run.loop import train
+from jax_avatar.training.run.placement import make_training_mesh
+from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.training.stages.flow import ForcingConfig
 from tests import nano
 from tests.training.test_loggers import CONFIG, Still, read
 

@@ -11,7 +11,7 @@ from jax_avatar.training import distillation
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.rollout import Generator, RolloutConfig
-from jax_avatar.training.step import LoopConfig
+from jax_avatar.training.run.step import LoopConfig
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False)

@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar.data.encode import mouth_cells
+from jax_avatar.data.latents import LatentClips
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import merge
 from jax_avatar.models.portrait_dit import PortraitDiT
-from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
-from jax_avatar.training.encoding import mouth_cells
-from jax_avatar.training.latents import LatentClips
-from jax_avatar.training.mouth_reader import fit_mouth_reader
-from jax_avatar.training.state import start_state
-from jax_avatar.training.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.run.state import start_state
+from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
+from jax_avatar.training.stages.mouth_reader import fit_mouth_reader
 
 MODEL = DiTConfig(
     width=24,

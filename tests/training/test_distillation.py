@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar.data.latents import random_clips
 from jax_avatar.diffusion.sampling import Sampling
-from jax_avatar.io.checkpoint import load_json, load_weights, save_json
 from jax_avatar.models.lora import add_adapter, init_adapter
 from jax_avatar.models.params import flatten
 from jax_avatar.streaming.model import load_model
 from jax_avatar.training import distillation
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import Distiller
-from jax_avatar.training.distillation_task import DistillTask, DistillWeights
-from jax_avatar.training.latents import random_clips
-from jax_avatar.training.loop import train
 from jax_avatar.training.rollout import Generator, RolloutConfig
-from jax_avatar.training.step import LoopConfig
+from jax_avatar.training.run.loop import train
+from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.training.stages.distill import DistillTask, DistillWeights
+from jax_avatar.weights.files import load_json, load_weights, save_json
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False, num_layers=1, ring_blocks=2)

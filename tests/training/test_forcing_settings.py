@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.models.portrait_dit import PortraitDiT
-from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
+from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
 from tests.training.test_diffusion_forcing import KEY, MODEL, SETTINGS, make_clips, make_task
 
 MANY = 4000

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training import step as training_step
-from jax_avatar.training.clock import is_timing
-from jax_avatar.training.evaluation import AverageEvaluation
-from jax_avatar.training.guards import (
+from jax_avatar.training.run import step as training_step
+from jax_avatar.training.run.clock import is_timing
+from jax_avatar.training.run.evaluation import AverageEvaluation
+from jax_avatar.training.run.guards import (
     CAUSES,
     TooManySkips,
     check_skips,
@@ -24,9 +24,9 @@ from jax_avatar.training.guards import (
     report,
     rolled_back,
 )
-from jax_avatar.training.loop import train
-from jax_avatar.training.state import start_state, update_state
-from jax_avatar.training.step import LoopConfig, make_optimiser
+from jax_avatar.training.run.loop import train
+from jax_avatar.training.run.state import start_state, update_state
+from jax_avatar.training.run.step import LoopConfig, make_optimiser
 
 CONFIG = LoopConfig(
     num_steps=90, warmup_steps=2, log_every=7, checkpoint_every=20, keep=2, keep_every=40

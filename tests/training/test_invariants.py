@@ -20,9 +20,9 @@ from jax_avatar.training import rollout as rollout_module
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.dmd import generator_gradient
-from jax_avatar.training.guards import judge
 from jax_avatar.training.rollout import Clip, Generator, RolloutConfig, draw, joined
-from jax_avatar.training.step import LoopConfig
+from jax_avatar.training.run.guards import judge
+from jax_avatar.training.run.step import LoopConfig
 from tests import nano
 
 GRID, BLOCKS = (4, 4), 2

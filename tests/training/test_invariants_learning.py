@@ -12,7 +12,7 @@ from jax_avatar.training import distillation
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.rollout import Generator, RolloutConfig, made_clips, roll_out
-from jax_avatar.training.step import LoopConfig
+from jax_avatar.training.run.step import LoopConfig
 from tests import nano
 
 FRAMES, GRID, BATCH = 6, (4, 4), 4

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from absl import flags
 
-from jax_avatar.training.latents import random_clips
-from jax_avatar.training.loader import DataError, load_batches
-from jax_avatar.training.loop import train
-from jax_avatar.training.step import LoopConfig
-from jax_avatar.training.windows import Windows
+from jax_avatar.data.latents import random_clips
+from jax_avatar.data.windows import Windows
+from jax_avatar.training.run.loader import DataError, load_batches
+from jax_avatar.training.run.loop import train
+from jax_avatar.training.run.step import LoopConfig
 from tests.training.test_loggers import CONFIG, Still, read
 
 WINDOWS = Windows(random_clips(5, 12, (2, 2), 2, (1, 2)), 6, 3, seed=[0, 1])

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_avatar.training.journal import Journal
-from jax_avatar.training.loop import train
-from jax_avatar.training.run_record import git_state, run_record
-from jax_avatar.training.step import LoopConfig
+from jax_avatar.training.run.journal import Journal
+from jax_avatar.training.run.loop import train
+from jax_avatar.training.run.run_record import git_state, run_record
+from jax_avatar.training.run.step import LoopConfig
 
 CONFIG = LoopConfig(num_steps=4, warmup_steps=0, log_every=2, checkpoint_every=4)
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training import loop
-from jax_avatar.training.checkpoints import restore, told_disk_errors
-from jax_avatar.training.evaluation import AverageEvaluation
-from jax_avatar.training.loop import train
-from jax_avatar.training.state import TrainState, build_section, start_state
-from jax_avatar.training.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.run import loop
+from jax_avatar.training.run.checkpoints import restore, told_disk_errors
+from jax_avatar.training.run.evaluation import AverageEvaluation
+from jax_avatar.training.run.loop import train
+from jax_avatar.training.run.state import TrainState, build_section, start_state
+from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
 
 
 class LineTask:

@@ -7,12 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training.accumulate import accumulated, clip_keys
-from jax_avatar.training.evaluation import AverageEvaluation
-from jax_avatar.training.guards import judge, new_guard, note
-from jax_avatar.training.loop import train
-from jax_avatar.training.state import start_state
-from jax_avatar.training.step import LoopConfig, learning_rate, make_optimiser, make_step, mesh_of
+from jax_avatar.training.run.accumulate import accumulated, clip_keys
+from jax_avatar.training.run.evaluation import AverageEvaluation
+from jax_avatar.training.run.guards import judge, new_guard, note
+from jax_avatar.training.run.loop import train
+from jax_avatar.training.run.state import start_state
+from jax_avatar.training.run.step import (
+    LoopConfig,
+    learning_rate,
+    make_optimiser,
+    make_step,
+    mesh_of,
+)
 from tests.training.test_loop import CONFIG, LineTask
 
 # No value is a default.

@@ -9,25 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar.data.latents import random_clips
 from jax_avatar.models import sharding
 from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.sharding import on_mesh
-from jax_avatar.training.accumulate import accumulated
-from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingTask
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import Distiller
-from jax_avatar.training.latents import random_clips
-from jax_avatar.training.loop import train
-from jax_avatar.training.mesh import (
+from jax_avatar.training.rollout import Generator, RolloutConfig
+from jax_avatar.training.run.accumulate import accumulated
+from jax_avatar.training.run.loop import train
+from jax_avatar.training.run.placement import (
     local_rows,
     make_training_mesh,
     parse_training_mesh,
     place_batch,
     place_state,
 )
-from jax_avatar.training.rollout import Generator, RolloutConfig
-from jax_avatar.training.state import start_state
-from jax_avatar.training.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.run.state import start_state
+from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
 from tests import nano
 
 BATCH, GRID = 8, (2, 4)

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training.loop import train
-from jax_avatar.training.monitors import (
+from jax_avatar.training.run.loop import train
+from jax_avatar.training.run.monitors import (
     ALARMS,
     bin_shares,
     find_alarms,
@@ -16,7 +16,7 @@ from jax_avatar.training.monitors import (
     watch_clips,
     watch_scores,
 )
-from jax_avatar.training.step import LoopConfig
+from jax_avatar.training.run.step import LoopConfig
 from tests.training.test_guards import StumblingTask
 
 FRAMES, CHANNELS = 3, 4

@@ -12,9 +12,9 @@ from flax import nnx
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.params import abstract
-from jax_avatar.training.norms import average_distance, family_norms
-from jax_avatar.training.state import start_state
-from jax_avatar.training.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.run.norms import average_distance, family_norms
+from jax_avatar.training.run.state import start_state
+from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
 from tests import nano
 from tests.training.test_loop import LineTask
 

@@ -11,8 +11,8 @@ from jax_avatar.training import distillation
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.rollout import Generator, RolloutConfig
-from jax_avatar.training.state import start_state
-from jax_avatar.training.step import LoopConfig, compiled_step, learning_rate, make_optimiser
+from jax_avatar.training.run.state import start_state
+from jax_avatar.training.run.step import LoopConfig, compiled_step, learning_rate, make_optimiser
 from tests import nano
 
 # Without memory, and with gradients of one sign, every update moves a weight by the rate.

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jax_avatar.training import stages
-from jax_avatar.training.encoding import EncodeConfig
-from jax_avatar.training.step import LoopConfig
+from jax_avatar.data.encode import EncodeConfig
+from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.training.stages import build as stages
 from tests.training.settings_table import FILES, SETTINGS, Noticed
 
 ROOT = Path(__file__).parents[2]

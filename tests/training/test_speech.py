@@ -12,17 +12,17 @@ from flax import nnx
 
 from jax_avatar.data.talking_people import speech
 from jax_avatar.data.talking_people.speech import Phone, Utterance
-from jax_avatar.io.checkpoint import load_weights
-from jax_avatar.models.audio import SpeechConfig, SpeechEncoder
 from jax_avatar.models.params import abstract, merge
-from jax_avatar.training.speech import (
+from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
+from jax_avatar.training.run.step import Task
+from jax_avatar.training.stages.speech import (
     SpeechTask,
     SpeechTaskConfig,
     correlations,
     load_corpus,
     target_units,
 )
-from jax_avatar.training.step import Task
+from jax_avatar.weights.files import load_weights
 
 MODEL = SpeechConfig(
     bands=24, width=16, dilations=(1, 2), kernel=3, units=("jawOpen", "mouthPucker")

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar.data.latents import random_clips
 from jax_avatar.diffusion.schedule import few_step_schedule
-from jax_avatar.io.checkpoint import load_weights, save_weights
 from jax_avatar.models.params import flatten
-from jax_avatar.training import stages, teacher
-from jax_avatar.training.distillation_task import DistillTask, DistillWeights
-from jax_avatar.training.latents import random_clips
+from jax_avatar.training import teacher
+from jax_avatar.training.stages import build as stages
+from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
+from jax_avatar.weights.files import load_weights, save_weights
 from tests import nano
 from tests.training.test_distillation import LOOP, ROLLOUT, SETTINGS
 

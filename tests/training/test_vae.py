@@ -5,9 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from jax_avatar.io.checkpoint import load_weights
-from jax_avatar.models.light_vae import LightVAEConfig
-from jax_avatar.training.vae import (
+from jax_avatar.models.vae.light import LightVAEConfig
+from jax_avatar.training.stages.light_vae import (
     FaceWindows,
     VAELossConfig,
     VAETask,
@@ -15,6 +14,7 @@ from jax_avatar.training.vae import (
     mouth_weight,
     reconstruction_scores,
 )
+from jax_avatar.weights.files import load_weights
 
 NANO = LightVAEConfig(
     z_dim=6, latent_width=8, frame_width=6, stem_width=4, latent_blocks=1, frame_blocks=1

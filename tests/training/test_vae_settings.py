@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training import vae
-from jax_avatar.training.vae import FaceWindows, VAELossConfig, VAETask
+from jax_avatar.training.stages import light_vae as vae
+from jax_avatar.training.stages.light_vae import FaceWindows, VAELossConfig, VAETask
 from tests.training.test_vae import NANO
 
 LOSS = VAELossConfig(

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training import stages
-from jax_avatar.training.diffusion_forcing import ForcingConfig, ForcingFiles, ForcingTask
+from jax_avatar.data.latents import random_clips
 from jax_avatar.training.distill_state import DistillConfig
-from jax_avatar.training.distillation_task import DistillTask, DistillWeights
-from jax_avatar.training.latents import random_clips
-from jax_avatar.training.mesh import make_training_mesh, place_state
 from jax_avatar.training.rollout import RolloutConfig
-from jax_avatar.training.step import LoopConfig
-from jax_avatar.training.validation import NUM_BINS, FlowValidation, levels_in_bins
+from jax_avatar.training.run.placement import make_training_mesh, place_state
+from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.training.stages import build as stages
+from jax_avatar.training.stages.distill import DistillTask, DistillWeights
+from jax_avatar.training.stages.flow import ForcingConfig, ForcingFiles, ForcingTask
+from jax_avatar.training.stages.validation import NUM_BINS, FlowValidation, levels_in_bins
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False, num_layers=1, ring_blocks=2)

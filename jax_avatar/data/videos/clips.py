@@ -32,7 +32,7 @@ from jax_avatar.data.videos.faces import (
 from jax_avatar.data.videos.filters import Filter, HasSound, HasSpeech
 from jax_avatar.data.videos.footage import SAMPLE_RATE, Footage
 from jax_avatar.data.videos.shots import ShotCuts
-from jax_avatar.io.checkpoint import load_json, save_json
+from jax_avatar.weights.files import load_json, save_json
 
 __all__ = ["REJECTED", "VideoConfig", "VideoJob", "cut_video", "finish", "plan", "start"]
 

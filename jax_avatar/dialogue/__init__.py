@@ -1,0 +1,1 @@
+"""Speech for a conversation."""

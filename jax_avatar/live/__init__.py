@@ -1,0 +1,1 @@
+"""Real-time sessions: pacing, jitter buffer, turns."""

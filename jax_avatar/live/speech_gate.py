@@ -1,0 +1,60 @@
+"""A microphone that is always on -> utterances: what is said passes, silence does not."""
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from jax_avatar.shapes import Float
+from jax_avatar.streaming.sample_queue import SampleQueue
+
+__all__ = ["SpeechGate"]
+
+_WINDOW_S = 0.02
+
+
+class SpeechGate:
+    """Opens where it becomes loud, closes after a while of quiet."""
+
+    def __init__(
+        self,
+        rate: int,
+        *,
+        opens_at: float = 0.01,
+        closes_at: float = 0.004,
+        before_s: float = 0.2,
+        after_s: float = 0.6,
+    ):
+        """Starts closed.
+
+        Args:
+            rate: samples per second.
+            opens_at: root mean square of 20 ms that begins an utterance; 1 is full scale.
+            closes_at: what is below is quiet.
+            before_s: of what came before that belongs to the utterance, since words begin softly.
+            after_s: of quiet that ends the utterance, and still belongs to it.
+        """
+        self.rate, self._opens_at, self._closes_at = rate, opens_at, closes_at
+        self._window = round(_WINDOW_S * rate)
+        self._after = round(after_s / _WINDOW_S)
+        self._waiting = SampleQueue()
+        self._recent: deque[np.ndarray] = deque(maxlen=round(before_s / _WINDOW_S) + 1)
+        self._is_open, self._quiet = False, 0
+
+    def __call__(self, samples: Float[np.ndarray, " N"]) -> Iterator[np.ndarray | None]:
+        """Yields pieces of speech, and None where an utterance ends."""
+        self._waiting.append(samples)
+        while len(self._waiting) >= self._window:
+            window = self._waiting.take(self._window)
+            level = float(np.sqrt(np.mean(np.square(window))))
+            if not self._is_open:
+                self._recent.append(window)
+                if level < self._opens_at:
+                    continue
+                self._is_open, window = True, np.concatenate(self._recent)
+                self._recent.clear()
+            yield window
+            self._quiet = self._quiet + 1 if level < self._closes_at else 0
+            if self._quiet >= self._after:
+                self._is_open, self._quiet = False, 0
+                yield None

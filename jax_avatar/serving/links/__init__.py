@@ -1,0 +1,1 @@
+"""Transports of a live session: WebSocket, WebRTC, LiveKit."""

@@ -1,0 +1,1 @@
+"""The stages of training as tasks for the loop."""

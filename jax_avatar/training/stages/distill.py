@@ -1,0 +1,278 @@
+"""Distillation as a task for the loop: where its weights and clips come from and go to.
+
+model folder ----------+--> config.json, VAE, front ends ---------> exported model folder
+teacher, student ------+--> base, generator, critic --Distiller--> dit (or lora) --^
+encoded clips: portraits and speech, no video needed
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jax_avatar.data.latents import Clips
+from jax_avatar.data.windows import Windows, check_fit
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.lora import init_adapter
+from jax_avatar.models.params import abstract, split
+from jax_avatar.models.sharding import on_mesh
+from jax_avatar.shapes import Array, PyTree
+from jax_avatar.training.adapters import FrozenBase
+from jax_avatar.training.base_weights import check_not_merged, merge_record
+from jax_avatar.training.distill_state import DistillConfig, DistillState, Told
+from jax_avatar.training.distillation import Distiller, check_levels
+from jax_avatar.training.model_folder import (
+    NETWORKS,
+    export_model,
+    model_content,
+    read_adapter,
+    read_dit,
+)
+from jax_avatar.training.rollout import Generator, RolloutConfig
+from jax_avatar.training.run.monitors import ClipFigures, measure_data
+from jax_avatar.training.run.step import LoopConfig, mesh_of
+from jax_avatar.training.stages.validation import LEVELS_SEED, FlowValidation
+
+__all__ = ["DistillTask", "DistillWeights"]
+
+_ROLES = {"generator": 0, "critic": 1}
+_COMPARED = 256  # clips of the data whose figures generated ones are compared with
+
+
+@dataclass(frozen=True)
+class DistillWeights:
+    """Folders with weights.
+
+    Attributes:
+        model: a whole model; its VAE, front ends and stream settings go with the student.
+        teacher: has the transformer to distil; "" starts from random weights, to see it run.
+        student: has the transformer, or with adapters the adapter `lora`, that the student starts
+            from; "" is the teacher's, or a fresh adapter.
+    """
+
+    model: str
+    teacher: str = ""
+    student: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Batches:
+    """`DistillTask.batches` without the task, for other processes."""
+
+    windows: Mapping[str, Windows]  # by role
+    settings: DistillConfig
+    pose: str
+    pose_channels: int
+
+    def __call__(self, step: int, rows: np.ndarray | None = None) -> dict[str, Told]:
+        roles = ["critic"]
+        if (step + 1) % self.settings.generator_every == 0:
+            roles.append("generator")
+        rows = np.arange(self.settings.batch_size) if rows is None else rows
+        return {role: self.told(self.windows[role], step, rows) for role in roles}
+
+    def told(self, windows: Windows, step: int, rows: np.ndarray) -> Told:
+        """Conditions of the clips of some windows."""
+        batch = windows.batch(step, rows)
+        pose = reference = batch["reference"]
+        if self.pose == "zeros":
+            pose = np.zeros((*reference.shape[:-1], self.pose_channels), np.float32)
+        return Told(
+            batch["text"],
+            batch["null_text"],
+            reference,
+            batch["features"],
+            pose,
+            rows.astype(np.int32),
+        )
+
+
+class DistillTask:
+    """Self-forcing distillation with its own state and step."""
+
+    name = "dmd"
+
+    def __init__(
+        self,
+        model: DiTConfig,
+        rollout: RolloutConfig,
+        settings: DistillConfig,
+        weights: DistillWeights,
+        clips: Clips,
+        *,
+        seed: int = 0,
+        fps: int | None = None,
+        held_out: Callable[[], Clips | None] | None = None,
+    ):
+        """Checks that the parts fit together.
+
+        Args:
+            model: size of the transformer of all three networks.
+            rollout: how the generator makes clips.
+            settings: batches, scores and what is trained.
+            weights: folders.
+            clips: portraits and speech to train on.
+            seed: of the choice of clips.
+            fps: video frames per second; as the model in `weights.model` streams if not given.
+            held_out: reads clips to validate on, if there are any.
+        """
+        check_not_merged(weights)
+        content = model_content(weights.model)
+        stream = content["stream"]
+        size = stream.get("size")
+        check_fit(
+            clips,
+            model,
+            settings.latents,
+            fps=fps or stream.get("fps"),
+            grid=(size[0] // 8, size[1] // 8) if size else None,
+        )
+        if model.weights:
+            raise ValueError(
+                f"model.weights {model.weights!r} has no gradient; distil with weights as stored "
+                "('') and round the student afterwards."
+            )
+        self.model, self.settings, self.weights = model, settings, weights
+        self.clips, self.seed, self._content = clips, seed, content
+        self._held_out, self._fps = held_out, fps or stream.get("fps")
+        self.batch_size, self.content_hash = settings.batch_size, clips.content_hash
+        self.replay_limit = settings.replay_limit_for(model.dtype)
+        windows = {role: self._windows_of(clips, number) for role, number in _ROLES.items()}
+        pose = content["stream"].get("pose", "zeros")
+        self.source = _Batches(windows, settings, pose, model.pose_channels)
+        network, adapted = NETWORKS[content["dit"]], settings.adapted(model)
+        check_levels(network, rollout, settings)
+        self._build = functools.partial(network, model)
+        self.graphdef, self._expected = abstract(lambda: self._build(rngs=nnx.Rngs(0)))
+        structure, _ = abstract(lambda: network(adapted, rngs=nnx.Rngs(0)))
+        self.generator = Generator(structure, adapted, rollout)
+        self._base = FrozenBase(self._read_or_draw)
+
+    def start(self, config: LoopConfig, key: Array) -> DistillState:
+        """The state before the first step; `base` is read or drawn here."""
+        base = self._base.on(mesh_of(self, config))
+        settings, student = self.settings, self.weights.student
+        if settings.adapter_rank:
+            keys = jax.random.split(key)
+            generator, critic = (init_adapter(base, settings.adapter_rank, key) for key in keys)
+            if student:
+                fields, teacher = settings.adapter_fields, self.weights.teacher
+                generator = read_adapter(student, generator, fields, base=teacher)
+        else:
+            generator = read_dit(student, self._expected) if student else base
+            critic = base
+        return self._distiller(config).start(generator, critic)
+
+    def make_step(self, config: LoopConfig, mesh: Mesh | None = None):
+        """The compiled `(state, batch, key) -> (state, metrics)`; the state is donated.
+
+        It is `Distiller.step`, compiled in two parts, one of which most steps leave out.
+        """
+        distiller, base = self._distiller(config), self._base.on(mesh)
+        parts = {
+            "generator": jax.jit(on_mesh(distiller.update_generator, mesh), donate_argnums=0),
+            "critic": jax.jit(on_mesh(distiller.update_critic, mesh), donate_argnums=0),
+        }
+
+        def step(state, batch, key):
+            metrics = {}
+            for role, update in parts.items():
+                if role in batch:
+                    state, more = update(state, batch[role], key, base)
+                    metrics |= more
+            return state, metrics
+
+        return step
+
+    def batches(self, step: int, rows: np.ndarray | None = None) -> dict[str, Told]:
+        """Conditions of a step, different ones for generator and critic.
+
+        Args:
+            step: number of the step, from 0.
+            rows: numbers of the clips to make; all of the batch if not given.
+        """
+        return self.source(step, rows)
+
+    def evaluations(self, config: LoopConfig, mesh: Mesh) -> list[FlowValidation]:
+        """The critic's error on clips that the student makes of held-out portraits and speech."""
+        held_out = self._held_out() if self._held_out and config.validation_clips else None
+        if held_out is None:
+            return []
+        windows, base = self._windows_of(held_out, len(_ROLES)), self._base.on(mesh)
+        distiller = self._distiller(config)
+
+        def errors(student, others, told):
+            return distiller.critic_errors(student, *others, told, jax.random.key(LEVELS_SEED))
+
+        return [
+            FlowValidation(
+                errors,
+                lambda rows: self.source.told(windows, 0, rows),
+                mesh,
+                count=min(config.validation_clips, len(windows.windows)),
+                at_once=self.batch_size // config.accumulate,
+                beside=lambda state: (state.critic, base),
+                name="critic_flow",
+            )
+        ]
+
+    @property
+    def streamed(self) -> tuple[Any, DiTConfig]:
+        """Same as in `ForcingTask`."""
+        return self.generator.graphdef, self.generator.config
+
+    def bound(self, weights: PyTree, mesh: Mesh | None = None) -> PyTree:
+        """Same as in `ForcingTask`."""
+        return self.settings.bind(self._base.on(mesh))(weights)
+
+    @property
+    def stream_settings(self) -> dict[str, Any]:
+        """Streaming settings of the student, as it was trained."""
+        rate = {"fps": self._fps} if self._fps else {}
+        return {**self.generator.settings.sampling(), **rate}
+
+    def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
+        """Writes a model folder that can be streamed: `config.json` and all its networks."""
+        params, adapter = self.settings.stored(self._base, weights)
+        metadata = {**metadata, "fps": self._fps, **merge_record(self.weights.teacher)}
+        model = self.weights.model
+        stream = self.stream_settings
+        export_model(folder, model, params, self.model, metadata, stream=stream, adapter=adapter)
+
+    def _distiller(self, config: LoopConfig) -> Distiller:
+        return Distiller(self.generator, self.graphdef, self.settings, config, self._data)
+
+    @functools.cached_property
+    def _data(self) -> ClipFigures:
+        some = self.clips.take(slice(None, None, -(-len(self.clips) // _COMPARED)))
+        latents = some.latent[:, : self.settings.latents].astype(np.float32)
+        return measure_data(latents, self.model.frames_per_block)
+
+    def _windows_of(self, clips: Clips, number: int) -> Windows:
+        settings, model = self.settings, self.model
+        return Windows(
+            clips,
+            settings.latents,
+            settings.batch_size,
+            text_len=model.text_len,
+            text_width=model.text_width,
+            seed=[self.seed, 2, number],
+        )
+
+    def _read_or_draw(self, mesh: Mesh | None) -> PyTree:
+        teacher = self.weights.teacher
+        return read_dit(teacher, self._expected, mesh) if teacher else self._random_teacher()
+
+    def _random_teacher(self) -> PyTree:
+        params = split(jax.jit(lambda: self._build(rngs=nnx.Rngs(self.seed)))())[1]
+        # Its output layer starts at zero, which would leave nothing to distil.
+        kernel = params["head"]["kernel"]
+        noise = jax.random.normal(jax.random.key(self.seed), kernel.shape, kernel.dtype)
+        params["head"]["kernel"] = 0.1 * noise
+        return params

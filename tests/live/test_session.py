@@ -1,0 +1,285 @@
+import asyncio
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_avatar.live.session import Clock, LiveSession, LiveSettings
+from jax_avatar.live.turn import State
+from jax_avatar.streaming.mesh import parse_layout
+from jax_avatar.streaming.model import load_model
+from jax_avatar.streaming.session import AvatarSession
+from tests.live.helpers import (
+    FPS,
+    PER_FRAME,
+    RATE,
+    FastClock,
+    events,
+    finished,
+    frames_of,
+    recording,
+    seconds,
+    sound_of,
+    voice,
+    watch,
+)  # fmt: skip
+from tests.nano import save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def sessions(folder):
+    """Layout -> a warm session, made once."""
+
+    @functools.cache
+    def warm(layout):
+        portrait = np.random.default_rng(0).uniform(-1, 1, (1, 1, 64, 64, 3)).astype(np.float32)
+        session = AvatarSession(load_model(folder), portrait, parse_layout(layout, 4))
+        session.warm_up()
+        return session
+
+    return warm
+
+
+@pytest.fixture(params=["1", "5"])
+def core(sessions, request):
+    return sessions(request.param)
+
+
+@pytest.fixture
+def alone(sessions):
+    """The session on one device only."""
+    return sessions("1")
+
+
+def live_on(core, **settings):
+    core.reset()
+    return LiveSession(core, LiveSettings(**settings), clock=FastClock())
+
+
+def replay(core, heard):
+    """The video of everything that a live session heard, in one piece."""
+    core.reset()
+    return np.concatenate([*core.push(np.concatenate(heard)), *core.finish()])
+
+
+def jumps_of(whole, got):
+    """Where frames were left out: `(frame of what was shown, frame of the whole)` per jump."""
+    jumps, at = [], 0
+    for n, frame in enumerate(got):
+        skipped = next(k for k in range(len(whole) - at) if (whole[at + k] == frame).all())
+        if skipped:
+            jumps.append((n, at + skipped))
+        at += skipped + 1
+    return jumps
+
+
+def test_speech_is_spoken_whole_and_in_step_with_its_sound(core):
+    live = live_on(core)
+
+    async def run():
+        async with live:
+            idle = await watch(live, seconds(0.5))
+            live.push_audio(voice(2.0), RATE)
+            live.end_segment()
+            return idle, await watch(live, finished)
+
+    with recording(core) as heard:
+        idle, talk = asyncio.run(run())
+    assert not sound_of(idle).any()
+    sound = sound_of(talk)
+    first = np.flatnonzero(sound)[0]
+    np.testing.assert_array_equal(sound[first : first + 2 * RATE], voice(2.0))
+    for chunk in talk:
+        assert len(chunk.sound) == len(chunk.frames) * PER_FRAME
+    starts = [chunk.start_s for chunk in idle + talk]
+    counts = [len(chunk.frames) for chunk in idle + talk]
+    np.testing.assert_allclose(starts, np.cumsum([0, *counts[:-1]]) / FPS)
+    (end,) = events(talk, "playback_finished")
+    assert end.data == {"position_s": 2.0, "interrupted": False}
+    assert [e.data["state"] for e in events(talk, "state")] == ["speaking", "idle"]
+    # The frames are those of what was heard; only idle ones gave way, once, to speech.
+    got, given = frames_of(idle + talk), np.concatenate(heard)
+    ((jump, at),) = jumps_of(replay(core, heard), got)
+    assert at - jump == live.stats.dropped > 0 and jump * PER_FRAME <= first + len(sound_of(idle))
+    shown = sound_of(idle + talk)[jump * PER_FRAME :]
+    np.testing.assert_array_equal(shown, given[at * PER_FRAME :][: len(shown)])
+
+
+def test_an_interrupt_drops_speech_and_goes_on_in_silence(core):
+    live = live_on(core)
+
+    def speaking(chunks):
+        return bool(events(chunks, "playback_started")) and len(chunks) > 3
+
+    async def run():
+        async with live:
+            live.push_audio(voice(20.0), RATE)
+            live.end_segment()
+            before = await watch(live, speaking)
+            position = live.clear()
+            assert live.queued_s == 0 and live.state is State.INTERRUPTED and live.clear() == 0
+            bridge = await watch(live, lambda chunks: live.state is State.IDLE)
+            return before, position, bridge, await watch(live, seconds(2.5))
+
+    with recording(core) as heard:
+        before, position, bridge, after = asyncio.run(run())
+    spoken = np.count_nonzero(sound_of(before)) / RATE
+    assert position == pytest.approx(spoken, abs=1e-3) and position > 0
+    assert not sound_of(bridge + after).any()
+    told = events(bridge + after, "playback_finished")
+    assert [e.data for e in told] == [{"position_s": position, "interrupted": True}]
+    # Face and pose go on: it is one stream, with idle and then muted frames left out.
+    got = frames_of(before + bridge + after)
+    jumps = jumps_of(replay(core, heard), got)
+    assert 1 <= len(jumps) <= 3 and sum(n >= len(frames_of(before)) for n, _ in jumps) == 1
+    assert jumps[-1][1] - jumps[-1][0] == live.stats.dropped
+    # What comes after the jump is the video of silence alone.
+    _, at = jumps[-1]
+    last = max(i for i, block in enumerate(heard) if block.any())
+    assert at * PER_FRAME >= sum(map(len, heard[: last + 1])) - 2 * PER_FRAME
+
+
+def test_a_microphone_is_heard_without_a_gap(alone):
+    """Pieces of 20 ms as they are spoken, starting at any moment."""
+    live, samples = live_on(alone, hold_back_s=0.25), voice(3.0)
+
+    async def speak():
+        began, sent = live._clock.now(), 0
+        while sent < len(samples):
+            await asyncio.sleep(0.02 / live._clock.speed)
+            come = round((live._clock.now() - began) * RATE)
+            live.push_audio((samples[sent:come] * 32767).astype(np.int16), RATE)
+            sent = come
+        live.end_segment()
+
+    async def run():
+        async with live:
+            await watch(live, seconds(1.3))
+            talk, _ = await asyncio.gather(watch(live, finished), speak())
+            return talk
+
+    sound = sound_of(asyncio.run(run()))
+    first = np.flatnonzero(sound)[0]
+    np.testing.assert_allclose(sound[first : first + len(samples)], samples, atol=1e-4)
+    assert live.stats.missing_s == 0
+
+
+def test_unfinished_speech_that_stops_is_followed_by_silence_and_live_idling(alone):
+    live = live_on(alone)
+
+    async def run():
+        async with live:
+            live.push_audio(voice(1.0), RATE)
+            return await watch(live, seconds(5))
+
+    chunks = asyncio.run(run())
+    frames, sound = frames_of(chunks), sound_of(chunks)
+    assert not sound[-2 * RATE :].any() and live.state is State.SPEAKING
+    assert 0 < live.stats.missing_s
+    held = live.queued_s
+    assert np.count_nonzero(sound) == pytest.approx((1.0 - held) * RATE, abs=3)
+    same = (np.diff(frames[-2 * FPS :].astype(int), axis=0) == 0).all((1, 2, 3))
+    assert not same.all(), "the picture froze"
+
+
+def test_nothing_grows_while_nobody_takes_frames_or_hours_pass(alone):
+    live = live_on(alone)
+
+    async def run():
+        async with live:
+            first = await watch(live, seconds(1))
+            await asyncio.sleep(1.5)  # nobody takes frames
+            ready = live.ready_frames
+            await watch(live, seconds(4))
+            sizes = (len(live._sound), len(live._marks), len(alone._samples), len(live._ready))
+            return first, ready, sizes
+
+    with recording(alone) as heard:
+        _, ready, (sound, marks, samples, pieces) = asyncio.run(run())
+    assert ready <= 4 * alone.block_frames and live.stats.late >= 1
+    assert sound == marks <= 4 * alone.block_frames * PER_FRAME and pieces <= 4
+    assert samples < alone.block_frames * PER_FRAME
+    assert len(heard) < 20
+
+
+def test_a_prompt_is_encoded_aside_and_given_between_blocks(core):
+    live = live_on(core)
+    rng = np.random.default_rng(3)
+    states = 5 * rng.normal(size=(1, 2, core.model.dit.config.text_width)).astype(np.float32)
+    live._encode_prompt = {"a woman sings": jnp.asarray(states)}.get
+
+    async def run():
+        async with live:
+            before = await watch(live, seconds(0.5))
+            await live.set_prompt("a woman sings")
+            return before + await watch(live, seconds(6))
+
+    with recording(core) as heard:
+        chunks = asyncio.run(run())
+    assert len(events(chunks, "prompt_changed")) == 1
+    (at,) = (n for n, block in enumerate(heard) if isinstance(block, str))
+    blocks = [block for block in heard if isinstance(block, np.ndarray)]
+    core.reset()
+    plain, changed = [], []
+    for video, prompt in ((plain, False), (changed, True)):
+        core.reset()
+        for n, block in enumerate(blocks):
+            if prompt and n == at:
+                core.set_text(jnp.asarray(states))
+            video += core.push(block)
+        video += core.finish()
+    plain, changed = np.concatenate(plain), np.concatenate(changed)
+    border = max(0, at * core.block_frames - 3)
+    np.testing.assert_array_equal(plain[:border], changed[:border])
+    assert (plain[border : border + 12] != changed[border : border + 12]).any()
+    got = frames_of(chunks)
+    np.testing.assert_array_equal(got, changed[: len(got)])
+
+
+def test_models_without_prompts_and_closed_sessions_say_so(alone):
+    live = live_on(alone)
+
+    async def run():
+        async with live:
+            with pytest.raises(ValueError, match="takes no prompt"):
+                await live.set_prompt("x")
+        with pytest.raises(ValueError, match="is closed"):
+            live.push_audio(voice(0.1), RATE)
+        assert [chunk async for chunk in live] == []
+
+    asyncio.run(run())
+
+
+def test_a_failure_on_the_devices_reaches_whoever_watches(alone):
+    live = live_on(alone)
+
+    def feed(samples):
+        raise RuntimeError("out of memory")
+
+    async def run():
+        with recording(alone):
+            alone.feed = feed
+            async with live:
+                await watch(live, seconds(1))
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(run())
+
+
+def test_waiting_is_given_up_although_the_signal_comes_at_the_same_moment():
+    async def run():
+        signal = asyncio.Event()
+        waiting = asyncio.create_task(Clock().wait(signal, 60))
+        await asyncio.sleep(0.01)
+        signal.set()
+        waiting.cancel()
+        await asyncio.sleep(0.01)
+        assert waiting.cancelled()
+
+    asyncio.run(run())
