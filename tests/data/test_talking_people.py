@@ -13,7 +13,14 @@ pytest.importorskip("numba")
 from jax_avatar.data import records
 from jax_avatar.data.talking_people import cartoon, clips, mesh, motion, speech
 from jax_avatar.data.talking_people.person import change_scene, make_person
-from jax_avatar.data.talking_people.render import Pose, render, render_portrait, unit_weights
+from jax_avatar.data.talking_people.render import (
+    FRONTAL,
+    Pose,
+    posed_vertices,
+    render,
+    render_portrait,
+    unit_weights,
+)
 
 needs_flite = pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed")
 
@@ -81,6 +88,23 @@ def test_turning_the_head_moves_the_mouth_that_way(person):
     ]
     assert middle[0] < middle[1] - 3
     assert middle[2] > middle[1] + 3
+
+
+def test_every_head_turns_about_its_own_neck():
+    """The chins of these two stand more than a decimetre apart."""
+    short, tall = make_person(3, texture_size=64), make_person(4, texture_size=64)
+    face = mesh.load_face_mesh()
+    assert abs(short.vertices[face.chin, 1] - tall.vertices[face.chin, 1]) > 1
+
+    def moved(person, pose):  # of neck and mouth, in heights of the head
+        still, turned = (posed_vertices(person, unit_weights({}), p) for p in (FRONTAL, pose))
+        height = person.vertices[face.crown, 1] - person.vertices[face.chin, 1]
+        return [(turned - still)[part].mean(0) / height for part in (face.neck, face.lips)]
+
+    for pose in (Pose(yaw=0.3), Pose(pitch=0.3), Pose(roll=0.3)):
+        (neck, mouth), (other_neck, other_mouth) = moved(short, pose), moved(tall, pose)
+        assert max(np.abs(neck).max(), np.abs(other_neck).max()) < 0.04
+        np.testing.assert_allclose(mouth, other_mouth, atol=0.04)
 
 
 def test_another_scene_shows_the_same_face(person):

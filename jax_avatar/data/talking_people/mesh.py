@@ -36,6 +36,8 @@ MOUTH_Y = 6.603
 CHIN_Y = 6.16
 TOP_Y = 8.49
 NECK_Y, NECK_Z = 5.9, 0.3
+PIVOT = (0.0, NECK_Y + 0.25, NECK_Z)
+"""Point of the base mesh about which the head turns."""
 
 # Factor on the width, then decimetres down and back.
 _MOUTH_FIT = {
@@ -60,6 +62,7 @@ class FaceMesh:
     shapes: dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (vertex indices, displacements)
     masks: dict[str, np.ndarray]  # name -> [256 256] float32 in [0, 1], over uv
     ear_weight: np.ndarray  # [v] float32, 1 on the ears
+    neck: np.ndarray  # vertex indices of a ring about the neck, at the height it turns at
     lips: np.ndarray  # vertex indices of both lips
     upper_lip_edge: np.ndarray  # vertex indices, midline, inner edge of the upper lip
     lower_lip_edge: np.ndarray  # the same of the lower lip
@@ -143,6 +146,7 @@ def load_face_mesh() -> FaceMesh:
     midline = lips & (np.abs(x) < 0.01)
     near_line = np.abs(y - MOUTH_Y) < 0.026
     face_front = on_body & (np.abs(x) < 0.01)
+    neck = on_body & (np.abs(y - PIVOT[1]) < 0.12) & (np.hypot(x, z - PIVOT[2]) < 0.75)
     return FaceMesh(
         vertices=vertices,
         triangles=triangles,
@@ -155,6 +159,7 @@ def load_face_mesh() -> FaceMesh:
         shapes=sparse("macro/") | sparse("id/"),
         masks=masks,
         ear_weight=at_vertices("ears"),
+        neck=np.nonzero(neck)[0],
         lips=np.nonzero(lips)[0],
         upper_lip_edge=np.nonzero(midline & near_line & (jaw_drop > -0.1))[0],
         lower_lip_edge=np.nonzero(midline & near_line & (jaw_drop < -0.1))[0],

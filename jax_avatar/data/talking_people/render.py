@@ -14,7 +14,8 @@ from jax_avatar.data.talking_people.person import Person, make_background
 HEAD_FRACTION = 0.78
 """Height of the head, chin to crown, as a fraction of the picture; the face is most of it."""
 
-_CAMERA_DISTANCE = 14.0
+CAMERA_DISTANCE = 14.0
+"""Of the face, in decimetres."""
 _SUPERSAMPLING = 2
 
 
@@ -60,10 +61,26 @@ def _background(seed: int, size: int) -> np.ndarray:
     return make_background(seed, size)
 
 
-def _posed_vertices(
-    person: Person, units: np.ndarray, pose: Pose, gaze: tuple[float, float]
-) -> np.ndarray:
+def pivot(person: Person) -> Float[np.ndarray, " 3"]:
+    """Point about which a person's head turns: that of the base mesh, moved with the neck."""
     mesh = mesh_lib.load_face_mesh()
+    moved = person.vertices[mesh.neck] - mesh.vertices[mesh.neck]
+    return np.asarray(mesh_lib.PIVOT, np.float32) + moved.mean(0) * (0, 1, 1)
+
+
+def posed_vertices(
+    person: Person,
+    units: Float[np.ndarray, " q"],
+    pose: Pose = FRONTAL,
+    gaze: tuple[float, float] = (0.0, 0.0),
+) -> Float[np.ndarray, "v 3"]:
+    """Vertices in decimetres with expression, pose and gaze; arguments as those of `render`."""
+    mesh = mesh_lib.load_face_mesh()
+    if units.shape != (len(mesh.unit_names),):
+        raise ValueError(
+            f"units of shape {units.shape}: expected ({len(mesh.unit_names)},), one weight per "
+            "face unit in the order of FaceMesh.unit_names; build it with `unit_weights`"
+        )
     units = units.astype(np.float32).copy()
     # Lids rest a little low and follow the eyes down: wide-open eyes stare.
     lids = [mesh.unit_names.index(f"eyeBlink{side}") for side in ("Left", "Right")]
@@ -76,24 +93,65 @@ def _posed_vertices(
         for eye in (person.left_eye, person.right_eye):
             centre = vertices[eye].mean(0)
             vertices[eye] = centre + (vertices[eye] - centre) @ look
-    pivot = np.array([0, mesh_lib.NECK_Y + 0.25, mesh_lib.NECK_Z], np.float32)
-    turned = (vertices - pivot) @ rotation(pose.yaw, pose.pitch, pose.roll).T + pivot
+    centre = pivot(person)
+    turned = (vertices - centre) @ rotation(pose.yaw, pose.pitch, pose.roll).T + centre
     vertices = vertices + (turned - vertices) * person.head_weight[:, None]
     return (vertices + np.asarray(pose.shift, np.float32)).astype(np.float32)
 
 
-def _project(person: Person, vertices: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Screen positions in pixels of a picture of `size`, and inverse depth."""
+def project(
+    person: Person, vertices: Float[np.ndarray, "v 3"], size: int | float
+) -> tuple[Float[np.ndarray, "v 2"], Float[np.ndarray, " v"]]:
+    """Screen positions in a square picture of edge `size`, y down, and one over the depth."""
     mesh = mesh_lib.load_face_mesh()
     crown, chin = person.vertices[mesh.crown, 1], person.vertices[mesh.chin, 1]
     zoom, right, up = person.framing
-    distance = _CAMERA_DISTANCE - (vertices[:, 2] - 0.9)
-    pixels = size * HEAD_FRACTION * zoom / (crown - chin) * _CAMERA_DISTANCE
+    distance = CAMERA_DISTANCE - (vertices[:, 2] - 0.9)
+    pixels = size * HEAD_FRACTION * zoom / (crown - chin) * CAMERA_DISTANCE
     # The chin stands at 0.87 of the picture, which leaves room for hair above the crown.
     middle = chin + (crown - chin) * (0.87 - 0.5) / HEAD_FRACTION
     x = size * (0.5 + right) + vertices[:, 0] * pixels / distance
     y = size * (0.5 - up) - (vertices[:, 1] - middle) * pixels / distance
     return np.stack([x, y], 1).astype(np.float32), (1 / distance).astype(np.float32)
+
+
+def paint(
+    person: Person,
+    vertices: Float[np.ndarray, "v 3"],
+    xy: Float[np.ndarray, "v 2"],
+    inverse_z: Float[np.ndarray, " v"],
+    background: Float[np.ndarray, "r r 3"],
+) -> tuple[UInt8[np.ndarray, "r r 3"], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Rasterises and lights the surface of a person.
+
+    Args:
+        person: the looks.
+        vertices: of `posed_vertices`, for the light.
+        xy: screen positions in samples, of which a pixel has 2 x 2.
+        inverse_z: one over the depth.
+        background: linear colours behind the surface; sets the size of the picture.
+
+    Returns:
+        The picture, and what `raster.rasterise` found under each sample.
+    """
+    fine = _SUPERSAMPLING * len(background)
+    hits = raster.rasterise(
+        xy, inverse_z, person.visible, person.layers, person.triangles, fine, fine
+    )
+    image = raster.shade(
+        hits,
+        person.triangles,
+        person.uv_triangles,
+        mesh_lib.load_face_mesh().uv,
+        raster.vertex_normals(vertices, person.triangles),
+        person.layers,
+        person.texture,
+        background,
+        person.lights,
+        person.light_colours,
+        person.ambient,
+    )
+    return image, hits
 
 
 def render(
@@ -112,35 +170,15 @@ def render(
         gaze: turn of the eyes against the head, right and down, in radians.
         size: edge of the square picture in pixels.
     """
-    mesh = mesh_lib.load_face_mesh()
-    if units.shape != (len(mesh.unit_names),):
-        raise ValueError(
-            f"units of shape {units.shape}: expected ({len(mesh.unit_names)},), one weight per "
-            "face unit in the order of FaceMesh.unit_names; build it with `unit_weights`"
-        )
-    vertices = _posed_vertices(person, units, pose, gaze)
+    vertices = posed_vertices(person, units, pose, gaze)
     fine = size * _SUPERSAMPLING
-    xy, inverse_z = _project(person, vertices, fine)
-    hits = raster.rasterise(
-        xy, inverse_z, person.visible, person.layers, person.triangles, fine, fine
-    )
-    image = raster.shade(
-        hits,
-        person.triangles,
-        person.uv_triangles,
-        mesh.uv,
-        raster.vertex_normals(vertices, person.triangles),
-        person.layers,
-        person.texture,
-        _background(person.background_seed, size),
-        person.lights,
-        person.light_colours,
-        person.ambient,
-    )
+    xy, inverse_z = project(person, vertices, fine)
+    image, _ = paint(person, vertices, xy, inverse_z, _background(person.background_seed, size))
+    mesh = mesh_lib.load_face_mesh()
     lips = xy[mesh.lips] / _SUPERSAMPLING
     gap = xy[mesh.lower_lip_edge, 1].min() - xy[mesh.upper_lip_edge, 1].max()
     # Measured at rest, since the chin drops with the jaw.
-    at_rest, _ = _project(person, person.vertices[[mesh.crown, mesh.chin]], fine)
+    at_rest, _ = project(person, person.vertices[[mesh.crown, mesh.chin]], fine)
     return Rendering(
         image=image,
         lip_gap=max(0.0, float(gap / (at_rest[1, 1] - at_rest[0, 1]))),
