@@ -18,7 +18,7 @@ from jax_avatar.io.video import read_video
 from jax_avatar.planning.run import plan_run
 from launch import train
 from launch.overrides import read_config, split_arguments
-from tests.training.test_loop import CONFIG, LineTask
+from tests.training.run.test_loop import CONFIG, LineTask
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ from tests.planted.mistake import Mistake, tests_in
 
 __all__ = ["DAMAGE"]
 
-loop = tests_in("training/test_loop")
+loop = tests_in("training/run/test_loop")
 prepare = tests_in("launch/test_prepare_data")
 checksums = tests_in("weights/test_checksums")
 writer = tests_in("weights/test_slot_writer")

@@ -4,11 +4,11 @@ from tests.planted.mistake import Mistake, tests_in
 
 __all__ = ["OPERATIONS"]
 
-clock = tests_in("training/test_clock")
-loader = tests_in("training/test_loader")
-loggers = tests_in("training/test_loggers")
-loop = tests_in("training/test_loop")
-norms = tests_in("training/test_norms")
+clock = tests_in("training/run/test_clock")
+loader = tests_in("training/run/test_loader")
+loggers = tests_in("training/run/test_loggers")
+loop = tests_in("training/run/test_loop")
+norms = tests_in("training/run/test_norms")
 statistics = tests_in("data/test_statistics")
 train = tests_in("launch/test_train")
 videos = tests_in("data/test_videos")

@@ -71,11 +71,11 @@ _ADAPTERS = {
 }
 
 _DISTILL = "training/distill_settings"
-_FORCING = "training/forcing_settings"
-_LOOP = "training/loop_settings"
+_FORCING = "training/stages/flow_settings"
+_LOOP = "training/run/loop_settings"
 _ROLLOUT = "training/rollout_settings"
-_STAGE = "training/stage_settings"
-_VAE = "training/vae_settings"
+_STAGE = "training/stages/stage_settings"
+_VAE = "training/stages/light_vae_settings"
 
 SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
     "DistillConfig": {
@@ -109,7 +109,7 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
             adapter_rank="the_exported_folder_is_a_model_with_the_student",
             replay_limit="a_replay_that_strays_changes_nothing",
         ),
-        "critic_schedule": Noticed("training/schedules::both_networks_follow_the_outer_step"),
+        "critic_schedule": Noticed("training/run/schedules::both_networks_follow_the_outer_step"),
         **_in(
             "training/conditions",
             text_guidance_scale="a_critic_that_is_the_teacher_guided_apart_leaves_no_gradient",
@@ -166,7 +166,7 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
             mouth_probe_weight="lips_that_are_read_count_as_told_where_speech_is_heard",
         ),
         **_in(
-            "training/diffusion_forcing",
+            "training/stages/flow",
             still_share="only_the_stillest_windows_of_every_person_are_kept",
             form="a_block_sees_a_window_of_the_past_and_a_teacher_everything",
             sink="the_portrait_follows_the_clip_or_stays",
@@ -215,21 +215,21 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
             checkpoint_every="checkpoints_evaluations_and_lines_come_as_often_as_told",
             log_every="checkpoints_evaluations_and_lines_come_as_often_as_told",
         ),
-        "schedule": Noticed("training/schedules::a_schedule_warms_up_and_stays_or_falls"),
+        "schedule": Noticed("training/run/schedules::a_schedule_warms_up_and_stays_or_falls"),
         **_all_in(
-            "training/guards",
+            "training/run/guards",
             "the_latest_the_round_and_the_last_good_checkpoint_stay",
             "keep_every",
         ),
         "validation_clips": Noticed(
-            "training/validation::clips_that_are_not_there_or_not_asked_for_are_left_out"
+            "training/stages/validation::clips_that_are_not_there_or_not_asked_for_are_left_out"
         ),
         "evaluate_clips": Noticed("launch/train::an_evaluation_streams_as_many_clips_as_told"),
-        "workers": Noticed("training/loader::settings_that_cannot_be_kept_are_named"),
-        "max_minutes": Noticed("training/loop::the_time_limit_saves"),
-        "profile": Noticed("training/clock::steps_are_traced_where_asked"),
+        "workers": Noticed("training/run/loader::settings_that_cannot_be_kept_are_named"),
+        "max_minutes": Noticed("training/run/loop::the_time_limit_saves"),
+        "profile": Noticed("training/run/clock::steps_are_traced_where_asked"),
         "wandb": Noticed(
-            "training/loggers::"
+            "training/run/loggers::"
             "metrics_go_to_every_logger_and_a_resumed_run_is_the_same_one_there"
         ),
     },
@@ -245,11 +245,13 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
     },
     "SpeechTaskConfig": {
         **_all_in(
-            "training/speech",
+            "training/stages/speech",
             "corpus_and_clips_are_as_many_and_as_long_as_told",
             *("cache", "num_sentences", "num_check_sentences", "clip_frames", "batch"),
         ),
-        "seed": Noticed("training/speech::another_seed_makes_other_sentences_and_other_clips"),
+        "seed": Noticed(
+            "training/stages/speech::another_seed_makes_other_sentences_and_other_clips"
+        ),
     },
     "SpeechConfig": {
         **_all_in(
@@ -287,7 +289,7 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
             "batches_are_as_large_and_as_often_cropped_as_told",
             *("batch_size", "frames", "crop", "crop_share"),
         ),
-        "start_from": Noticed("training/vae::export_holds_what_was_evaluated"),
+        "start_from": Noticed("training/stages/light_vae::export_holds_what_was_evaluated"),
     },
     "LightVAEConfig": {
         **_all_in(
@@ -328,7 +330,7 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
             "data/latents::clips_that_do_not_fit_the_model_are_named", 2
         ),
         "ring_blocks": Noticed(
-            "training/diffusion_forcing::"
+            "training/stages/flow::"
             "a_block_sees_a_window_of_the_past_and_a_teacher_everything"
         ),
         "weights": Noticed("models/quantise::rounded_parameters_fit_the_network_and_its_leaves"),

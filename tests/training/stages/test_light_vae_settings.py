@@ -10,7 +10,7 @@ import pytest
 
 from jax_avatar.training.stages import light_vae as vae
 from jax_avatar.training.stages.light_vae import FaceWindows, VAELossConfig, VAETask
-from tests.training.test_vae import NANO
+from tests.training.stages.test_light_vae import NANO
 
 LOSS = VAELossConfig(
     mouth_weight=3.0, square_weight=5.0, gradient_weight=0.7, motion_weight=1.5,

@@ -9,7 +9,7 @@ import pytest
 
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
-from tests.training.test_diffusion_forcing import KEY, MODEL, SETTINGS, make_clips, make_task
+from tests.training.stages.test_flow import KEY, MODEL, SETTINGS, make_clips, make_task
 
 MANY = 4000
 

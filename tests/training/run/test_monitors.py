@@ -17,7 +17,7 @@ from jax_avatar.training.run.monitors import (
     watch_scores,
 )
 from jax_avatar.training.run.step import LoopConfig
-from tests.training.test_guards import StumblingTask
+from tests.training.run.test_guards import StumblingTask
 
 FRAMES, CHANNELS = 3, 4
 SHAPE = (40, 9, 4, 4, CHANNELS)

@@ -23,7 +23,7 @@ from jax_avatar.training.run.placement import make_training_mesh
 from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages.flow import ForcingConfig
 from tests import nano
-from tests.training.test_loggers import CONFIG, Still, read
+from tests.training.run.test_loggers import CONFIG, Still, read
 
 BATCH = {"x": np.zeros(2)}
 

@@ -19,7 +19,7 @@ from jax_avatar.training.run.step import (
     make_step,
     mesh_of,
 )
-from tests.training.test_loop import CONFIG, LineTask
+from tests.training.run.test_loop import CONFIG, LineTask
 
 # No value is a default.
 LOOP = LoopConfig(

@@ -14,7 +14,7 @@ from jax_avatar.data.windows import Windows
 from jax_avatar.training.run.loader import DataError, load_batches
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.step import LoopConfig
-from tests.training.test_loggers import CONFIG, Still, read
+from tests.training.run.test_loggers import CONFIG, Still, read
 
 WINDOWS = Windows(random_clips(5, 12, (2, 2), 2, (1, 2)), 6, 3, seed=[0, 1])
 

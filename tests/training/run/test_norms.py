@@ -16,7 +16,7 @@ from jax_avatar.training.run.norms import average_distance, family_norms
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
 from tests import nano
-from tests.training.test_loop import LineTask
+from tests.training.run.test_loop import LineTask
 
 FAMILIES = {
     *("attention", "cross_attention", "ffn", "audio", "modulation", "embedding", "head"),
