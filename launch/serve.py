@@ -27,7 +27,7 @@ from launch.console import check_finite, outlive_readers
 
 try:
     from jax_avatar.dialogue.tts import find_speech
-    from jax_avatar.serving.pool import Seats
+    from jax_avatar.serving.pool import SessionPool
     from jax_avatar.serving.server import serve
     from jax_avatar.serving.server_state import ServerState
 except ModuleNotFoundError as missing:
@@ -73,7 +73,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def make_seats(image) -> Seats:
+def make_pool(image) -> SessionPool:
     """Sessions that are built when the server starts; what cannot be is refused here."""
     settings = load_settings(FLAGS.checkpoint)
     layout = settings.layout(FLAGS.mesh)
@@ -87,7 +87,7 @@ def make_seats(image) -> Seats:
     def build(shared) -> AvatarSession:
         return AvatarSession(shared or model, portrait, layout)
 
-    return Seats(build, most=FLAGS.sessions)
+    return SessionPool(build, most=FLAGS.sessions)
 
 
 def ice_servers() -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def run() -> None:
             return prompt_states(FLAGS.checkpoint, text, cache=cache, load=load)
 
     state = ServerState(
-        make_seats(image), image, token=token, live=LiveSettings(), encode_prompt=encode,
+        make_pool(image), image, token=token, live=LiveSettings(), encode_prompt=encode,
         idle_s=FLAGS.idle_s, is_marked=FLAGS.watermark,
         speak=speak, ice_servers=servers,
     )  # fmt: skip

@@ -5,7 +5,7 @@
     python docs/examples/ray_serve.py --replicas 4 --mesh 5 --gpus 5 --checkpoint model
 
 A replica is ready when its model is compiled. A WebSocket stays with the replica that took it, and
-a replica is given no more of them than it has seats.
+a replica is given no more of them than it has sessions.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--replicas", type=int, default=2, help="meshes")
     add("--mesh", default="1", help="slices of each, as for launch/serve.py")
     add("--checkpoint", default=str(SMALL), help="model folder")
-    add("--sessions", type=int, default=1, help="seats of each replica")
+    add("--sessions", type=int, default=1, help="of each replica")
     add("--cpus", type=float, default=1, help="of each replica")
     add("--gpus", type=float, default=0, help="of each replica")
     add("--port", type=int, default=8000, help="to listen on")
@@ -40,7 +40,7 @@ def build_app(mesh: str, checkpoint: str, sessions: int):
     os.environ.setdefault("NPROC", "16")  # as in launch/serve.py
     from jax_avatar.io.image import load_image, prepare_reference
     from jax_avatar.serving.app import make_app
-    from jax_avatar.serving.pool import Seats
+    from jax_avatar.serving.pool import SessionPool
     from jax_avatar.serving.server_state import ServerState
     from jax_avatar.streaming.model import load_model, load_settings
     from jax_avatar.streaming.session import AvatarSession, num_slices
@@ -52,9 +52,11 @@ def build_app(mesh: str, checkpoint: str, sessions: int):
     portrait = prepare_reference(image, *frame_size(settings, image.shape, None), cover=True)
     prepare_jax(num_slices(layout))
     model = load_model(checkpoint)
-    seats = Seats(lambda shared: AvatarSession(shared or model, portrait, layout), most=sessions)
-    seats.open()
-    return make_app(ServerState(seats, image))
+    pool = SessionPool(
+        lambda shared: AvatarSession(shared or model, portrait, layout), most=sessions
+    )
+    pool.open()
+    return make_app(ServerState(pool, image))
 
 
 def main() -> None:

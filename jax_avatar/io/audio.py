@@ -19,8 +19,8 @@ from jax_avatar.shapes import Float
 
 __all__ = [
     "AudioReader",
+    "LowLatencyResampler",
     "PcmReader",
-    "QuickResampler",
     "Resampler",
     "is_silent",
     "load_audio",
@@ -195,10 +195,10 @@ class Resampler:
         return stream.resample_chunk(_NOTHING, last=True)
 
 
-class QuickResampler:
+class LowLatencyResampler:
     """Low-latency resampler: 1 ms of delay instead of up to 40 ms.
 
-    From 7 kHz on, for 16 kHz, it is a little duller, and up to 9 kHz not quite deaf.
+    For 16 kHz it attenuates above 7 kHz and aliases up to 9 kHz.
     """
 
     def __init__(self, sample_rate: int):

@@ -6,7 +6,7 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 
-from jax_avatar.io.audio import QuickResampler
+from jax_avatar.io.audio import LowLatencyResampler
 from jax_avatar.io.boxes import Run, Sample, movie_fragment, with_lengths
 from jax_avatar.io.provenance import COMMENT
 from jax_avatar.shapes import Float
@@ -43,7 +43,7 @@ class FragmentWriter:
         self._container = av.open(self._out, "w", format="mp4", options=options)
         self._container.metadata["comment"] = COMMENT
         self._rate, self._per_frame = audio_rate, Fraction(_SOUND_RATE, fps)
-        self._resample = QuickResampler(_SOUND_RATE)
+        self._resample = LowLatencyResampler(_SOUND_RATE)
         self._video = self._container.add_stream("libx264", rate=fps)
         self._video.width, self._video.height = width, height
         self._video.pix_fmt = "yuv420p"

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_avatar.io.audio import QuickResampler
+from jax_avatar.io.audio import LowLatencyResampler
 from jax_avatar.shapes import Float
 from jax_avatar.streaming.sample_queue import SampleQueue
 
-__all__ = ["SpeechQueue", "Spoken", "pcm_samples"]
+__all__ = ["JitterBuffer", "SpeechBlock", "pcm_samples"]
 
 _RATES = (8000, 96_000)
 _TOO_LARGE = 16.0  # floats beyond are integers, not sound that is a little too loud
@@ -49,7 +49,7 @@ def pcm_samples(pcm: np.ndarray | bytes) -> Float[np.ndarray, " N"]:
 
 
 @dataclass(frozen=True)
-class Spoken:
+class SpeechBlock:
     """Audio for a block.
 
     Attributes:
@@ -63,25 +63,25 @@ class Spoken:
     missing: int
 
 
-class SpeechQueue:
+class JitterBuffer:
     """Segments of speech, first in first out, and how far they have been played.
 
     An unfinished segment keeps some samples in hand, against late arrivals: each time that one ran
     dry so many more that it would not have, and after each that did not a little less.
     """
 
-    def __init__(self, sample_rate: int, *, hold_back: int = 0, capacity: int | None = None):
+    def __init__(self, sample_rate: int, *, target_delay: int = 0, capacity: int | None = None):
         """Starts empty.
 
         Args:
             sample_rate: of the samples that come out.
-            hold_back: samples that an unfinished segment keeps in hand at least.
+            target_delay: samples that an unfinished segment keeps in hand at least.
             capacity: most samples waiting; more are refused.
         """
         self.sample_rate, self._capacity = sample_rate, capacity
-        self._least = self._hold_back = hold_back
-        self._most = max(hold_back, round(_LATE_S * sample_rate))
-        self._resampler = QuickResampler(sample_rate)
+        self._least = self._target_delay = target_delay
+        self._most = max(target_delay, round(_LATE_S * sample_rate))
+        self._resampler = LowLatencyResampler(sample_rate)
         self.clear()
 
     def clear(self) -> None:
@@ -129,7 +129,8 @@ class SpeechQueue:
         """
         if not self._is_open:
             return bool(self._waiting)
-        return len(self._waiting) >= count + (self._hold_back if self._taken == self._opened else 0)
+        in_hand = self._target_delay if self._taken == self._opened else 0
+        return len(self._waiting) >= count + in_hand
 
     def push(self, pcm: np.ndarray | bytes, sample_rate: int) -> None:
         """Adds speech to the newest segment, or opens one.
@@ -170,9 +171,9 @@ class SpeechQueue:
         self._ends.append(self._pushed)
         self._is_open = False
         if not self._has_gap:
-            self._hold_back -= (self._hold_back - self._least) // 32
+            self._target_delay -= (self._target_delay - self._least) // 32
 
-    def take(self, count: int) -> Spoken:
+    def take(self, count: int) -> SpeechBlock:
         """The next `count` samples, with silence where there is no speech.
 
         Of a segment that has not begun, what there is comes last, so that the rest can follow
@@ -180,17 +181,17 @@ class SpeechQueue:
         """
         have, missing, lead = min(count, len(self._waiting)), 0, 0
         if self._is_open and self._taken == self._opened:
-            have = min(count, max(0, len(self._waiting) - self._hold_back))
+            have = min(count, max(0, len(self._waiting) - self._target_delay))
             lead = count - have
         elif self._is_open and have < count:
-            late, have = count - have, max(0, have - self._hold_back)
+            late, have = count - have, max(0, have - self._target_delay)
             missing, self._has_gap = count - have, True
             if late <= self._most:  # twice: it was late by so much at some moment of it
-                self._hold_back = min(self._hold_back + 2 * late, self._most)
+                self._target_delay = min(self._target_delay + 2 * late, self._most)
         speech = self._waiting.take(have)
         self._taken += len(speech)
         gaps = (lead, count - lead - len(speech))
-        return Spoken(np.pad(speech, gaps), np.pad(np.ones_like(speech), gaps), missing)
+        return SpeechBlock(np.pad(speech, gaps), np.pad(np.ones_like(speech), gaps), missing)
 
     def play(self, count: int) -> list[float]:
         """Counts speech as played; returns the lengths in seconds of the segments that it ends."""

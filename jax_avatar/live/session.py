@@ -1,6 +1,6 @@
 """Real-time session: accepts audio at any time, emits video paced by its audio.
 
-    push_audio --SpeechQueue--> blocks --AvatarSession--> frames --pace--> chunks of picture and
+    push_audio --JitterBuffer--> blocks --AvatarSession--> frames --pace--> chunks of picture and
     (any time)                  (feeder, in time)         (fetcher)        sound (async iterator)
 
 Audio is the clock. A block is begun just in time for its frames to be ready when they are due;
@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_avatar.live.jitter_buffer import SpeechQueue
-from jax_avatar.live.turn import State, Turn
+from jax_avatar.live.jitter_buffer import JitterBuffer
+from jax_avatar.live.turn import State, TurnState
 from jax_avatar.streaming.sample_queue import SampleQueue
 from jax_avatar.streaming.session import AvatarSession
 
@@ -52,15 +52,15 @@ class LiveSettings:
     Attributes:
         chunk_frames: most frames delivered at once.
         lead_s: how much sooner than needed a block is begun whose speech is there already.
-        hold_back_s: speech that an unfinished segment keeps in hand, against late arrivals; more
-            after some that came later, see `SpeechQueue`.
+        target_delay_s: speech that an unfinished segment keeps in hand, against late arrivals; more
+            after some that came later, see `JitterBuffer`.
         most_waiting_s: speech that may wait to be spoken; more is refused.
         in_flight: blocks that may be under way on the devices at once.
     """
 
     chunk_frames: int = 2
     lead_s: float = 0.3
-    hold_back_s: float = 0.03
+    target_delay_s: float = 0.03
     most_waiting_s: float = 120.0
     in_flight: int = 2
 
@@ -70,9 +70,9 @@ class LiveSettings:
                 f"chunk_frames {self.chunk_frames} and in_flight {self.in_flight} must be at "
                 "least 1."
             )
-        if min(self.lead_s, self.hold_back_s) < 0 or self.most_waiting_s <= 0:
+        if min(self.lead_s, self.target_delay_s) < 0 or self.most_waiting_s <= 0:
             raise ValueError(
-                f"lead_s {self.lead_s}, hold_back_s {self.hold_back_s} and most_waiting_s "
+                f"lead_s {self.lead_s}, target_delay_s {self.target_delay_s} and most_waiting_s "
                 f"{self.most_waiting_s} are seconds; none may be negative, nor the last 0."
             )
 
@@ -158,7 +158,7 @@ class LiveSession:
 
     def __init__(
         self,
-        core: AvatarSession,
+        session: AvatarSession,
         settings: LiveSettings = LiveSettings(),
         *,
         encode_prompt: Callable[[str], Any] | None = None,
@@ -168,7 +168,7 @@ class LiveSession:
         """Binds a session that is ready to start; its model must hear audio as it comes.
 
         Args:
-            core: warmed up, at its first frame; nobody else may use it.
+            session: warmed up, at its first frame; nobody else may use it.
             settings: of pace and delay.
             encode_prompt: prompt -> states `1 p f`, for models that take one.
             dispatch: of one thread, hands blocks to the devices; sessions on the same devices must
@@ -178,22 +178,23 @@ class LiveSession:
         Raises:
             ValueError: the model hears only whole recordings.
         """
-        if core.model.settings.audio_window == "whole":
+        if session.model.settings.audio_window == "whole":
             raise ValueError(
-                f"model {core.model.name} is set to hear whole recordings; stream it live with "
+                f"model {session.model.name} is set to hear whole recordings; stream it live with "
                 'the setting audio_window "rolling".'
             )
-        self.core, self.settings, self.stats, self.turn = core, settings, LiveStats(), Turn()
+        self.session, self.settings = session, settings
+        self.stats, self.turn = LiveStats(), TurnState()
         self._clock = clock or Clock()
         self._encode_prompt = encode_prompt
         self._own_dispatch = dispatch is None
         self._dispatch = dispatch or ThreadPoolExecutor(1, thread_name_prefix="avatar")
         self._fetching = ThreadPoolExecutor(1, thread_name_prefix="frames")
-        rate, self._fps = core.speech.sample_rate, core.model.settings.fps
-        self._per_frame = core.speech.samples_per_frame
-        self._speech = SpeechQueue(
+        form = session.format
+        rate, self._fps, self._per_frame = form.sample_rate, form.fps, form.samples_per_frame
+        self._speech = JitterBuffer(
             rate,
-            hold_back=round(settings.hold_back_s * rate),
+            target_delay=round(settings.target_delay_s * rate),
             capacity=round(settings.most_waiting_s * rate),
         )
         self._sound, self._marks = SampleQueue(), SampleQueue()  # handed over, frames not ready
@@ -294,19 +295,19 @@ class LiveSession:
         """
         self._check_open()
         if self._encode_prompt is None:
-            raise ValueError(f"model {self.core.model.name} takes no prompt.")
+            raise ValueError(f"model {self.session.model.name} takes no prompt.")
         self._text = await asyncio.to_thread(self._encode_prompt, text)
 
     def listen(self) -> None:
-        """A person talks; see `Turn.to`."""
+        """A person talks; see `TurnState.to`."""
         self._move(State.LISTENING)
 
     def think(self) -> None:
-        """An answer is being made; see `Turn.to`."""
+        """An answer is being made; see `TurnState.to`."""
         self._move(State.THINKING)
 
     def idle(self) -> None:
-        """Nobody talks and nothing is being made; see `Turn.to`."""
+        """Nobody talks and nothing is being made; see `TurnState.to`."""
         self._move(State.IDLE)
 
     async def close(self) -> None:
@@ -315,7 +316,7 @@ class LiveSession:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        # A thread cannot be cancelled: when these return, nobody uses the core any more.
+        # A thread cannot be cancelled: when these return, nothing uses the session any more.
         loop = asyncio.get_running_loop()
         for executor in (self._dispatch, self._fetching):
             await loop.run_in_executor(executor, lambda: None)
@@ -376,11 +377,11 @@ class LiveSession:
                 await self._clock.wait(self._feed_signal, wait)
             if self._text is not None:
                 text, self._text = self._text, None
-                await loop.run_in_executor(self._dispatch, self.core.set_text, text)
+                await loop.run_in_executor(self._dispatch, self.session.set_text, text)
                 self._tell("prompt_changed")
             samples = self._next_samples()
             began = self._clock.now()
-            promised = await loop.run_in_executor(self._dispatch, self.core.feed, samples)
+            promised = await loop.run_in_executor(self._dispatch, self.session.feed, samples)
             self._promised += promised
             for _ in range(promised):
                 self._fetches.put_nowait(began)
@@ -390,28 +391,31 @@ class LiveSession:
         if self._takes_over:
             self._takeover = self._fed
             self._is_cleared = False
-        spoken = self._speech.take(self.core.samples_wanted)
+        spoken = self._speech.take(self.session.samples_wanted)
         self.stats.missing_s += spoken.missing / self._speech.sample_rate
         self._sound.append(spoken.samples)
         self._marks.append(spoken.marks)
-        self._fed += self.core.pieces_per_block
+        self._fed += self.session.format.pieces_per_block
         return spoken.samples
 
     def _seconds_to_next(self) -> float:
         """Seconds until the next block must begin; 0 or less if it is due."""
         under_way = self._promised - self._fetched
-        if under_way > (self.settings.in_flight - 1) * self.core.pieces_per_block:
+        if under_way > (self.settings.in_flight - 1) * self.session.format.pieces_per_block:
             return 3600.0  # the fetcher signals
         if self._first_due is None:
             return 0.0 if self.ready_frames == 0 else 3600.0
-        if self.ready_frames > 2 * self.core.block_frames + self.settings.lead_s * self._fps:
+        if (
+            self.ready_frames
+            > 2 * self.session.format.block_frames + self.settings.lead_s * self._fps
+        ):
             return 3600.0  # nobody takes them; the delivery signals
         if self._takes_over:
             return 0.0
         # Through a pipeline, what has taken over is hurried on by what follows it.
         if self._takeover is not None and self._takeover >= self._promised:
             return 0.0
-        coming = under_way * self.core.piece_frames
+        coming = under_way * self.session.format.piece_frames
         frames = self.stats.frames + self.ready_frames + coming
         runs_out = self._first_due + frames / self._fps
         return runs_out - self._reserve_s() - self._clock.now()
@@ -436,22 +440,22 @@ class LiveSession:
     @property
     def _is_enough(self) -> bool:
         """True if a block of speech, or its last part, is queued."""
-        return self._speech.has(self.core.samples_wanted)
+        return self._speech.has(self.session.samples_wanted)
 
     async def _fetch(self) -> None:
         """Takes frames from the devices, and pairs them with their sound."""
         loop = asyncio.get_running_loop()
         while True:
             began = await self._fetches.get()
-            frames = await loop.run_in_executor(self._fetching, self.core.fetch)
+            frames = await loop.run_in_executor(self._fetching, self.session.fetch)
             if self._takeover is not None and self._fetched >= self._takeover:
                 self._take_over()
             took = self._clock.now() - began
-            if self._fetched % self.core.pieces_per_block == 0:
+            if self._fetched % self.session.format.pieces_per_block == 0:
                 self._steps.append(took)
                 self._median_s, self._usually_s = np.quantile(self._steps, (0.5, 0.9)).tolist()
             self._fetched += 1
-            if self._fetched % self.core.pieces_per_block == 0:
+            if self._fetched % self.session.format.pieces_per_block == 0:
                 self.stats.step_s = took
             count = len(frames) * self._per_frame
             self._ready.append(_Piece(frames, self._sound.take(count), self._marks.take(count)))

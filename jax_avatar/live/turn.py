@@ -1,4 +1,4 @@
-"""Turn-taking: the states of a conversation.
+"""TurnState-taking: the states of a conversation.
 
             audio is played                    clear
     IDLE ---------------------> SPEAKING ---------------> INTERRUPTED
@@ -12,7 +12,7 @@ knows that a person talks, or that an answer is being made.
 
 import enum
 
-__all__ = ["State", "Turn"]
+__all__ = ["State", "TurnState"]
 
 
 class State(enum.Enum):
@@ -35,7 +35,7 @@ _NEXT = {
 }
 
 
-class Turn:
+class TurnState:
     """The current state, and which may follow it."""
 
     def __init__(self):

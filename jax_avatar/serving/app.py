@@ -5,14 +5,13 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import Headers
 from starlette.staticfiles import StaticFiles
 
+from jax_avatar.serving.access import is_cross_origin, is_valid_token
 from jax_avatar.serving.links.websocket import serve_socket
 from jax_avatar.serving.server_state import ServerState
 
@@ -43,7 +42,7 @@ def make_app(state: ServerState) -> FastAPI:
         for task in state.tasks:
             task.cancel()
         await asyncio.gather(*state.tasks, return_exceptions=True)
-        state.seats.close()
+        state.pool.close()
 
     app = FastAPI(title="Avatar", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.avatar = state
@@ -61,29 +60,29 @@ def make_app(state: ServerState) -> FastAPI:
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
-        is_ready = state.seats.is_ready and not state.is_draining
-        content = {"ready": is_ready, "draining": state.is_draining, "free": state.seats.free}
+        is_ready = state.pool.is_ready and not state.is_draining
+        content = {"ready": is_ready, "draining": state.is_draining, "free": state.pool.free}
         return JSONResponse(content, 200 if is_ready else 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         header = request.headers.get("authorization", "")
-        if not state.allows(header.removeprefix("Bearer ")):
+        if not is_valid_token(state, header.removeprefix("Bearer ")):
             return PlainTextResponse("the token is missing or wrong", 401)
         live = ((c.protocol, c.live) for c in state.connections)
-        state.metrics.set_levels(live, state.seats.count)
+        state.metrics.set_levels(live, state.pool.count)
         return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.websocket("/v1/avatar")
     async def avatar(socket: WebSocket) -> None:
-        if _is_foreign(socket.headers):
+        if is_cross_origin(socket.headers):
             await socket.close(1008, "foreign origin")
             return
         await serve_socket(socket, state)
 
     @app.post("/v1/rtc")
     async def rtc(request: Request) -> JSONResponse:
-        if _is_foreign(request.headers):
+        if is_cross_origin(request.headers):
             return _refusal(403, "foreign", "a page of another site must not use this server.")
         if serve_offer is None:
             return _refusal(501, "no_webrtc", 'WebRTC needs: pip install ".[webrtc]"')
@@ -103,15 +102,6 @@ def make_app(state: ServerState) -> FastAPI:
     return app
 
 
-def _is_foreign(headers: Headers) -> bool:
-    """True for a cross-origin request from a page of another site."""
-    origin = headers.get("origin")
-    try:
-        return bool(origin) and urlsplit(origin).netloc != headers.get("host")
-    except ValueError:  # no address at all
-        return True
-
-
 def _refusal(status: int, code: str, message: str) -> JSONResponse:
     content = {"type": "error", "code": code, "message": message, "fatal": True}
     return JSONResponse(content, status)
@@ -119,19 +109,19 @@ def _refusal(status: int, code: str, message: str) -> JSONResponse:
 
 async def _open(state: ServerState) -> None:
     try:
-        if not state.seats.is_ready:
-            await asyncio.to_thread(state.seats.open)
+        if not state.pool.is_ready:
+            await asyncio.to_thread(state.pool.open)
     except ValueError as error:
         _log.error("the model could not be started; /readyz stays 503: %s", error)
         return
     except Exception:
         _log.exception("the model could not be started; /readyz stays 503")
         raise
-    budget = state.seats.budget
+    budget = state.pool.budget
     state.metrics.set_parts(budget.parts)
     _log.warning(
         "ready: %d sessions (speed allows %d, memory %d); %.2f s of video take %.2f s",
-        state.seats.count, budget.by_speed, budget.by_memory, budget.video_s, budget.block_s,
+        state.pool.count, budget.by_speed, budget.by_memory, budget.video_s, budget.block_s,
     )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ from typing import Any
 from jax_avatar.io.watermark import mark
 from jax_avatar.live.session import LiveChunk, LiveSession
 from jax_avatar.live.turn import State
+from jax_avatar.serving.access import admit
 from jax_avatar.serving.messages import VERSION, ClientMessage, ProtocolError, read_message
-from jax_avatar.serving.server_state import ServerState, admit
+from jax_avatar.serving.server_state import Connection, ServerState
 from jax_avatar.serving.tasks import until_first_ends
 from jax_avatar.streaming.session import NotFinite
 
@@ -82,15 +83,10 @@ class Link(abc.ABC):
 
 
 class Conversation:
-    """Serves one client; nothing of it is seen by another.
-
-    Attributes:
-        live: its session, once it is admitted.
-    """
+    """Serves one client; nothing of it is seen by another."""
 
     def __init__(self, link: Link, state: ServerState):
         self._link, self._state = link, state
-        self.live: LiveSession | None = None
         self._id = secrets.token_hex(8)
         self._errors, self._burst = 0, 0.0
         self._last_message = time.monotonic()
@@ -98,11 +94,6 @@ class Conversation:
         self._rate = 16_000
         self._texts: asyncio.Queue[str] = asyncio.Queue(_TEXTS)  # to be spoken
         self._num_cleared = 0
-
-    @property
-    def protocol(self) -> str:
-        """Transport of the conversation."""
-        return self._link.protocol
 
     async def run(self) -> None:
         """Returns when the client has gone or has been sent away."""
@@ -147,8 +138,7 @@ class Conversation:
                 async with asyncio.timeout(5):
                     await self._link.close(code, reason)
 
-    async def warn_of_drain(self, seconds: float) -> None:
-        """Tells the client that the server will stop."""
+    async def _warn_of_drain(self, seconds: float) -> None:
         with contextlib.suppress(Exception):
             await self._say("draining", seconds=seconds)
 
@@ -157,48 +147,45 @@ class Conversation:
         portrait, text, warnings = await admit(state, wanted)
         self._link.check(wanted)
         self._rate = wanted.get("sample_rate", self._rate)
-        core = state.seats.take()
-        if core is None:
+        session = state.pool.take()
+        if session is None:
             raise ProtocolError(
-                "busy", f"all {state.seats.count} sessions are taken; try again later."
+                "busy", f"all {state.pool.count} sessions are taken; try again later."
             )
-        state.metrics.started.labels(self.protocol).inc()
-        reason = "failed"
-        began = time.monotonic()
+        state.metrics.started.labels(self._link.protocol).inc()
+        reason, began = "failed", time.monotonic()
         try:
-            self.live = live = LiveSession(
-                core,
+            live = LiveSession(
+                session,
                 state.live,
                 encode_prompt=state.encode_prompt,
-                dispatch=state.seats.dispatch,
+                dispatch=state.pool.dispatch,
             )
-            state.connections.add(self)
-            await state.seats.prepare(core, portrait, text)
-            try:
+            with state.connected(Connection(self._link.protocol, live, self._warn_of_drain)):
+                await state.pool.prepare(session, portrait, text)
                 async with live:
                     await self._converse(live, began, warnings)
-            except Closed as closed:
-                reason = str(closed)
-                raise
-            except Gone:
-                reason = "client gone"
-                raise
-            except ProtocolError as error:
-                reason = error.code
-                raise
+        except Closed as closed:
+            reason = str(closed)
+            raise
+        except Gone:
+            reason = "client gone"
+            raise
+        except ProtocolError as error:
+            reason = error.code
+            raise
         finally:
-            state.connections.discard(self)
-            state.seats.give_back(core)
+            state.pool.give_back(session)
             state.metrics.ended.labels(reason).inc()
 
     async def _converse(self, live: LiveSession, began: float, warnings: list[str]) -> None:
         """Listens and sends until one of them ends."""
         described = await self._link.open(live)
-        height, width = live.core.frame_size
+        form = live.session.format
         await self._say(
             "session.created",
-            version=VERSION, session=self._id, width=width, height=height,
-            fps=live.core.model.settings.fps, model=live.core.model.name,
+            version=VERSION, session=self._id, width=form.width, height=form.height,
+            fps=form.fps, model=live.session.model.name,
             takes_prompt=self._state.encode_prompt is not None,
             takes_text=self._state.speak is not None, warnings=warnings, **described,
         )  # fmt: skip

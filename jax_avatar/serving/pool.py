@@ -14,7 +14,7 @@ import numpy as np
 from jax_avatar.streaming.model import AvatarModel
 from jax_avatar.streaming.session import AvatarSession
 
-__all__ = ["Budget", "Seats", "measure"]
+__all__ = ["Budget", "SessionPool", "measure"]
 
 _SPEED_SHARE, _MEMORY_SHARE = 0.85, 0.8  # of what there is; the rest is for bursts
 
@@ -26,7 +26,7 @@ class Budget:
     Attributes:
         block_s: seconds that a block of `video_s` seconds takes.
         video_s: of a block.
-        seat_bytes: of device memory that each further session takes.
+        session_bytes: of device memory that each further session takes.
         free_bytes: there were, after the first.
         parts: seconds that a block takes in each part, see `AvatarSession.part_seconds`.
         by_speed: sessions in real time.
@@ -35,7 +35,7 @@ class Budget:
 
     block_s: float
     video_s: float
-    seat_bytes: int
+    session_bytes: int
     free_bytes: int
     parts: dict[str, float]
 
@@ -47,38 +47,38 @@ class Budget:
     @property
     def by_memory(self) -> int:
         """Sessions that have room."""
-        return 1 + int(_MEMORY_SHARE * self.free_bytes / max(1, self.seat_bytes))
+        return 1 + int(_MEMORY_SHARE * self.free_bytes / max(1, self.session_bytes))
 
 
-def measure(core: AvatarSession, weights_bytes: int, blocks: int = 5, rounds: int = 3) -> Budget:
+def measure(session: AvatarSession, weights_bytes: int, blocks: int = 5, rounds: int = 3) -> Budget:
     """Streams silence through a warm session: what a session costs.
 
     Args:
-        core: the session.
+        session: the session.
         weights_bytes: of its networks, which further sessions share.
         blocks: of a round.
         rounds: whose median counts, since machines stumble.
     """
-    samples = np.zeros(core.block_frames * core.speech.samples_per_frame, np.float32)
+    samples = np.zeros(session.format.block_frames * session.format.samples_per_frame, np.float32)
     block_s = []
     for number in range(rounds + 1):
         # In the first round the pipeline fills, and blocks begin to wait for being fetched.
-        count = blocks if number else max(blocks, core.layout.stages)
+        count = blocks if number else max(blocks, session.layout.stages)
         began = time.perf_counter()
         for _ in range(count):
-            for _ in core.push(samples):
+            for _ in session.push(samples):
                 pass
         if number:
             block_s.append((time.perf_counter() - began) / count)
-    for _ in core.finish():
+    for _ in session.finish():
         pass
     held = sum(x.nbytes for x in jax.live_arrays()) - weights_bytes
-    parts = core.part_seconds()
-    video_s = core.block_frames / core.model.settings.fps
+    parts = session.part_seconds()
+    video_s = session.format.block_s
     return Budget(float(np.median(block_s)), video_s, max(1, held), _free_bytes(), parts)
 
 
-class Seats:
+class SessionPool:
     """Sessions that are compiled and warm, each for one client at a time."""
 
     def __init__(
@@ -99,7 +99,7 @@ class Seats:
         self.budget: Budget | None = None
         self.count = 0
         self.model: AvatarModel | None = None
-        self.size: tuple[int, int] | None = None  # height and width
+        self.size: tuple[int, int] | None = None  # height and width of frames
 
     @property
     def is_ready(self) -> bool:
@@ -113,33 +113,33 @@ class Seats:
 
     def open(self) -> None:
         """Compiles and warms up every session; blocks until done."""
-        core = self._build(None)
-        core.warm_up()
-        self.model = core.shared_model()
+        session = self._build(None)
+        session.warm_up()
+        self.model = session.shared_model()
         networks = (self.model.dit, self.model.vae, self.model.speech)
         weights = sum(x.nbytes for net in networks for x in jax.tree.leaves(net.params))
-        budget = measure(core, weights)
+        budget = measure(session, weights)
         fitting = max(1, min(self._most, budget.by_speed, budget.by_memory))
-        cores = [core]
-        while len(cores) < fitting:
+        sessions = [session]
+        while len(sessions) < fitting:
             another = self._build(self.model)
             another.warm_up()
-            cores.append(another)
-        self.size = core.frame_size
-        self._free, self.count, self.budget = cores, len(cores), budget
+            sessions.append(another)
+        self.size = session.format.height, session.format.width
+        self._free, self.count, self.budget = sessions, len(sessions), budget
 
     def take(self) -> AvatarSession | None:
         """A free seat, or None."""
         return self._free.pop() if self._free else None
 
-    def give_back(self, core: AvatarSession) -> None:
+    def give_back(self, session: AvatarSession) -> None:
         """Frees a seat; the session must not be used afterwards."""
-        self._free.append(core)
+        self._free.append(session)
 
-    async def prepare(self, core: AvatarSession, portrait: np.ndarray, text: Any) -> None:
-        """Seats a portrait."""
+    async def prepare(self, session: AvatarSession, portrait: np.ndarray, text: Any) -> None:
+        """SessionPool a portrait."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self.dispatch, lambda: core.reset(portrait, text=text))
+        await loop.run_in_executor(self.dispatch, lambda: session.reset(portrait, text=text))
 
     def close(self) -> None:
         """Ends the worker."""

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.params import merge
 from jax_avatar.shapes import Array, Float
+from jax_avatar.streaming.format import StreamFormat
 from jax_avatar.streaming.mesh import Layout, make_mesh
 from jax_avatar.streaming.model import AvatarModel, StreamSettings
 from jax_avatar.streaming.pipeline import PipelinedStream
@@ -212,9 +213,11 @@ class AvatarSession:
         self._submitted: deque = deque()
 
     @property
-    def frame_size(self) -> tuple[int, int]:
-        """Pixel height and width."""
-        return self._size[2], self._size[3]
+    def format(self) -> StreamFormat:
+        """Rates and sizes of picture and sound."""
+        fps, height, width = self.model.settings.fps, *self._size[2:4]
+        frames = (self.block_frames, self.piece_frames)
+        return StreamFormat(fps, self.speech.sample_rate, height, width, *frames)
 
     @property
     def pieces_per_block(self) -> int:

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 
 from jax_avatar.io.audio import (
     AudioReader,
+    LowLatencyResampler,
     PcmReader,
-    QuickResampler,
     is_silent,
     load_audio,
     open_pipe,
@@ -99,7 +99,7 @@ def test_resampling_equals_the_reference(tmp_path):
 @pytest.mark.parametrize(("rate", "to"), [(48_000, 16_000), (44_100, 16_000), (16_000, 48_000)])
 def test_sound_that_somebody_waits_for_is_a_millisecond_behind(rate, to):
     samples, piece = tone(1.0, rate), rate // 50
-    resample, parts = QuickResampler(to), []
+    resample, parts = LowLatencyResampler(to), []
     for start in range(0, len(samples), piece):
         parts.append(resample(samples[start : start + piece], rate))
         come = sum(map(len, parts)) / to

@@ -24,15 +24,15 @@ class FastClock(Clock):
 
 
 @contextlib.contextmanager
-def recording(core):
+def recording(session):
     """Yields a list that fills with what a session hears, and with prompts between."""
-    heard, feed, set_text = [], core.feed, core.set_text
-    core.feed = lambda samples: heard.append(samples) or feed(samples)
-    core.set_text = lambda text: heard.append("prompt") or set_text(text)
+    heard, feed, set_text = [], session.feed, session.set_text
+    session.feed = lambda samples: heard.append(samples) or feed(samples)
+    session.set_text = lambda text: heard.append("prompt") or set_text(text)
     try:
         yield heard
     finally:
-        core.feed, core.set_text = feed, set_text
+        session.feed, session.set_text = feed, set_text
 
 
 def voice(seconds, seed=1, rate=RATE):

@@ -4,10 +4,12 @@ import asyncio
 import concurrent.futures
 import selectors
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import numpy as np
 
 from jax_avatar.live.session import Clock, LiveSession, LiveSettings
+from jax_avatar.streaming.format import StreamFormat
 from jax_avatar.streaming.session import AvatarSession
 from tests.live.helpers import FPS, PER_FRAME, RATE
 
@@ -63,36 +65,33 @@ class _Worker(concurrent.futures.Executor):
         pass
 
 
-class _Core(AvatarSession):
-    """Hears blocks of sound and makes black frames, a piece after the other."""
+def _session():
+    """A session that hears blocks of sound and makes black frames, a piece after the other."""
+    session = create_autospec(AvatarSession, instance=True)
+    session.model = SimpleNamespace(name="none", settings=SimpleNamespace(audio_window="rolling"))
+    session.format = StreamFormat(FPS, RATE, 2, 2, BLOCK, PIECE)
+    session.samples_wanted = (BLOCK - 1 - DROPPED) * PER_FRAME + LOOKAHEAD + PER_FRAME
 
-    def __init__(self):
-        self.model = SimpleNamespace(
-            name="none", settings=SimpleNamespace(fps=FPS, audio_window="rolling")
-        )
-        self.speech = SimpleNamespace(sample_rate=RATE, samples_per_frame=PER_FRAME)
-        self.block_frames, self.piece_frames, self.blocks, self.fetched = BLOCK, PIECE, 0, 0
-
-    @property
-    def samples_wanted(self):
-        first = (BLOCK - 1 - DROPPED) * PER_FRAME + LOOKAHEAD + PER_FRAME
-        return BLOCK * PER_FRAME if self.blocks else first
-
-    def feed(self, samples):
-        assert len(samples) == self.samples_wanted
-        self.blocks += 1
+    def feed(samples):
+        assert len(samples) == session.samples_wanted
+        session.samples_wanted = BLOCK * PER_FRAME
         return BLOCK // PIECE
 
-    def fetch(self):
-        self.fetched += 1
-        return np.zeros((PIECE - (DROPPED if self.fetched == 1 else 0), 2, 2, 3), np.uint8)
+    def fetch():
+        dropped = DROPPED if session.fetch.call_count == 1 else 0
+        return np.zeros((PIECE - dropped, 2, 2, 3), np.uint8)
+
+    session.feed.side_effect, session.fetch.side_effect = feed, fetch
+    return session
 
 
 def simulated_session(block_seconds, **settings):
     """A session that waits `block_seconds()` for the first piece of each block."""
-    core = _Core()
-    live = LiveSession(core, LiveSettings(**settings), dispatch=_Worker(), clock=SimulatedClock())
+    session = _session()
+    live = LiveSession(
+        session, LiveSettings(**settings), dispatch=_Worker(), clock=SimulatedClock()
+    )
     live._fetching.shutdown()
-    is_first = lambda: core.fetched % core.pieces_per_block == 1  # noqa: E731
+    is_first = lambda: session.fetch.call_count % (BLOCK // PIECE) == 1  # noqa: E731
     live._fetching = _Worker(lambda: block_seconds() if is_first() else DECODE_S)
     return live

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from jax_avatar.live.jitter_buffer import SpeechQueue, pcm_samples
-from jax_avatar.live.turn import State, Turn
+from jax_avatar.live.jitter_buffer import JitterBuffer, pcm_samples
+from jax_avatar.live.turn import State, TurnState
 from jax_avatar.streaming.sample_queue import SampleQueue
 
 RATE = 16_000
@@ -26,7 +26,7 @@ def test_samples_leave_in_order_whatever_the_pieces():
 @pytest.mark.parametrize("milliseconds", [1, 37, 10_000])
 def test_a_stream_is_resampled_as_the_whole(rate, milliseconds):
     def resampled(size):
-        queue, samples = SpeechQueue(RATE), voice(1.0, rate)
+        queue, samples = JitterBuffer(RATE), voice(1.0, rate)
         for start in range(0, len(samples), size):
             queue.push(samples[start : start + size], rate)
         queue.end_segment()
@@ -38,7 +38,7 @@ def test_a_stream_is_resampled_as_the_whole(rate, milliseconds):
 
 
 def test_speech_that_begins_comes_last_and_goes_on_without_a_gap():
-    queue, samples = SpeechQueue(RATE, hold_back=100), voice(0.2)
+    queue, samples = JitterBuffer(RATE, target_delay=100), voice(0.2)
     queue.push(samples[:1100], RATE)
     first = queue.take(3000)
     assert not first.samples[:2000].any() and first.missing == 0
@@ -51,7 +51,7 @@ def test_speech_that_begins_comes_last_and_goes_on_without_a_gap():
 
 
 def test_speech_begins_only_with_something_in_hand():
-    queue, samples = SpeechQueue(RATE, hold_back=100), voice(0.1)
+    queue, samples = JitterBuffer(RATE, target_delay=100), voice(0.1)
     queue.push(samples[:1000], RATE)
     assert queue.has(900) and not queue.has(901)
     spoken = queue.take(950)
@@ -63,7 +63,7 @@ def test_speech_begins_only_with_something_in_hand():
 
 
 def test_speech_behind_other_speech_puts_no_gap_into_that():
-    queue, samples = SpeechQueue(RATE, hold_back=100), voice(0.2)
+    queue, samples = JitterBuffer(RATE, target_delay=100), voice(0.2)
     queue.push(samples[:2000], RATE)
     queue.end_segment()
     first = queue.take(1000)
@@ -73,7 +73,7 @@ def test_speech_behind_other_speech_puts_no_gap_into_that():
 
 
 def test_speech_that_runs_dry_leaves_one_gap_and_loses_nothing():
-    queue, samples = SpeechQueue(RATE, hold_back=100), voice(0.5)
+    queue, samples = JitterBuffer(RATE, target_delay=100), voice(0.5)
     queue.push(samples[:2000], RATE)
     parts = [queue.take(1000), queue.take(1500)]
     assert parts[1].missing == 1500 - 900 and parts[1].marks[0] == 1
@@ -86,7 +86,7 @@ def test_speech_that_runs_dry_leaves_one_gap_and_loses_nothing():
 
 
 def test_every_segment_ends_when_its_last_sample_is_played():
-    queue = SpeechQueue(RATE)
+    queue = JitterBuffer(RATE)
     for seconds in (0.5, 0.25):
         queue.push(voice(seconds), RATE)
         queue.end_segment()
@@ -108,7 +108,7 @@ def test_every_segment_ends_when_its_last_sample_is_played():
     ],
 )
 def test_audio_that_cannot_be_is_refused(pcm, rate, message):
-    queue = SpeechQueue(RATE, capacity=2 * RATE)
+    queue = JitterBuffer(RATE, capacity=2 * RATE)
     with pytest.raises(ValueError, match=message):
         queue.push(pcm, rate)
     assert len(queue) == 0 and not queue.is_open
@@ -122,7 +122,7 @@ def test_pcm_of_any_kind_is_the_same_sound():
 
 
 def test_an_avatar_that_speaks_must_be_interrupted_before_it_listens():
-    turn = Turn()
+    turn = TurnState()
     assert turn.to(State.LISTENING) and turn.to(State.THINKING) and turn.to(State.SPEAKING)
     assert not turn.to(State.SPEAKING)
     with pytest.raises(ValueError, match="speaking cannot become listening"):

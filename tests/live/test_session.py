@@ -47,7 +47,7 @@ def sessions(folder):
 
 
 @pytest.fixture(params=["1", "5"])
-def core(sessions, request):
+def session(sessions, request):
     return sessions(request.param)
 
 
@@ -57,15 +57,15 @@ def alone(sessions):
     return sessions("1")
 
 
-def live_on(core, **settings):
-    core.reset()
-    return LiveSession(core, LiveSettings(**settings), clock=FastClock())
+def live_on(session, **settings):
+    session.reset()
+    return LiveSession(session, LiveSettings(**settings), clock=FastClock())
 
 
-def replay(core, heard):
+def replay(session, heard):
     """The video of everything that a live session heard, in one piece."""
-    core.reset()
-    return np.concatenate([*core.push(np.concatenate(heard)), *core.finish()])
+    session.reset()
+    return np.concatenate([*session.push(np.concatenate(heard)), *session.finish()])
 
 
 def jumps_of(whole, got):
@@ -79,8 +79,8 @@ def jumps_of(whole, got):
     return jumps
 
 
-def test_speech_is_spoken_whole_and_in_step_with_its_sound(core):
-    live = live_on(core)
+def test_speech_is_spoken_whole_and_in_step_with_its_sound(session):
+    live = live_on(session)
 
     async def run():
         async with live:
@@ -89,7 +89,7 @@ def test_speech_is_spoken_whole_and_in_step_with_its_sound(core):
             live.end_segment()
             return idle, await watch(live, finished)
 
-    with recording(core) as heard:
+    with recording(session) as heard:
         idle, talk = asyncio.run(run())
     assert not sound_of(idle).any()
     sound = sound_of(talk)
@@ -105,14 +105,14 @@ def test_speech_is_spoken_whole_and_in_step_with_its_sound(core):
     assert [e.data["state"] for e in events(talk, "state")] == ["speaking", "idle"]
     # The frames are those of what was heard; only idle ones gave way, once, to speech.
     got, given = frames_of(idle + talk), np.concatenate(heard)
-    ((jump, at),) = jumps_of(replay(core, heard), got)
+    ((jump, at),) = jumps_of(replay(session, heard), got)
     assert at - jump == live.stats.dropped > 0 and jump * PER_FRAME <= first + len(sound_of(idle))
     shown = sound_of(idle + talk)[jump * PER_FRAME :]
     np.testing.assert_array_equal(shown, given[at * PER_FRAME :][: len(shown)])
 
 
-def test_an_interrupt_drops_speech_and_goes_on_in_silence(core):
-    live = live_on(core)
+def test_an_interrupt_drops_speech_and_goes_on_in_silence(session):
+    live = live_on(session)
 
     def speaking(chunks):
         return bool(events(chunks, "playback_started")) and len(chunks) > 3
@@ -127,7 +127,7 @@ def test_an_interrupt_drops_speech_and_goes_on_in_silence(core):
             bridge = await watch(live, lambda chunks: live.state is State.IDLE)
             return before, position, bridge, await watch(live, seconds(2.5))
 
-    with recording(core) as heard:
+    with recording(session) as heard:
         before, position, bridge, after = asyncio.run(run())
     spoken = np.count_nonzero(sound_of(before)) / RATE
     assert position == pytest.approx(spoken, abs=1e-3) and position > 0
@@ -136,7 +136,7 @@ def test_an_interrupt_drops_speech_and_goes_on_in_silence(core):
     assert [e.data for e in told] == [{"position_s": position, "interrupted": True}]
     # Face and pose go on: it is one stream, with idle and then muted frames left out.
     got = frames_of(before + bridge + after)
-    jumps = jumps_of(replay(core, heard), got)
+    jumps = jumps_of(replay(session, heard), got)
     assert 1 <= len(jumps) <= 3 and sum(n >= len(frames_of(before)) for n, _ in jumps) == 1
     assert jumps[-1][1] - jumps[-1][0] == live.stats.dropped
     # What comes after the jump is the video of silence alone.
@@ -147,7 +147,7 @@ def test_an_interrupt_drops_speech_and_goes_on_in_silence(core):
 
 def test_a_microphone_is_heard_without_a_gap(alone):
     """Pieces of 20 ms as they are spoken, starting at any moment."""
-    live, samples = live_on(alone, hold_back_s=0.25), voice(3.0)
+    live, samples = live_on(alone, target_delay_s=0.25), voice(3.0)
 
     async def speak():
         began, sent = live._clock.now(), 0
@@ -208,10 +208,10 @@ def test_nothing_grows_while_nobody_takes_frames_or_hours_pass(alone):
     assert len(heard) < 20
 
 
-def test_a_prompt_is_encoded_aside_and_given_between_blocks(core):
-    live = live_on(core)
+def test_a_prompt_is_encoded_aside_and_given_between_blocks(session):
+    live = live_on(session)
     rng = np.random.default_rng(3)
-    states = 5 * rng.normal(size=(1, 2, core.model.dit.config.text_width)).astype(np.float32)
+    states = 5 * rng.normal(size=(1, 2, session.model.dit.config.text_width)).astype(np.float32)
     live._encode_prompt = {"a woman sings": jnp.asarray(states)}.get
 
     async def run():
@@ -220,22 +220,22 @@ def test_a_prompt_is_encoded_aside_and_given_between_blocks(core):
             await live.set_prompt("a woman sings")
             return before + await watch(live, seconds(6))
 
-    with recording(core) as heard:
+    with recording(session) as heard:
         chunks = asyncio.run(run())
     assert len(events(chunks, "prompt_changed")) == 1
     (at,) = (n for n, block in enumerate(heard) if isinstance(block, str))
     blocks = [block for block in heard if isinstance(block, np.ndarray)]
-    core.reset()
+    session.reset()
     plain, changed = [], []
     for video, prompt in ((plain, False), (changed, True)):
-        core.reset()
+        session.reset()
         for n, block in enumerate(blocks):
             if prompt and n == at:
-                core.set_text(jnp.asarray(states))
-            video += core.push(block)
-        video += core.finish()
+                session.set_text(jnp.asarray(states))
+            video += session.push(block)
+        video += session.finish()
     plain, changed = np.concatenate(plain), np.concatenate(changed)
-    border = max(0, at * core.block_frames - 3)
+    border = max(0, at * session.block_frames - 3)
     np.testing.assert_array_equal(plain[:border], changed[:border])
     assert (plain[border : border + 12] != changed[border : border + 12]).any()
     got = frames_of(chunks)

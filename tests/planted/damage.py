@@ -71,7 +71,7 @@ DAMAGE = tuple(Mistake("input", *row) for row in (
      adapters("an_adapter_beside_another_base_is_refused")),
     ("halves of surrogate pairs reach the session", "serving/messages.py",
      r"\ud800-\udfff]", "]", HOSTILE),
-    ("a token that is no Unicode is compared as text", "serving/server_state.py",
+    ("a token that is no Unicode is compared as text", "serving/access.py",
      '.encode(errors="surrogatepass")', ".encode()", HOSTILE),
     ("a setting may be NaN", "weights/fields.py",
      "    if is_number and not math.isfinite(value):\n", "    if False:\n",

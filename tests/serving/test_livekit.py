@@ -17,7 +17,7 @@ from livekit.agents.voice.avatar import (
     VideoGenerator,
 )
 
-from jax_avatar.io.audio import QuickResampler
+from jax_avatar.io.audio import LowLatencyResampler
 from jax_avatar.io.watermark import mark
 from jax_avatar.live.session import LiveSession, LiveSettings
 from jax_avatar.serving.links.livekit import (
@@ -37,18 +37,18 @@ RATE, FRAME_S = 24_000, 1 / 16
 
 
 @pytest.fixture(scope="module")
-def core(tmp_path_factory):
+def session(tmp_path_factory):
     portrait = np.random.default_rng(0).uniform(-1, 1, (1, 1, 64, 64, 3)).astype(np.float32)
     model = load_model(save_model(tmp_path_factory.mktemp("model")))
-    core = AvatarSession(model, portrait, parse_layout("1", 4))
-    core.warm_up()
-    return core
+    session = AvatarSession(model, portrait, parse_layout("1", 4))
+    session.warm_up()
+    return session
 
 
-def live_on(core, speed=1.0, **settings):
-    core.reset()
+def live_on(session, speed=1.0, **settings):
+    session.reset()
     settings = LiveSettings(chunk_frames=1, **settings)
-    return LiveSession(core, settings, clock=FastClock(speed))
+    return LiveSession(session, settings, clock=FastClock(speed))
 
 
 def pieces_of(samples, channels=1):
@@ -89,11 +89,11 @@ def count(got, kind):
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_a_segment_comes_as_pictures_with_their_sound_and_an_end(core, channels):
+def test_a_segment_comes_as_pictures_with_their_sound_and_an_end(session, channels):
     speech = voice(1.2, rate=RATE)
 
     async def speak():
-        async with live_on(core, 4.0) as live:
+        async with live_on(session, 4.0) as live:
             generator = AvatarVideoGenerator(live)
             stream = aiter(generator)
             before = await take(stream, lambda got: count(got, rtc.VideoFrame) == 8)
@@ -113,15 +113,15 @@ def test_a_segment_comes_as_pictures_with_their_sound_and_an_end(core, channels)
     played = sum(got[i].duration for i in sounds)
     assert 1.2 <= played <= 1.2 + 2 * FRAME_S
     heard = np.concatenate([samples_of(got[i]) for i in sounds])
-    resample = QuickResampler(16_000)
+    resample = LowLatencyResampler(16_000)
     said = np.concatenate([resample(speech, RATE), resample.finish()])
     at = np.correlate(heard, said, "valid").argmax()
     np.testing.assert_allclose(heard[at : at + len(said)], said, atol=1e-3)
 
 
-def test_frames_are_marked_unless_it_is_told_otherwise(core):
+def test_frames_are_marked_unless_it_is_told_otherwise(session):
     async def first_frames(**options):
-        async with live_on(core) as live:
+        async with live_on(session) as live:
             stream = aiter(AvatarVideoGenerator(live, **options))
             got = await take(stream, lambda got: count(got, rtc.VideoFrame) == 2)
         return np.stack([np.frombuffer(frame.data, np.uint8).reshape(64, 64, 3) for frame in got])
@@ -131,9 +131,9 @@ def test_frames_are_marked_unless_it_is_told_otherwise(core):
     assert (marked != plain).any()
 
 
-def test_an_interrupt_ends_sound_at_once_and_speech_that_waited_is_dropped(core):
+def test_an_interrupt_ends_sound_at_once_and_speech_that_waited_is_dropped(session):
     async def interrupt():
-        async with live_on(core, 4.0, most_waiting_s=2.0) as live:
+        async with live_on(session, 4.0, most_waiting_s=2.0) as live:
             generator = AvatarVideoGenerator(live)
             stream = aiter(generator)
 
@@ -167,7 +167,7 @@ def test_an_interrupt_ends_sound_at_once_and_speech_that_waited_is_dropped(core)
     assert 0.5 <= played <= 0.5 + 2 * FRAME_S
 
 
-def test_an_agent_speaks_is_interrupted_and_leaves(core):
+def test_an_agent_speaks_is_interrupted_and_leaves(session):
     """The package's sender, receiver, runner and synchroniser; only the rooms are ours."""
 
     async def converse():
@@ -177,7 +177,7 @@ def test_an_agent_speaks_is_interrupted_and_leaves(core):
         started, finished = asyncio.Queue(), asyncio.Queue()
         speech.on("playback_started", started.put_nowait)
         speech.on("playback_finished", finished.put_nowait)
-        async with asyncio.timeout(180), live_on(core) as live:
+        async with asyncio.timeout(180), live_on(session) as live:
             serving = asyncio.create_task(serve_room(live, avatar))
             for piece in pieces_of(voice(1.0, rate=RATE)):
                 await speech.capture_frame(piece)
@@ -209,7 +209,7 @@ def test_an_agent_speaks_is_interrupted_and_leaves(core):
 
 
 @contextlib.asynccontextmanager
-async def agent_with(core, **settings):
+async def agent_with(session, **settings):
     """An agent's output, whose events come in a queue, beside an avatar that serves it."""
     agent, avatar = meet()
     speech = DataStreamAudioOutput(agent, destination_identity="avatar", sample_rate=RATE,
@@ -217,7 +217,7 @@ async def agent_with(core, **settings):
     events = asyncio.Queue()
     for name in ("playback_started", "playback_finished"):
         speech.on(name, lambda event, name=name: events.put_nowait((name, event)))
-    async with asyncio.timeout(60), live_on(core, **settings) as live:
+    async with asyncio.timeout(60), live_on(session, **settings) as live:
         serving = asyncio.create_task(serve_room(live, avatar))
         yield speech, events
         avatar.emit("participant_disconnected", avatar.remote_participants.pop("agent"))
@@ -231,9 +231,9 @@ async def say(speech, seconds):
     await asyncio.sleep(0)  # an agent has other things to do, too
 
 
-def test_segments_in_quick_succession_are_finished_each(core):
+def test_segments_in_quick_succession_are_finished_each(session):
     async def converse():
-        async with agent_with(core, speed=2.0) as (speech, events):
+        async with agent_with(session, speed=2.0) as (speech, events):
             lengths = (0.6, 0.1, 0.4)
             for seconds in lengths:
                 await say(speech, seconds)
@@ -249,9 +249,9 @@ def test_segments_in_quick_succession_are_finished_each(core):
 
 
 @pytest.mark.parametrize("segments", [1, 2])
-def test_a_clear_before_any_sound_is_answered_at_once(core, segments):
+def test_a_clear_before_any_sound_is_answered_at_once(session, segments):
     async def converse():
-        async with agent_with(core) as (speech, events):
+        async with agent_with(session) as (speech, events):
             await say(speech, 0.3)
             while (await events.get())[0] != "playback_finished":
                 pass
@@ -276,10 +276,10 @@ def test_a_clear_before_any_sound_is_answered_at_once(core, segments):
     assert not last.interrupted and last.playback_position >= 0.29
 
 
-def test_a_runner_that_fails_is_not_waited_for(core):
+def test_a_runner_that_fails_is_not_waited_for(session):
     async def fail():
         _, avatar = meet()
-        async with asyncio.timeout(180), live_on(core) as live:
+        async with asyncio.timeout(180), live_on(session) as live:
             serving = asyncio.create_task(serve_room(live, avatar, agent="agent"))
             await asyncio.sleep(0.1)
             stream = types.SimpleNamespace(attributes={}, stream_id="x")  # says nothing of its rate
@@ -298,8 +298,8 @@ def test_the_token_lets_the_avatar_publish_for_its_agent():
     assert claims.video.room_join and claims.attributes == {"lk.publish_on_behalf": "agent 7"}
 
 
-def test_options_say_what_the_tracks_hold(core):
+def test_options_say_what_the_tracks_hold(session):
     with contextlib.closing(asyncio.new_event_loop()):
-        options = avatar_options(LiveSession(core))
+        options = avatar_options(LiveSession(session))
     assert (options.video_width, options.video_height, options.video_fps) == (64, 64, 16)
     assert (options.audio_sample_rate, options.audio_channels) == (16_000, 1)

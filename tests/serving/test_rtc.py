@@ -9,6 +9,7 @@ import pytest
 from jax_avatar.live.session import LiveChunk
 from jax_avatar.serving import app
 from jax_avatar.serving.links import webrtc as rtc
+from jax_avatar.streaming.format import StreamFormat
 from tests.live.helpers import voice
 from tests.serving.rtc_client import Peer, post
 from tests.serving.test_server import TOKEN, nothing_leaks, served  # noqa: F401
@@ -120,7 +121,7 @@ def test_who_answers_no_checks_frees_the_seat(served, monkeypatch):  # noqa: F81
 
 
 def test_picture_and_sound_are_stamped_by_one_clock():
-    player = rtc._Player(16, 16_000)
+    player = rtc._Player(StreamFormat(16, 16_000, 16, 16, 12, 4))
     for k in range(8):  # each chunk shows and sounds its number
         frames = np.full((2, 16, 16, 3), 10 * k, np.uint8)
         sound = np.full(2000, k / 10, np.float32)

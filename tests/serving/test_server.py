@@ -18,7 +18,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from jax_avatar.serving.messages import Limits
-from jax_avatar.serving.pool import Seats
+from jax_avatar.serving.pool import SessionPool
 from jax_avatar.serving.server import make_config
 from jax_avatar.serving.server_state import ServerState
 from jax_avatar.streaming.mesh import parse_layout
@@ -49,7 +49,7 @@ class Served:
             return AvatarSession(shared or model, portrait, parse_layout("1", 4))
 
         image = np.random.default_rng(1).integers(0, 255, (80, 70, 3), np.uint8)
-        self.state = ServerState(Seats(build, most=2), image, token=TOKEN, limits=LIMITS)
+        self.state = ServerState(SessionPool(build, most=2), image, token=TOKEN, limits=LIMITS)
         self.port = free_port()
         self.server = uvicorn.Server(make_config(self.state, "127.0.0.1", self.port))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -72,7 +72,7 @@ class Served:
 
     def wait_until_free(self, seats=2, limit_s=20):
         ends = time.monotonic() + limit_s
-        while self.state.seats.free != seats:
+        while self.state.pool.free != seats:
             assert time.monotonic() < ends, "a session was not given back"
             time.sleep(0.05)
 
@@ -88,7 +88,7 @@ def served(tmp_path_factory):
         if status == 200:
             break
         time.sleep(0.1)
-    assert served.state.seats.count == 2, served.state.seats.budget
+    assert served.state.pool.count == 2, served.state.pool.budget
     yield served
     served.server.should_exit = True
     served.thread.join(20)

@@ -164,8 +164,8 @@ class AvatarVideoGenerator(VideoGenerator):
             receiver: is told when segments begin and end to be heard.
         """
         self._live, self._is_marked, self._receiver = live, is_marked, receiver
-        self._rate = live.core.speech.sample_rate
-        self._per_frame = live.core.speech.samples_per_frame
+        self._rate = live.session.format.sample_rate
+        self._per_frame = live.session.format.samples_per_frame
         self._is_speaking = False
         self._clears = 0
         self._played_s = 0.0  # of the segment that is being spoken
@@ -247,12 +247,12 @@ def _ended_segments(chunk: LiveChunk) -> list[float]:
 
 def avatar_options(live: LiveSession) -> AvatarOptions:
     """Sizes and rates of the tracks."""
-    height, width = live.core.frame_size
+    form = live.session.format
     return AvatarOptions(
-        video_width=width,
-        video_height=height,
-        video_fps=live.core.model.settings.fps,
-        audio_sample_rate=live.core.speech.sample_rate,
+        video_width=form.width,
+        video_height=form.height,
+        video_fps=form.fps,
+        audio_sample_rate=form.sample_rate,
         audio_channels=1,
     )
 

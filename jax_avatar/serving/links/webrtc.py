@@ -28,13 +28,14 @@ from aiortc.mediastreams import MediaStreamError
 from aiortc.rtcicetransport import parse_stun_turn_uri
 from aiortc.sdp import SessionDescription
 
-from jax_avatar.io.audio import QuickResampler
+from jax_avatar.io.audio import LowLatencyResampler
 from jax_avatar.io.mixing import Mixer
 from jax_avatar.live.session import LiveChunk, LiveSession
 from jax_avatar.live.speech_gate import SpeechGate
 from jax_avatar.serving.conversation import Closed, Conversation, Gone, Link
 from jax_avatar.serving.messages import ClientMessage, ProtocolError
 from jax_avatar.serving.server_state import ServerState
+from jax_avatar.streaming.format import StreamFormat
 from jax_avatar.streaming.sample_queue import SampleQueue
 
 __all__ = ["ice_server", "serve_offer"]
@@ -102,7 +103,7 @@ class _RtcLink(Link):
         self._peer: RTCPeerConnection | None = None
         self._channel: RTCDataChannel | None = None
         self._opened = asyncio.Event()
-        self._end_of_it: Exception | None = None
+        self._close_reason: Exception | None = None
         self._is_slow = False
         self._player: _Player | None = None
         self._tasks: list[asyncio.Task] = []
@@ -133,7 +134,7 @@ class _RtcLink(Link):
             raise ProtocolError("bad_message", f"sdp has over {_MOST_CANDIDATES} candidates.")
 
     async def open(self, live: LiveSession) -> dict[str, Any]:
-        self._player = _Player(live.core.model.settings.fps, live.core.speech.sample_rate)
+        self._player = _Player(live.session.format)
         servers = [ice_server(url) for url in self._state.ice_servers]
         self._peer = peer = RTCPeerConnection(
             RTCConfiguration(servers, bundlePolicy=RTCBundlePolicy.MAX_BUNDLE)
@@ -161,7 +162,7 @@ class _RtcLink(Link):
     async def receive(self) -> str | bytes | ClientMessage:
         message = await self._messages.get()
         if message is None:
-            raise self._end_of_it
+            raise self._close_reason
         return message
 
     async def send(self, text: str) -> None:
@@ -190,9 +191,8 @@ class _RtcLink(Link):
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1):
-                    while (
-                        self._end_of_it is None and self._channel and self._channel.bufferedAmount
-                    ):
+                    channel = self._channel
+                    while self._close_reason is None and channel and channel.bufferedAmount:
                         await asyncio.sleep(0.02)
         finally:
             await self._peer.close()
@@ -201,8 +201,8 @@ class _RtcLink(Link):
 
     def _finish(self, why: Exception) -> None:
         """Notifies the receiver at once."""
-        if self._end_of_it is None:
-            self._end_of_it = why
+        if self._close_reason is None:
+            self._close_reason = why
             while not self._messages.empty():
                 self._messages.get_nowait()
             self._messages.put_nowait(None)
@@ -222,7 +222,7 @@ class _RtcLink(Link):
         self._opened.set()
 
     def _take_message(self, message: str | bytes) -> None:
-        if self._end_of_it is not None:
+        if self._close_reason is not None:
             return
         try:
             self._messages.put_nowait(message)
@@ -251,7 +251,7 @@ class _RtcLink(Link):
             if frame.sample_rate != gate.rate:
                 gate = SpeechGate(frame.sample_rate)
             for piece in gate(mixer.frame(frame)):
-                if self._end_of_it is not None:
+                if self._close_reason is not None:
                     return
                 await self._messages.put(
                     ClientMessage("audio.commit", {})
@@ -301,10 +301,10 @@ class _Player:
     not with its chunk.
     """
 
-    def __init__(self, fps: int, rate: int):
-        self.picture, self.sound = _Track("video", 2 * fps), _Track("audio", 100)
-        self._fps, self._rate = fps, rate
-        self._resample, self._waiting = QuickResampler(_SOUND_RATE), SampleQueue()
+    def __init__(self, form: StreamFormat):
+        self.picture, self.sound = _Track("video", 2 * form.fps), _Track("audio", 100)
+        self._fps, self._rate = form.fps, form.sample_rate
+        self._resample, self._waiting = LowLatencyResampler(_SOUND_RATE), SampleQueue()
         self._frames = self._samples = 0
 
     def play(self, chunk: LiveChunk) -> None:

@@ -36,10 +36,8 @@ class _SocketLink(Link):
             raise ProtocolError("bad_message", "sdp is for POST /v1/rtc; leave it out here.")
 
     async def open(self, live: LiveSession) -> dict[str, Any]:
-        height, width = live.core.frame_size
-        self._writer = FragmentWriter(
-            width, height, live.core.model.settings.fps, live.core.speech.sample_rate
-        )
+        form = live.session.format
+        self._writer = FragmentWriter(form.width, form.height, form.fps, form.sample_rate)
         return {"mime": self._writer.mime, "delay_s": self._writer.delay_s}
 
     async def receive(self) -> str | bytes:
