@@ -25,8 +25,8 @@ from jax_avatar.models.params import split
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
 from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
-from jax_avatar.streaming.model import SMALL, AvatarModel, load_model
 from jax_avatar.weights.files import save_json, save_weights
+from jax_avatar.weights.folder import SMALL, AvatarModel, load_model
 
 __all__ = [
     "NANO",

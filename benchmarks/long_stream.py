@@ -36,8 +36,9 @@ from benchmarks.common import (
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.models.params import merge
 from jax_avatar.streaming.mesh import parse_layout
-from jax_avatar.streaming.model import SMALL
+from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.session import AvatarSession, num_slices
+from jax_avatar.weights.folder import SMALL
 
 # Decoded before a scored window and thrown away, so that the decoder has forgotten its start.
 _CONTEXT_BLOCKS = 3
@@ -233,7 +234,7 @@ def main(argv=None) -> dict:
         layout = parse_layout(arguments.mesh, 4)
         jax.config.update("jax_num_cpu_devices", num_slices(layout))
         model = open_model(arguments.checkpoint, arguments.random, folder)
-    layout = model.settings.layout(arguments.mesh)
+    layout = stream_layout(model.settings, arguments.mesh)
     if arguments.image:
         size = model.settings.size or (384, 704)
         portrait = prepare_reference(load_image(arguments.image), *size, cover=True)

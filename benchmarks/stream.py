@@ -35,9 +35,10 @@ from benchmarks.common import (
 )
 from jax_avatar.models.params import merge
 from jax_avatar.streaming.mesh import parse_layout
-from jax_avatar.streaming.model import SMALL
+from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.session import AvatarSession, make_decode, num_slices
+from jax_avatar.weights.folder import SMALL
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -192,7 +193,7 @@ def run(model, mesh: str, voice, seconds: float, repeats: int = 20, progress: bo
         repeats: blocks that the parts are timed on.
         progress: show a bar.
     """
-    layout = model.settings.layout(mesh)
+    layout = stream_layout(model.settings, mesh)
     began = time.perf_counter()
     session = AvatarSession(model, random_portrait(model), layout)
     build = time.perf_counter() - began

@@ -13,7 +13,7 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
-    """Settings of a stream; see `jax_avatar.streaming.model.StreamSettings`."""
+    """Settings of a stream; see `jax_avatar.weights.settings.StreamSettings`."""
     return ConfigDict(
         {
             "stream": {

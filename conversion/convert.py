@@ -37,10 +37,10 @@ from conversion.rules import Move, Report, plan
 from conversion.wan_dit import SCALING, MergedLora
 from jax_avatar.models.lora import is_adapted
 from jax_avatar.models.quantise import quantise, quantised_leaves
-from jax_avatar.streaming.model import LIVE_AVATAR
 from jax_avatar.streaming.prompts import TOKENIZER
 from jax_avatar.weights.checksums import check_files, keep_checksums
 from jax_avatar.weights.files import add_to_config
+from jax_avatar.weights.settings import LIVE_AVATAR
 from jax_avatar.weights.slot_writer import SlotWriter
 from jax_avatar.weights.whole_file import BrokenFile, check_whole, unfinished_downloads
 

@@ -45,9 +45,10 @@ from jax_avatar.evaluation.tables import rows_of, scored
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.models.params import merge
 from jax_avatar.streaming.batch import BatchStream
-from jax_avatar.streaming.model import SMALL, load_model
+from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 from jax_avatar.weights.files import save_json
+from jax_avatar.weights.folder import SMALL, load_model
 from launch.common import check_devices, refuse_input_as_output
 from launch.console import check_finite, outlive_readers
 
@@ -78,7 +79,7 @@ def sampler(model):
 
 
 def stream_plan(model):
-    plan = model.settings.plan(FLAGS.seed)
+    plan = StreamPlan.from_settings(model.settings, FLAGS.seed)
     if not FLAGS.aas:
         plan = dataclasses.replace(plan, aas_after_blocks=0)
     if not FLAGS.rolling_rope:  # so far behind that the sink stays where it is in the beginning

@@ -19,8 +19,9 @@ from absl import app, flags
 from jax_avatar.io.faces import face_missing
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.live.session import LiveSession, LiveSettings
-from jax_avatar.streaming.model import SMALL, load_model, load_settings
+from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.session import AvatarSession, num_slices
+from jax_avatar.weights.folder import SMALL, load_model, load_settings
 from launch.common import frame_size, log_warnings, prepare_jax
 from launch.console import outlive_readers
 
@@ -79,7 +80,7 @@ def read_access() -> tuple[str, str]:
 def load_core() -> AvatarSession:
     """The model with its portrait, compiled."""
     settings, image = load_settings(FLAGS.checkpoint), load_image(FLAGS.image)
-    layout = settings.layout(FLAGS.mesh)
+    layout = stream_layout(settings, FLAGS.mesh)
     height, width = frame_size(settings, image.shape, FLAGS.size)
     portrait = prepare_reference(image, height, width, cover=True)
     if missing := face_missing(FLAGS.image, image, portrait):

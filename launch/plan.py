@@ -30,6 +30,7 @@ from jax_avatar.planning.programs import abstract_model
 from jax_avatar.planning.report import plan_as_dict, plan_as_text
 from jax_avatar.planning.stream import DTYPES, plan_stream
 from jax_avatar.planning.training import plan_training
+from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.training.run.placement import parse_training_mesh
 from launch.console import outlive_readers
 
@@ -108,7 +109,7 @@ def run() -> None:
     grid = latent_grid(model, FLAGS.size)
     stride = model.vae.config.spatial_stride
     if FLAGS.task == "stream":
-        layout = model.settings.layout(FLAGS.mesh)
+        layout = stream_layout(model.settings, FLAGS.mesh)
         jax.config.update("jax_num_cpu_devices", layout.num_devices)
         options = {"dtype": FLAGS.dtype, "parts": tuple(FLAGS.compile), "say": say}
         needs = plan_stream(model, grid, layout, hardware, **options)

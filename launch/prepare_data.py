@@ -263,9 +263,9 @@ def cut_videos(arguments: argparse.Namespace) -> None:
 def encode_clips(arguments: argparse.Namespace) -> None:
     # Late, so that --help answers at once.
     from jax_avatar.data.encode import EncodeConfig, encode_data, first_clip
-    from jax_avatar.streaming.model import has_text_encoder
     from jax_avatar.streaming.prompts import prompt_encoder
     from jax_avatar.weights.encoders import Encoders
+    from jax_avatar.weights.folder import has_text_encoder
 
     config, model = config_of(EncodeConfig, arguments), arguments.model
     folders = {"vae": arguments.vae or model, "speech": arguments.speech or model, "text": model}

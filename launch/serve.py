@@ -19,9 +19,10 @@ from absl import app, flags
 from jax_avatar.io.faces import face_missing
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.live.session import LiveSettings
-from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
+from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.prompts import prompt_encoder, prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
+from jax_avatar.weights.folder import SMALL, has_text_encoder, load_model, load_settings
 from launch.common import frame_size, log_warnings, prepare_jax
 from launch.console import check_finite, outlive_readers
 
@@ -76,7 +77,7 @@ def say(text: str) -> None:
 def make_pool(image) -> SessionPool:
     """Sessions that are built when the server starts; what cannot be is refused here."""
     settings = load_settings(FLAGS.checkpoint)
-    layout = settings.layout(FLAGS.mesh)
+    layout = stream_layout(settings, FLAGS.mesh)
     height, width = frame_size(settings, image.shape, FLAGS.size)
     portrait = prepare_reference(image, height, width, cover=True)
     if missing := face_missing(FLAGS.image, image, portrait):

@@ -28,9 +28,10 @@ from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.io.provenance import can_sign, make_signer, sign_video
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.streaming.file import StreamReport, for_duration, stream_to_file
-from jax_avatar.streaming.model import SMALL, has_text_encoder, load_model, load_settings
+from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
+from jax_avatar.weights.folder import SMALL, has_text_encoder, load_model, load_settings
 from launch.common import frame_size, prepare_jax, refuse_input_as_output
 from launch.console import check_finite, outlive_readers
 
@@ -158,7 +159,7 @@ def run() -> int:
     changes = {k: v for k, v in FLAGS.config.stream.to_dict().items() if v is not None}
     changes["force_sampler"] = FLAGS.force_sampler
     settings = load_settings(FLAGS.checkpoint, **changes)
-    layout = settings.layout(FLAGS.mesh)
+    layout = stream_layout(settings, FLAGS.mesh)
     signer = open_signer()
     image = load_image(FLAGS.image)
     height, width = frame_size(settings, image.shape, FLAGS.size)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from ray import serve
 
-from jax_avatar.streaming.model import SMALL
+from jax_avatar.weights.folder import SMALL
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,13 +42,14 @@ def build_app(mesh: str, checkpoint: str, sessions: int):
     from jax_avatar.serving.app import make_app
     from jax_avatar.serving.pool import SessionPool
     from jax_avatar.serving.server_state import ServerState
-    from jax_avatar.streaming.model import load_model, load_settings
+    from jax_avatar.streaming.plan import stream_layout
     from jax_avatar.streaming.session import AvatarSession, num_slices
+    from jax_avatar.weights.folder import load_model, load_settings
     from launch.common import frame_size, prepare_jax
 
     image = load_image(SMALL.parent / "portraits" / "amara.png")
     settings = load_settings(checkpoint)
-    layout = settings.layout(mesh)
+    layout = stream_layout(settings, mesh)
     portrait = prepare_reference(image, *frame_size(settings, image.shape, None), cover=True)
     prepare_jax(num_slices(layout))
     model = load_model(checkpoint)

@@ -20,12 +20,12 @@ from jax_avatar.evaluation.scores import Truth, fit_probe, has_lips, score
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.batch import BatchStream
-from jax_avatar.streaming.model import AvatarModel, Network, load_network, load_settings
 from jax_avatar.training.model_folder import fitting
 from jax_avatar.training.run.placement import on_first_host
 from jax_avatar.training.stages.build import HELD_OUT, load_clips
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 from jax_avatar.weights.files import load_json
+from jax_avatar.weights.folder import AvatarModel, Network, load_network, load_settings
 
 __all__ = ["ClipEvaluation", "make_evaluation", "write_clip"]
 

@@ -24,12 +24,12 @@ from jax_avatar.planning.hardware import Hardware
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
 from jax_avatar.planning.quantities import DeviceUse, Figure, Needs
 from jax_avatar.planning.training import placed, summed_over_replicas, training_devices
-from jax_avatar.streaming.model import _KINDS
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import make_distiller
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.run.placement import abstract_on, clip_devices
 from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.weights.kinds import KINDS
 
 __all__ = ["distillation_programs", "kept_bytes", "plan_distillation"]
 
@@ -57,7 +57,7 @@ def distillation_programs(
     """
     config = model.dit.config.replace(attention=attention, rematerialise=True)
     settings = dataclasses.replace(settings, batch_size=clip_devices(mesh))
-    build = _KINDS["dit"][model.dit.metadata["kind"]][0]
+    build = KINDS["dit"][model.dit.metadata["kind"]].network
     base = abstract(lambda: build(config, rngs=nnx.Rngs(0)))[1]
     loop = LoopConfig(num_steps=1000, betas=(0.0, 0.999))
     distiller = make_distiller(build, config, rollout, settings, loop)

@@ -24,11 +24,13 @@ from jax_avatar.models.params import abstract, merge
 from jax_avatar.models.speech.tokens import AudioInjector
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout, make_mesh
-from jax_avatar.streaming.model import _KINDS, Network, StreamSettings
 from jax_avatar.streaming.pipeline import make_tick, tick_arguments
-from jax_avatar.streaming.plan import Conditions
+from jax_avatar.streaming.plan import Conditions, StreamPlan
 from jax_avatar.streaming.sampler import make_step, step_arguments
 from jax_avatar.streaming.session import make_decode
+from jax_avatar.weights.folder import Network
+from jax_avatar.weights.kinds import KINDS, find_kind
+from jax_avatar.weights.settings import StreamSettings
 
 __all__ = [
     "STAND_IN_OPTIONS",
@@ -131,13 +133,9 @@ def abstract_model(config: Mapping[str, Any]) -> AbstractModel:
         raise ValueError(f"the model's config lacks {missing}; see configs/wan_s2v_14b.py.")
 
     def network(part):
-        kind = config["kinds"].get(part)
-        if kind not in _KINDS[part]:
-            raise ValueError(f"{part} is of kind {kind!r}, known are {list(_KINDS[part])}.")
-        build, config_class = _KINDS[part][kind]
-        sizes = config_class(**config[part])
-        graphdef, params = abstract(lambda: build(sizes, rngs=nnx.Rngs(0)))
-        return Network(graphdef, params, sizes, {"kind": kind})
+        kind = find_kind(part, config["kinds"].get(part), "the model's config")
+        sizes = kind.config(**config[part])
+        return Network(*kind.abstract(sizes), sizes, {"kind": config["kinds"][part]})
 
     settings = StreamSettings(**config["stream"])
     return AbstractModel(config["name"], network("dit"), network("vae"), settings)
@@ -164,7 +162,7 @@ def step_program(
     """
     config = model.dit.config.replace(attention=attention, weights=weights)
     graphdef, params = _build(model, config)
-    plan = model.settings.plan(0)
+    plan = StreamPlan.from_settings(model.settings, 0)
     parts = (graphdef, params, config, plan, *_inputs(model, config, grid))
     mesh, _ = make_mesh(layout, devices)
     platform = mesh.devices.flat[0].platform
@@ -301,8 +299,7 @@ def _count(function: Callable, arguments: tuple) -> float:
 
 
 def _build(model: AbstractModel, config: DiTConfig) -> tuple[Any, PyTree]:
-    build = _KINDS["dit"][model.dit.metadata["kind"]][0]
-    return abstract(lambda: build(config, rngs=nnx.Rngs(0)))
+    return KINDS["dit"][model.dit.metadata["kind"]].abstract(config)
 
 
 def _latent(model: AbstractModel, grid: tuple[int, int]) -> Callable:

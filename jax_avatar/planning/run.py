@@ -22,7 +22,6 @@ from jax_avatar.models.vae.light import LightVAE
 from jax_avatar.planning.programs import Compiled, Program, compile_program
 from jax_avatar.planning.training import still_clips
 from jax_avatar.shapes import PyTree
-from jax_avatar.streaming.model import LIVE_AVATAR
 from jax_avatar.training.distill_state import Told
 from jax_avatar.training.distillation import make_distiller
 from jax_avatar.training.model_folder import NETWORKS
@@ -31,6 +30,7 @@ from jax_avatar.training.run.step import LoopConfig, compiled_step, learning_rat
 from jax_avatar.training.stages.build import read_sections
 from jax_avatar.training.stages.flow import ForcingTask
 from jax_avatar.weights.files import load_json
+from jax_avatar.weights.settings import LIVE_AVATAR
 
 __all__ = ["plan_run"]
 

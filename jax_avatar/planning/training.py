@@ -24,7 +24,6 @@ from jax_avatar.planning.quantities import DeviceUse, Figure, Needs
 from jax_avatar.planning.work import clip_flops
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout
-from jax_avatar.streaming.model import _KINDS
 from jax_avatar.training.run.placement import (
     abstract_on,
     clip_devices,
@@ -34,6 +33,7 @@ from jax_avatar.training.run.placement import (
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, compiled_step, make_optimiser
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
+from jax_avatar.weights.kinds import KINDS
 
 __all__ = [
     "placed",
@@ -65,7 +65,7 @@ def training_program(
     motion = settings.motion_latents
     config = model.dit.config.replace(attention=attention, rematerialise=True, framepack=motion > 0)
     settings = dataclasses.replace(settings, batch_size=clip_devices(mesh))
-    network = _KINDS["dit"][model.dit.metadata["kind"]][0]
+    network = KINDS["dit"][model.dit.metadata["kind"]].network
     clips = still_clips(config, settings.latents + motion, grid)
     task = ForcingTask(config, settings, clips, network=network)
     loop, rank = LoopConfig(num_steps=1000), settings.adapter_rank

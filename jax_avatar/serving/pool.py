@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_avatar.streaming.model import AvatarModel
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.weights.folder import AvatarModel
 
 __all__ = ["Budget", "SessionPool", "measure"]
 

@@ -13,10 +13,10 @@ from jax_avatar.models.params import merge
 from jax_avatar.models.sharding import put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
 from jax_avatar.streaming.mesh import batch_place
-from jax_avatar.streaming.model import AvatarModel
 from jax_avatar.streaming.plan import Conditions, StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.session import DROPPED_FRAMES, make_decode, make_encode
+from jax_avatar.weights.folder import AvatarModel
 
 __all__ = ["BatchStream"]
 
@@ -48,7 +48,8 @@ class BatchStream:
         """
         self.model, settings = model, model.settings
         self.params = model.dit.params
-        self._plan, self._sample, self._streams = plan or settings.plan(420), sample, {}
+        self._plan = plan or StreamPlan.from_settings(settings, 420)
+        self._sample, self._streams = sample, {}
         self._mesh, self._device = mesh, mesh or jax.devices()[0]
         whole = NamedSharding(mesh, PartitionSpec()) if mesh else batch_place(self._device)
         self._vae, self._speech = (

@@ -20,8 +20,17 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
 from jax_avatar.models.speech.tokens import EARLIER_FRAMES
 from jax_avatar.shapes import Array, AudioFeatures, PyTree, Scalar
+from jax_avatar.streaming.mesh import Layout, parse_layout
+from jax_avatar.weights.settings import StreamSettings
 
-__all__ = ["Conditions", "StreamPlan", "check_slices", "denoise", "make_prefill"]
+__all__ = [
+    "Conditions",
+    "StreamPlan",
+    "check_slices",
+    "denoise",
+    "make_prefill",
+    "stream_layout",
+]
 
 _RENOISE = np.uint32(2**32 - 1)  # a number that no block has
 
@@ -74,6 +83,11 @@ class StreamPlan(Sampling):
     noise: Callable[[int, tuple[int, ...]], Array] | None = None
     new_noise: Callable[[int, int, tuple[int, ...]], Array] | None = None
     distance: Callable[[int, int], int] | None = None
+
+    @classmethod
+    def from_settings(cls, settings: StreamSettings, seed: int) -> "StreamPlan":
+        """The plan that a model's settings ask for."""
+        return cls(**settings.sampling(), aas_after_blocks=settings.aas_after_blocks, seed=seed)
 
     def __post_init__(self):
         super().__post_init__()
@@ -163,6 +177,17 @@ def check_slices(sampling: Sampling, slices: int) -> None:
         "what timestep-forcing pipeline parallelism (TPP) removes, by histories of the steps' own "
         "(cache per_step, refresh none). Pass --mesh 1, or 1+1 for a VAE on its own device."
     )
+
+
+def stream_layout(sampling: Sampling, mesh: str) -> Layout:
+    """Layout of a stream from the `--mesh` argument, see `parse_layout`.
+
+    Raises:
+        ValueError: the steps do not spread over the slices, see also `check_slices`.
+    """
+    layout = parse_layout(mesh, sampling.num_steps)
+    check_slices(sampling, layout.stages)
+    return layout
 
 
 def denoise(

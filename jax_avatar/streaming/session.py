@@ -24,12 +24,13 @@ from jax_avatar.models.params import merge
 from jax_avatar.shapes import Array, Float
 from jax_avatar.streaming.format import StreamFormat
 from jax_avatar.streaming.mesh import Layout, make_mesh
-from jax_avatar.streaming.model import AvatarModel, StreamSettings
 from jax_avatar.streaming.pipeline import PipelinedStream
-from jax_avatar.streaming.plan import Conditions, check_slices
+from jax_avatar.streaming.plan import Conditions, StreamPlan, check_slices
 from jax_avatar.streaming.sample_queue import SampleQueue
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.working_level import WorkingLevel
+from jax_avatar.weights.folder import AvatarModel
+from jax_avatar.weights.settings import StreamSettings
 
 __all__ = [
     "DROPPED_FRAMES",
@@ -167,7 +168,8 @@ class AvatarSession:
         self._size = None
         self._text_type = jnp.float32 if text is None else text.dtype
         conditions = self._conditions(portrait, text)
-        arguments = (dit.graphdef, dit.params, dit.config, settings.plan(seed), conditions)
+        plan = StreamPlan.from_settings(settings, seed)
+        arguments = (dit.graphdef, dit.params, dit.config, plan, conditions)
         if layout.is_sequential:
             self.stream = SequentialStream(*arguments, device=mesh.devices[0, 0])
         else:

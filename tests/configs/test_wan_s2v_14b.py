@@ -17,7 +17,7 @@ from jax_avatar.models.config import UMT5Config, umt5_xxl, wan_s2v_14b
 from jax_avatar.models.params import flatten
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2Config, xlsr53_large
 from jax_avatar.planning.programs import abstract_model
-from jax_avatar.streaming.model import LIVE_AVATAR
+from jax_avatar.weights.settings import LIVE_AVATAR
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -12,9 +12,9 @@ from jax_avatar.io.video import read_video
 from jax_avatar.models import sharding
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.mesh import parse_layout
-from jax_avatar.streaming.model import load_model
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.training.run.placement import make_training_mesh, place_state
+from jax_avatar.weights.folder import load_model
 from tests.evaluation.test_scores import BrightnessProbe
 from tests.nano import save_model
 

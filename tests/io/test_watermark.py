@@ -7,7 +7,7 @@ from PIL import Image
 
 from jax_avatar.io.fragments import FragmentWriter
 from jax_avatar.io.watermark import THRESHOLD, detect, mark
-from jax_avatar.streaming.model import SMALL
+from jax_avatar.weights.folder import SMALL
 
 PORTRAITS = SMALL.parent / "portraits"
 

@@ -12,8 +12,8 @@ from jax_avatar.data.records import finish_manifest, start_manifest, write_shard
 from jax_avatar.data.toy import toy_clips
 from jax_avatar.io.video import read_video
 from jax_avatar.models.params import flatten
-from jax_avatar.streaming.model import load_model, load_settings
 from jax_avatar.weights.files import load_weights
+from jax_avatar.weights.folder import load_model, load_settings
 from launch import prepare_data
 from tests import nano
 from tests.launch.test_hosts import finish, free_port, start_command

@@ -8,8 +8,8 @@ import pytest
 from jax_avatar.live.session import Clock, LiveSession, LiveSettings
 from jax_avatar.live.turn import State
 from jax_avatar.streaming.mesh import parse_layout
-from jax_avatar.streaming.model import load_model
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.weights.folder import load_model
 from tests.live.helpers import (
     FPS,
     PER_FRAME,

@@ -9,9 +9,9 @@ from jax_avatar.models.params import flatten
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.models.sharding import param_shardings, param_specs
 from jax_avatar.streaming.mesh import make_mesh, parse_layout
-from jax_avatar.streaming.model import load_model
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.weights.files import StoredWeights, place, save_orbax, tree_of
+from jax_avatar.weights.folder import load_model
 from tests.nano import make_dit, save_model
 
 PARAMS = make_dit()[1]

@@ -22,7 +22,7 @@ video = tests_in("io/test_video")
 level = tests_in("streaming/test_working_level")
 wav2vec2 = tests_in("models/test_wav2vec2")
 
-models = tests_in("streaming/test_model")
+models = tests_in("weights/test_folder")
 streams = tests_in("streaming/test_streams")
 commands = tests_in("launch/test_stream")
 
@@ -117,13 +117,13 @@ INPUTS = tuple(Mistake("input", *row) for row in (
     ("--force_sampler is not heard", "launch/stream.py",
      'changes["force_sampler"] = FLAGS.force_sampler', 'changes["force_sampler"] = False',
      commands("wrong_flags_get_one_clear_line")),
-    ("a stream unlike the training passes", "streaming/model.py",
+    ("a stream unlike the training passes", "weights/folder.py",
      "if not force_sampler:", "if False:", UNLIKE),
-    ("a stream unlike the training cannot be forced", "streaming/model.py",
+    ("a stream unlike the training cannot be forced", "weights/folder.py",
      "if not force_sampler:", "if True:", UNLIKE),
-    ("another history than the training's passes", "streaming/model.py",
+    ("another history than the training's passes", "weights/settings.py",
      '"sampler", "cache", "refresh", "refresh_sigma"', '"sampler"', UNLIKE),
-    ("another audio context than the training's passes", "streaming/model.py",
+    ("another audio context than the training's passes", "weights/settings.py",
      '"refresh_sigma", "audio_context")', '"refresh_sigma")', UNLIKE),
     ("stage 1 may draw levels below those of its network", "training/stages/flow.py",
      'network.check_level("task.smallest_sigma", settings.smallest_sigma)', "pass",
@@ -134,8 +134,9 @@ INPUTS = tuple(Mistake("input", *row) for row in (
     ("a student may be asked below the levels of its network", "training/distillation.py",
      'network.check_level("rollout.sigmas", rollout.sigmas[-2])', "pass",
      distillation("parts_that_do_not_fit_are_named")),
-    ("a stream may ask below the levels of its network", "streaming/model.py",
-     '_KINDS["dit"][content["dit"]][0].check_level("stream.sigmas", settings.sigmas[-2])', "pass",
+    ("a stream may ask below the levels of its network", "weights/folder.py",
+     'KINDS["dit"][content["dit"]].network.check_level("stream.sigmas", settings.sigmas[-2])',
+     "pass",
      models("a_network_is_not_streamed_below_its_smallest_level")),
     ("a small batch is no reason to stop", "training/stages/build.py",
      "if task.batch_size < _STABLE_BATCH and", "if False and",

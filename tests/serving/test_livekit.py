@@ -27,8 +27,8 @@ from jax_avatar.serving.links.livekit import (
     serve_room,
 )
 from jax_avatar.streaming.mesh import parse_layout
-from jax_avatar.streaming.model import load_model
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.weights.folder import load_model
 from tests.live.helpers import FastClock, voice
 from tests.nano import save_model
 from tests.serving.livekit_rooms import meet

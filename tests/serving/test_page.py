@@ -7,7 +7,7 @@ import pytest
 from jax_avatar.io.audio import load_audio
 from jax_avatar.io.provenance import read_marks
 from jax_avatar.io.video import read_video
-from jax_avatar.streaming.model import SMALL
+from jax_avatar.weights.folder import SMALL
 from tests.launch.test_serve import start, wait_until_ready
 from tests.serving.client import base64_of
 from tests.serving.page import CHROMIUM, DRIVER, FLITE, PACKAGES, Page, write_wav

@@ -5,9 +5,9 @@ import pytest
 from jax_avatar.io.video import VideoWriter, read_video
 from jax_avatar.streaming.file import for_duration, stream_to_file
 from jax_avatar.streaming.mesh import parse_layout
-from jax_avatar.streaming.model import load_model
 from jax_avatar.streaming.session import AvatarSession, NotFinite
 from jax_avatar.weights.files import load_json, save_json
+from jax_avatar.weights.folder import load_model
 from tests.nano import save_model
 
 RATE, FPS, PER_FRAME = 16_000, 16, 1000

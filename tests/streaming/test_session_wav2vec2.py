@@ -7,8 +7,8 @@ import pytest
 
 from jax_avatar.models.params import merge
 from jax_avatar.streaming.mesh import parse_layout
-from jax_avatar.streaming.model import load_model, load_settings
 from jax_avatar.streaming.session import DROPPED_FRAMES, AvatarSession
+from jax_avatar.weights.folder import load_model, load_settings
 from tests.nano import save_model
 from tests.streaming.test_session import frames_of, portrait, voice  # noqa: F401
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jax_avatar.streaming.mesh import make_mesh, parse_layout
-from jax_avatar.streaming.model import StreamSettings
 from jax_avatar.streaming.pipeline import PipelinedStream
-from jax_avatar.streaming.plan import StreamPlan
+from jax_avatar.streaming.plan import StreamPlan, stream_layout
 from jax_avatar.streaming.sampler import SequentialStream
+from jax_avatar.weights.settings import StreamSettings
 from tests.nano import CONFIG, make_audio, make_conditions, make_dit
 
 BLOCKS = 9  # the window of four blocks wraps twice, the sink is renewed, the pipe fills and drains
@@ -95,11 +95,12 @@ def test_blocks_that_follow_one_another_are_not_spread_over_slices(history, layo
     settings = StreamSettings(fps=16, size=(64, 64), sigmas=(1.0, 0.6, 0.0), **history)
     message = r"TPP.*Pass --mesh 1, or 1\+1"
     with pytest.raises(ValueError, match=message):
-        settings.layout(layout)
+        stream_layout(settings, layout)
     mesh, _ = make_mesh(parse_layout(layout, 2))
     with pytest.raises(ValueError, match=message):
-        PipelinedStream(GRAPHDEF, PARAMS, CONFIG, settings.plan(0), CONDITIONS, mesh)
-    assert settings.layout("1+1").stages == settings.layout("1").stages == 1
+        plan = StreamPlan.from_settings(settings, 0)
+        PipelinedStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS, mesh)
+    assert stream_layout(settings, "1+1").stages == stream_layout(settings, "1").stages == 1
 
 
 def test_new_noise_is_another_for_every_block_and_evaluation():

@@ -11,7 +11,6 @@ import pytest
 from jax_avatar.data.latents import random_clips
 from jax_avatar.models.lora import add_adapter
 from jax_avatar.models.params import flatten
-from jax_avatar.streaming.model import load_model
 from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.model_folder import export_model, read_dit
 from jax_avatar.training.rollout import RolloutConfig
@@ -22,6 +21,7 @@ from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingFiles, ForcingTask
 from jax_avatar.weights.files import load_weights, save_orbax
+from jax_avatar.weights.folder import load_model
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)

@@ -11,7 +11,7 @@ from jax_avatar.data.latents import random_clips
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.models.lora import add_adapter, init_adapter
 from jax_avatar.models.params import flatten
-from jax_avatar.streaming.model import load_model
+from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.training import distillation
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import Distiller
@@ -20,6 +20,7 @@ from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.weights.files import load_json, load_weights, save_json
+from jax_avatar.weights.folder import load_model
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False, num_layers=1, ring_blocks=2)
@@ -274,7 +275,7 @@ def test_the_exported_folder_is_a_model_with_the_student(tmp_path, rank):
     weights = jax.tree.map(lambda p: p + 0.01, task.start(LOOP, KEY).ema)
     task.export(weights, tmp_path / "out", {"step": 3})
     model = load_model(tmp_path / "out")
-    for settings in (model.settings, model.settings.plan(0)):
+    for settings in (model.settings, StreamPlan.from_settings(model.settings, 0)):
         told = {name: getattr(settings, name) for name in Sampling.named()}
         assert told == {"sigmas": ROLLOUT.sigmas, **OTHER}
     assert ("lora" in load_json(tmp_path / "out" / "config.json")) == bool(rank)

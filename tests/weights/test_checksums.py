@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_avatar.streaming.model import SMALL, load_model
 from jax_avatar.weights.checksums import CHECKSUMS, keep_checksums, recorded
 from jax_avatar.weights.files import (
     StoredWeights,
@@ -19,6 +18,7 @@ from jax_avatar.weights.files import (
     save_weights,
 )
 from jax_avatar.weights.finite import all_finite, check_finite
+from jax_avatar.weights.folder import SMALL, load_model
 from jax_avatar.weights.slot_writer import SlotWriter
 from jax_avatar.weights.whole_file import BrokenFile
 

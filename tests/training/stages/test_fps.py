@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from jax_avatar.data.latents import random_clips
-from jax_avatar.streaming.model import load_model
 from jax_avatar.training.model_folder import trained_fps
 from jax_avatar.training.stages import build as stages
 from jax_avatar.weights.encoders import Encoders
 from jax_avatar.weights.files import load_json
+from jax_avatar.weights.folder import load_model
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)

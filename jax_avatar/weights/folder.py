@@ -14,24 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
-from jax_avatar.diffusion.sampling import Sampling
-from jax_avatar.diffusion.schedule import euler_schedule
-from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
-from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import adapter_leaves, add_adapter
-from jax_avatar.models.params import abstract, flatten
-from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.params import flatten
 from jax_avatar.models.quantise import quantise_params
-from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
-from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from jax_avatar.models.text import UMT5Encoder
-from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
-from jax_avatar.models.vae.wan import WanVAE
+from jax_avatar.models.speech.mel import SpeechConfig
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2Config
 from jax_avatar.shapes import PyTree
-from jax_avatar.streaming.mesh import Layout, parse_layout
-from jax_avatar.streaming.plan import StreamPlan, check_slices
 from jax_avatar.weights.fields import fill_fields
 from jax_avatar.weights.files import (
     StoredWeights,
@@ -41,13 +30,13 @@ from jax_avatar.weights.files import (
     open_weights,
     tree_of,
 )
+from jax_avatar.weights.kinds import KINDS, find_kind
+from jax_avatar.weights.settings import StreamSettings
 
 __all__ = [
-    "LIVE_AVATAR",
     "SMALL",
     "AvatarModel",
     "Network",
-    "StreamSettings",
     "has_text_encoder",
     "load_model",
     "load_network",
@@ -58,135 +47,7 @@ __all__ = [
 SMALL = Path(__file__).parents[1] / "assets" / "small"
 """Folder of the small model that ships with the package."""
 
-_KINDS = {
-    "dit": {"wan_s2v": (DiT, DiTConfig), "portrait": (PortraitDiT, DiTConfig)},
-    "vae": {"light": (LightVAE, LightVAEConfig), "wan": (WanVAE, WanVAEConfig)},
-    "speech": {"mel": (SpeechEncoder, SpeechConfig), "wav2vec2": (Wav2Vec2, Wav2Vec2Config)},
-    "text": {"umt5": (UMT5Encoder, UMT5Config)},
-}
 _STREAMED = ("dit", "vae", "speech")  # the prompt encoder is loaded apart, and only if needed
-# As in training, or forced.
-_TRAINED = ("sigmas", "sampler", "cache", "refresh", "refresh_sigma", "audio_context")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamSettings(Sampling):
-    """Streaming settings of a model; those of `Sampling` are of its training.
-
-    Attributes:
-        fps: video frames per second, of the speech encoder's features, too.
-        size: pixel height and width the model is made for, or None to fit `max_area`.
-        max_area: most pixels of a frame where the size is free.
-        multiple: sides are multiples of this where the size is free.
-        aas_after_blocks: see `StreamPlan`.
-        pose: what the pose input carries: "zeros", or "reference", the portrait at every frame.
-        motion: what the motion packer sees: "still", the portrait standing still, or "none".
-        warmup_latents: latents of the still portrait decoded before the stream, and thrown away.
-        decode_latents: latents that are decoded at once; None decodes whole blocks. With fewer the
-            first frames of a block are there sooner, and more programs are started.
-        portrait_error: reconstruction error (RMS, pixels in [-1, 1]) above which a portrait is
-            unlike anything the model has seen; 0 never says so.
-        audio_window: "rolling", audio is encoded block by block as it comes, or "whole", all of it
-            at once after its end, as the official pipelines treat files.
-        speech_device: where audio is encoded: "host", a CPU device of its own, or "vae", with the
-            decoder, for encoders that are too large for the CPU.
-    """
-
-    fps: int
-    size: tuple[int, int] | None
-    max_area: int = 0
-    multiple: int = 64
-    aas_after_blocks: int = 4
-    pose: str = "zeros"
-    motion: str = "none"
-    warmup_latents: int = 7
-    decode_latents: int | None = None
-    portrait_error: float = 0.0
-    audio_window: str = "rolling"
-    speech_device: str = "host"
-
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "size", None if self.size is None else tuple(self.size))
-        if self.pose not in ("zeros", "reference") or self.motion not in ("still", "none"):
-            raise ValueError(
-                f"pose {self.pose!r} must be zeros or reference, motion {self.motion!r} still or "
-                "none."
-            )
-        if self.audio_window not in ("rolling", "whole"):
-            raise ValueError(f"audio_window {self.audio_window!r} must be rolling or whole.")
-        if self.speech_device not in ("host", "vae"):
-            raise ValueError(f"speech_device {self.speech_device!r} must be host or vae.")
-        if self.size is None and self.max_area <= 0:
-            raise ValueError("stream settings need a size, or a max_area to fit a size to.")
-        if self.fps < 1 or (self.size and min(self.size) < 1):
-            raise ValueError(
-                f"fps {self.fps} and size {self.size} must be at least 1, size also None."
-            )
-        if self.warmup_latents < 1:
-            raise ValueError(f"warmup_latents {self.warmup_latents} must be at least 1.")
-
-    def piece_latents(self, block: int) -> int:
-        """Latents decoded at once, of `block` latents that are denoised together.
-
-        Raises:
-            ValueError: they do not divide it.
-        """
-        latents = self.decode_latents or block
-        if latents < 1 or block % latents:
-            raise ValueError(
-                f"decode_latents {self.decode_latents} must divide the {block} latents of a block."
-            )
-        return latents
-
-    def plan(self, seed: int) -> StreamPlan:
-        """Sampler's plan from these settings."""
-        return StreamPlan(**self.sampling(), aas_after_blocks=self.aas_after_blocks, seed=seed)
-
-    def layout(self, mesh: str) -> Layout:
-        """Reads the `--mesh` argument, see `parse_layout`.
-
-        Raises:
-            ValueError: the steps do not spread over the slices, see also `check_slices`.
-        """
-        layout = parse_layout(mesh, self.num_steps)
-        check_slices(self, layout.stages)
-        return layout
-
-    def check_training(self, told: "StreamSettings") -> None:
-        """Refuses to stream a model otherwise than it was trained.
-
-        Args:
-            told: the settings to stream with.
-
-        Raises:
-            ValueError: their noise levels, sampler, history or audio context are others.
-        """
-        wrong = [name for name in _TRAINED if getattr(self, name) != getattr(told, name)]
-        if wrong:
-            of = lambda settings: ", ".join(f"{n} {getattr(settings, n)}" for n in wrong)  # noqa: E731
-            raise ValueError(
-                f"the model was trained with {of(self)}; the stream was told {of(told)}. Leave "
-                f"stream.{wrong[0]} as the model has it, or, for an ablation, pass --force_sampler "
-                "(force_sampler=True)."
-            )
-
-
-LIVE_AVATAR = StreamSettings(
-    fps=25,
-    size=None,
-    # Euler with shift 3, applied twice, as the release does; see `euler_schedule`.
-    sigmas=euler_schedule(4, shift=3.0).sigmas,
-    max_area=720 * 400,
-    warmup_latents=7,
-    motion="still",
-    # wav2vec 2.0 is too slow for most hosts.
-    speech_device="vae",
-)
-"""How the released 14B model is streamed.
-
-Source: github.com/Alibaba-Quark/LiveAvatar, its multi-GPU script.
-"""
 
 
 @dataclass(frozen=True)
@@ -272,7 +133,7 @@ def load_model(
         networks["dit"] = _with_adapter(networks["dit"], folder)
     if weights and weights != networks["dit"].config.weights:
         networks["dit"] = _in_eight_bits(networks["dit"], content["dit"], weights)
-    _KINDS["dit"][content["dit"]][0].check_level("stream.sigmas", settings.sigmas[-2])
+    KINDS["dit"][content["dit"]].network.check_level("stream.sigmas", settings.sigmas[-2])
     model = AvatarModel(content["name"], settings=settings, **networks)
     _check_fit(model, folder)
     return model
@@ -318,19 +179,15 @@ def load_network(
         ValueError: as in `load_model`.
     """
     folder = Path(folder)
-    if kind not in _KINDS[name]:
-        raise ValueError(
-            f"{folder / 'config.json'}: {name} is of kind {kind!r}, known are {list(_KINDS[name])}."
-        )
-    build, config_class = _KINDS[name][kind]
+    found = find_kind(name, kind, folder / "config.json")
     if name == "dit":  # large: it goes from disk to its devices
         params, fields, metadata = open_weights(folder, name)
     else:
         params, fields, metadata = load_weights(folder, name, widen=widen)
     try:
-        config = fill_fields(config_class, fields, "config")
+        config = fill_fields(found.config, fields, "config")
         # Sizes that are none are refused by whatever meets them first.
-        graphdef, expected = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
+        graphdef, expected = found.abstract(config)
     except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise ValueError(
             f"weights of '{name}' in {folder} are not those of a {kind} {name} ({error}); pass the "
@@ -338,7 +195,7 @@ def load_network(
         ) from error
     if name == "speech" and fps:
         config = _at_fps(config, fps, folder)
-        graphdef, _ = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
+        graphdef, _ = found.abstract(config)
     got = {path: _shape_and_kind(leaf) for path, leaf in flatten(tree_of(params)).items()}
     want = {path: _shape_and_kind(leaf) for path, leaf in flatten(expected).items()}
     wrong = [path for path in got | want if got.get(path) != want.get(path)]
@@ -402,8 +259,7 @@ def _in_eight_bits(dit: Network, kind: str, weights: str) -> Network:
     config = dit.config.replace(weights=weights)
     with on_host():
         params = quantise_params(_in_memory(dit.params), weights)
-    build = _KINDS["dit"][kind][0]
-    graphdef, _ = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
+    graphdef, _ = KINDS["dit"][kind].abstract(config)
     return dataclasses.replace(dit, graphdef=graphdef, params=params, config=config)
 
 

@@ -1,0 +1,62 @@
+"""Kinds of networks: part of a model folder -> name in `config.json` -> class and config."""
+
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.params import abstract
+from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from jax_avatar.models.text import UMT5Encoder
+from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
+from jax_avatar.models.vae.wan import WanVAE
+from jax_avatar.shapes import PyTree
+
+__all__ = ["KINDS", "Kind", "find_kind"]
+
+
+class Kind(NamedTuple):
+    """A kind of network.
+
+    Attributes:
+        network: its class, built as `network(config, rngs=rngs)`.
+        config: the dataclass of its size.
+    """
+
+    network: type[nnx.Module]
+    config: type
+
+    def abstract(self, config: Any) -> tuple[Any, PyTree]:
+        """Structure and `jax.ShapeDtypeStruct` parameters of a network of this size."""
+        return abstract(lambda: self.network(config, rngs=nnx.Rngs(0)))
+
+
+KINDS = {
+    "dit": {"wan_s2v": Kind(DiT, DiTConfig), "portrait": Kind(PortraitDiT, DiTConfig)},
+    "vae": {"light": Kind(LightVAE, LightVAEConfig), "wan": Kind(WanVAE, WanVAEConfig)},
+    "speech": {
+        "mel": Kind(SpeechEncoder, SpeechConfig),
+        "wav2vec2": Kind(Wav2Vec2, Wav2Vec2Config),
+    },
+    "text": {"umt5": Kind(UMT5Encoder, UMT5Config)},
+}
+"""Part -> name of the kind -> kind; a new network is added here."""
+
+
+def find_kind(part: str, name: object, place: object) -> Kind:
+    """The kind of a part by its name.
+
+    Args:
+        part: "dit", "vae", "speech" or "text".
+        name: as `config.json` has it.
+        place: where it is written, for the message.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if name not in KINDS[part]:
+        raise ValueError(f"{place}: {part} is of kind {name!r}, known are {list(KINDS[part])}.")
+    return KINDS[part][name]

@@ -1,0 +1,117 @@
+"""Streaming settings of a model: section "stream" of its folder's `config.json`."""
+
+from dataclasses import dataclass
+
+from jax_avatar.diffusion.sampling import Sampling
+from jax_avatar.diffusion.schedule import euler_schedule
+
+__all__ = ["LIVE_AVATAR", "StreamSettings"]
+
+# As in training, or forced.
+_TRAINED = ("sigmas", "sampler", "cache", "refresh", "refresh_sigma", "audio_context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings(Sampling):
+    """Streaming settings of a model; those of `Sampling` are of its training.
+
+    Attributes:
+        fps: video frames per second, of the speech encoder's features, too.
+        size: pixel height and width the model is made for, or None to fit `max_area`.
+        max_area: most pixels of a frame where the size is free.
+        multiple: sides are multiples of this where the size is free.
+        aas_after_blocks: see `StreamPlan`.
+        pose: what the pose input carries: "zeros", or "reference", the portrait at every frame.
+        motion: what the motion packer sees: "still", the portrait standing still, or "none".
+        warmup_latents: latents of the still portrait decoded before the stream, and thrown away.
+        decode_latents: latents that are decoded at once; None decodes whole blocks. With fewer the
+            first frames of a block are there sooner, and more programs are started.
+        portrait_error: reconstruction error (RMS, pixels in [-1, 1]) above which a portrait is
+            unlike anything the model has seen; 0 never says so.
+        audio_window: "rolling", audio is encoded block by block as it comes, or "whole", all of it
+            at once after its end, as the official pipelines treat files.
+        speech_device: where audio is encoded: "host", a CPU device of its own, or "vae", with the
+            decoder, for encoders that are too large for the CPU.
+    """
+
+    fps: int
+    size: tuple[int, int] | None
+    max_area: int = 0
+    multiple: int = 64
+    aas_after_blocks: int = 4
+    pose: str = "zeros"
+    motion: str = "none"
+    warmup_latents: int = 7
+    decode_latents: int | None = None
+    portrait_error: float = 0.0
+    audio_window: str = "rolling"
+    speech_device: str = "host"
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "size", None if self.size is None else tuple(self.size))
+        if self.pose not in ("zeros", "reference") or self.motion not in ("still", "none"):
+            raise ValueError(
+                f"pose {self.pose!r} must be zeros or reference, motion {self.motion!r} still or "
+                "none."
+            )
+        if self.audio_window not in ("rolling", "whole"):
+            raise ValueError(f"audio_window {self.audio_window!r} must be rolling or whole.")
+        if self.speech_device not in ("host", "vae"):
+            raise ValueError(f"speech_device {self.speech_device!r} must be host or vae.")
+        if self.size is None and self.max_area <= 0:
+            raise ValueError("stream settings need a size, or a max_area to fit a size to.")
+        if self.fps < 1 or (self.size and min(self.size) < 1):
+            raise ValueError(
+                f"fps {self.fps} and size {self.size} must be at least 1, size also None."
+            )
+        if self.warmup_latents < 1:
+            raise ValueError(f"warmup_latents {self.warmup_latents} must be at least 1.")
+
+    def piece_latents(self, block: int) -> int:
+        """Latents decoded at once, of `block` latents that are denoised together.
+
+        Raises:
+            ValueError: they do not divide it.
+        """
+        latents = self.decode_latents or block
+        if latents < 1 or block % latents:
+            raise ValueError(
+                f"decode_latents {self.decode_latents} must divide the {block} latents of a block."
+            )
+        return latents
+
+    def check_training(self, told: "StreamSettings") -> None:
+        """Refuses to stream a model otherwise than it was trained.
+
+        Args:
+            told: the settings to stream with.
+
+        Raises:
+            ValueError: their noise levels, sampler, history or audio context are others.
+        """
+        wrong = [name for name in _TRAINED if getattr(self, name) != getattr(told, name)]
+        if wrong:
+            of = lambda settings: ", ".join(f"{n} {getattr(settings, n)}" for n in wrong)  # noqa: E731
+            raise ValueError(
+                f"the model was trained with {of(self)}; the stream was told {of(told)}. Leave "
+                f"stream.{wrong[0]} as the model has it, or, for an ablation, pass --force_sampler "
+                "(force_sampler=True)."
+            )
+
+
+LIVE_AVATAR = StreamSettings(
+    fps=25,
+    size=None,
+    # Euler with shift 3, applied twice, as the release does; see `euler_schedule`.
+    sigmas=euler_schedule(4, shift=3.0).sigmas,
+    max_area=720 * 400,
+    warmup_latents=7,
+    motion="still",
+    # wav2vec 2.0 is too slow for most hosts.
+    speech_device="vae",
+)
+"""How the released 14B model is streamed.
+
+Source: github.com/Alibaba-Quark/LiveAvatar, its multi-GPU script.
+"""
