@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from conversion.networks import (
     NETWORKS,
     NetworkKind,
     find_weights,
-    plain_fields,
     recognise,
     weight_files,
 )
@@ -39,6 +38,7 @@ from jax_avatar.models.lora import is_adapted
 from jax_avatar.models.quantise import quantise, quantised_leaves
 from jax_avatar.streaming.prompts import TOKENIZER
 from jax_avatar.weights.checksums import check_files, keep_checksums
+from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import add_to_config
 from jax_avatar.weights.settings import LIVE_AVATAR
 from jax_avatar.weights.slot_writer import SlotWriter
@@ -129,7 +129,9 @@ def convert_network(
     writer.finish()
     if kind.part == "text":
         _copy_tokenizer(job.weights.files[0].parent, out / TOKENIZER)
-    add_to_config(out, {kind.part: kind.kind}, name="Live Avatar 14B", stream=asdict(LIVE_AVATAR))
+    add_to_config(
+        out, {kind.part: kind.kind}, name="Live Avatar 14B", stream=plain_fields(LIVE_AVATAR)
+    )
     return job.report
 
 

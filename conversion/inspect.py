@@ -17,9 +17,10 @@ import absl.logging
 import numpy as np
 
 from conversion.console import finish
-from conversion.networks import NETWORKS, identify, plain_fields, weight_files
+from conversion.networks import NETWORKS, identify, weight_files
 from conversion.readers import SafetensorsFile, open_weights
 from conversion.rules import check
+from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import StoredWeights, load_json
 from jax_avatar.weights.whole_file import BrokenFile, unfinished_downloads
 

@@ -3,7 +3,6 @@
 files of a download --open--> official name -> array --table--> our flat path -> array
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ __all__ = [
     "NetworkKind",
     "find_weights",
     "identify",
-    "plain_fields",
     "recognise",
     "weight_files",
 ]
@@ -188,14 +186,6 @@ def find_weights(kind: NetworkKind, source: str | Path) -> Path:
         f"--src {source} holds no weights of {kind.name}; found: "
         f"{', '.join(seen) or 'no weights'}. Is the download complete?"
     )
-
-
-def plain_fields(config: Any) -> dict[str, Any]:
-    """A config as JSON can hold it."""
-    fields = dataclasses.asdict(config)
-    return {
-        name: str(value) if isinstance(value, np.dtype) else value for name, value in fields.items()
-    }
 
 
 def _module_leaves(build: Callable[..., nnx.Module]) -> Callable[..., dict[str, Any]]:

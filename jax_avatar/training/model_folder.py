@@ -5,7 +5,6 @@ weights.vae, weights.speech: other ones ------+--> exported folder, which can be
 trained transformer --------------------------+
 """
 
-import dataclasses
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from jax_avatar.models.sharding import param_shardings
 from jax_avatar.shapes import PyTree
 from jax_avatar.training.base_weights import base_hash
 from jax_avatar.weights.checksums import keep_checksums, rewriting
+from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import (
     StoredWeights,
     load_header,
@@ -37,7 +37,6 @@ from jax_avatar.weights.files import (
 __all__ = [
     "NETWORKS",
     "StageWeights",
-    "config_fields",
     "export_model",
     "fitting",
     "model_content",
@@ -141,7 +140,7 @@ def export_model(
                 if path.name.split(".")[0] == network:
                     _copy(path, folder)
     content.pop("lora", None)
-    save_weights(folder, "dit", jax.device_get(params), config_fields(config), dict(metadata))
+    save_weights(folder, "dit", jax.device_get(params), plain_fields(config), dict(metadata))
     if adapter:
         factors, fields = adapter
         history = {**metadata, "base": base_hash(folder)}
@@ -155,12 +154,6 @@ def export_model(
 def fitting(stream: Mapping[str, Any], config: DiTConfig) -> dict[str, Any]:
     """Stream settings that fit a transformer: one without the motion packer is told no motion."""
     return {**stream, **({} if config.framepack else {"motion": "none"})}
-
-
-def config_fields(config: DiTConfig) -> dict[str, Any]:
-    """Size of a transformer as plain values."""
-    fields = dataclasses.asdict(config)
-    return fields | {"dtype": str(config.dtype), "param_dtype": str(config.param_dtype)}
 
 
 def read_dit(folder: str | Path, expected: PyTree, mesh: Mesh | None = None) -> PyTree:

@@ -1,14 +1,16 @@
-"""Plain values of a file or a command line -> a dataclass, each in the type of its field."""
+"""Plain values of a file or a command line <-> a dataclass, each in the type of its field."""
 
 import difflib
 import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any, TypeVar
 
-__all__ = ["fill_fields"]
+import numpy as np
+
+__all__ = ["fill_fields", "plain_fields"]
 
 Settings = TypeVar("Settings")
 _LARGEST = 2**53  # beyond which no setting makes sense, and JAX's integers end soon after
@@ -55,6 +57,12 @@ def fill_fields(kind: type[Settings], values: Mapping[str, Any], place: str) -> 
         if isinstance(value, int | float) and not 0 <= value <= _LARGEST:
             raise ValueError(f"{place}.{key}: {value!r} came, expected 0 to {_LARGEST:g}.")
     return made
+
+
+def plain_fields(settings: Any) -> dict[str, Any]:
+    """Fields of a dataclass as plain values, for JSON or a config file; types by their names."""
+    values = asdict(settings)
+    return {k: str(v) if isinstance(v, np.dtype) else v for k, v in values.items()}
 
 
 def _of_type(kind: Any, value: Any, name: str) -> Any:
