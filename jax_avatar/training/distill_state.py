@@ -12,8 +12,9 @@ from jax_avatar.training.adapters import AdapterConfig
 from jax_avatar.training.dmd import NORMALIZERS
 from jax_avatar.training.run.step import SCHEDULES
 
-__all__ = ["DistillConfig", "DistillState", "Told"]
+__all__ = ["SCHEDULE_COUNTS", "DistillConfig", "DistillState", "Told"]
 
+SCHEDULE_COUNTS = ("steps", "updates")
 _COUNTS = ("batch_size", "generator_every", "latents", "monitor_every", "max_critic_steps")
 
 
@@ -27,7 +28,9 @@ class DistillConfig(AdapterConfig):
         generator_every: steps per update of the generator; the critic learns in each.
         critic_learning_rate: the generator's is the loop's.
         critic_schedule: of the critic's learning rate, "cosine" or "constant"; "" is the loop's.
-            Warm-up, length and final share are the loop's, in outer steps, for both networks.
+            Warm-up, length and final share are the loop's, for both networks.
+        schedule_counts: "steps", both schedules count outer steps, or "updates", each counts those
+            of its own optimiser; the generator's then ends with its last update.
         guidance_scale: of the teacher, in the standard form: 1 is no guidance.
         text_guidance_scale: of the prompt alone; `guidance_scale` is then of the speech alone, and
             the teacher is asked once more. 0 guides by both together, with `guidance_scale`.
@@ -52,6 +55,7 @@ class DistillConfig(AdapterConfig):
     generator_every: int = 5
     critic_learning_rate: float = 2e-6
     critic_schedule: str = ""
+    schedule_counts: str = "steps"
     guidance_scale: float = 4.0
     text_guidance_scale: float = 0.0
     guidance_bounds: Sequence[float] = (0.0, 1.0)
@@ -77,6 +81,11 @@ class DistillConfig(AdapterConfig):
             raise ValueError(
                 f"task.critic_schedule {self.critic_schedule!r} must be one of "
                 f"{', '.join(SCHEDULES)}, or '' for the loop's."
+            )
+        if self.schedule_counts not in SCHEDULE_COUNTS:
+            raise ValueError(
+                f"task.schedule_counts {self.schedule_counts!r} must be one of "
+                f"{', '.join(SCHEDULE_COUNTS)}."
             )
         low, high = self.sigma_bounds
         if not 0 < low < high < 1:

@@ -27,7 +27,7 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.models.sharding import constrain, constrain_params
-from jax_avatar.shapes import Array, IntScalar, Latent, PyTree
+from jax_avatar.shapes import Array, Latent, PyTree
 from jax_avatar.training.distill_state import DistillConfig, DistillState, Told
 from jax_avatar.training.dmd import (
     critic_loss,
@@ -91,7 +91,7 @@ class Distiller:
             jax.tree.map(lambda p: jnp.array(p, jnp.float32), tree)
             for tree in (generator, critic, generator)
         )
-        for_generator, for_critic = self._optimisers(0)
+        for_generator, for_critic = map(make_optimiser, self._loops)
         return DistillState(
             step=jnp.int32(0),
             generator=generator,
@@ -224,7 +224,7 @@ class Distiller:
         largest = jax.tree.map(jnp.max, each)
         limit = self.settings.replay_limit_for(self.generator.config.dtype)
         is_replayed = largest.get("replay_error", 0.0) <= limit
-        optimiser, _ = self._optimisers(state.step)
+        (optimiser, rate), _ = self._optimisers(state)
         cause, norm = judge(
             metrics["dmd_loss"], grads, made, self.settings.clean_limit, is_replayed=is_replayed
         )
@@ -247,7 +247,7 @@ class Distiller:
         )
         metrics |= {
             "generator_norm": norm,
-            "generator_rate": _rate(self.loop, state),
+            "generator_rate": rate * rate_factor(state.guard),
             "generator_exit": exit_step + 1,
             "largest_clean": jnp.max(jnp.abs(made)),
             "ema_distance": average_distance(state.ema, state.generator),
@@ -334,7 +334,7 @@ class Distiller:
 
         grads, means, (made, sigma) = accumulated(measure, told, self.loop.accumulate)
         value = means["loss"]
-        _, optimiser = self._optimisers(state.step)
+        _, (optimiser, rate) = self._optimisers(state)
         cause, norm = judge(value, grads, made, self.settings.clean_limit)
         moments, is_good = state.critic_optimiser, cause == 0
         new, moved, norms = _stepped(
@@ -353,26 +353,37 @@ class Distiller:
         metrics = {
             "loss": value,
             "critic_norm": norm,
-            "critic_rate": _rate(self._critic_loop, state),
+            "critic_rate": rate * rate_factor(state.guard),
             "critic_exit": exit_step + 1,
         }
         shares = bin_shares(sigma, settings.timestep_shift)
         return constrain_params(state), metrics | norms | shares
 
     @property
-    def _critic_loop(self) -> LoopConfig:
+    def _loops(self) -> tuple[LoopConfig, LoopConfig]:
+        """Learning rates of generator and critic, over what their schedules count."""
         settings, loop = self.settings, self.loop
-        return dataclasses.replace(
+        critic = dataclasses.replace(
             loop,
             learning_rate=settings.critic_learning_rate,
             schedule=settings.critic_schedule or loop.schedule,
         )
+        if settings.schedule_counts == "updates":
+            updates = loop.num_steps // settings.generator_every
+            loop = dataclasses.replace(loop, num_steps=max(updates, loop.warmup_steps + 1))
+        return loop, critic
 
     def _optimisers(
-        self, step: IntScalar
-    ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-        """Of generator and critic, at their rates in an outer step."""
-        return make_optimiser(self.loop, step), make_optimiser(self._critic_loop, step)
+        self, state: DistillState
+    ) -> list[tuple[optax.GradientTransformation, Float[Array, ""]]]:
+        """Of generator and critic, each with its learning rate."""
+        counts = (state.step, state.step)
+        if self.settings.schedule_counts == "updates":
+            counts = (state.generator_updates, state.critic_updates)
+        return [
+            (make_optimiser(loop, count), jnp.float32(learning_rate(loop)(count)))
+            for loop, count in zip(self._loops, counts, strict=True)
+        ]
 
     def _clips(self, told: Told, key: Array):
         """Conditions and chance, with a leading axis of clips before batches of one."""
@@ -451,11 +462,6 @@ def _score(graphdef, params, noisy, sigma, told):
     timestep = jnp.broadcast_to(1000 * sigma[:, :, 0, 0, 0], (b, t))
     dit = merge(graphdef, params)
     return dit.bidirectional(noisy, timestep, told.text, told.reference, None, pose, told.features)
-
-
-def _rate(loop, state):
-    """Learning rate of the step, as it is applied."""
-    return jnp.float32(learning_rate(loop)(state.step)) * rate_factor(state.guard)
 
 
 def _keys(key, step, role):

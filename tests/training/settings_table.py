@@ -110,6 +110,9 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
             replay_limit="a_replay_that_strays_changes_nothing",
         ),
         "critic_schedule": Noticed("training/run/schedules::both_networks_follow_the_outer_step"),
+        "schedule_counts": Noticed(
+            "training/run/schedules::each_optimiser_can_count_its_own_updates"
+        ),
         **_in(
             "training/conditions",
             text_guidance_scale="a_critic_that_is_the_teacher_guided_apart_leaves_no_gradient",

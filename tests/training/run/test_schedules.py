@@ -97,6 +97,26 @@ def test_both_networks_follow_the_outer_step(monkeypatch, schedule, critic_sched
     assert (int(state.critic_updates), int(state.generator_updates)) == (36, 4)
 
 
+def test_each_optimiser_can_count_its_own_updates(monkeypatch):
+    """The generator's ninth step is its third update: rate of count 2 of a schedule of 6."""
+    loop = dataclasses.replace(LOOP, num_steps=18)
+    settings = dataclasses.replace(SETTINGS, schedule_counts="updates", max_critic_steps=1)
+    made, told = toy_distiller(monkeypatch, loop, settings)
+    update = {role: jax.jit(getattr(made, f"update_{role}")) for role in ("generator", "critic")}
+    state, of_generator = made.start(WEIGHTS, WEIGHTS), dataclasses.replace(loop, num_steps=6)
+    for step in range(loop.num_steps):
+        if made.is_generator_step(step):
+            rate = learning_rate(of_generator)(step // 3)
+            after, metrics = update["generator"](state, told, KEY, WEIGHTS)
+            np.testing.assert_allclose(metrics["generator_rate"], rate, rtol=1e-5)
+            moved = np.abs(after.generator["w"] - state.generator["w"])
+            np.testing.assert_allclose(moved, rate, rtol=1e-3, atol=1e-9)
+            state = after
+        critic = dataclasses.replace(loop, learning_rate=3e-3)
+        state, metrics = update["critic"](state, told, KEY, WEIGHTS)
+        np.testing.assert_allclose(metrics["critic_rate"], learning_rate(critic)(step), rtol=1e-5)
+
+
 class LineTask:
     """A loss of slope 1, which is no number in some steps."""
 
@@ -130,3 +150,7 @@ def test_a_schedule_nobody_knows_is_named():
         dataclasses.replace(LOOP, schedule="linear")
     with pytest.raises(ValueError, match=r"task\.critic_schedule 'linear' .* or '' for the loop's"):
         dataclasses.replace(SETTINGS, critic_schedule="linear")
+    with pytest.raises(
+        ValueError, match=r"task\.schedule_counts 'epochs' must be one of steps, upd"
+    ):
+        dataclasses.replace(SETTINGS, schedule_counts="epochs")
