@@ -1,8 +1,8 @@
-"""Speech that has come in and waits to be spoken: segments of any rate -> samples for blocks.
+"""Jitter buffer: segments of speech at any sample rate -> samples for blocks.
 
-    push, push, end_segment  -->  | segment | segment, still open ... |  --> take(block) --> played
+    append, append, end_segment --> | segment | segment, still open ... | --> take --> play
 
-Where there is too little, silence is spoken. Speech is never stretched and never lost.
+Missing speech becomes silence. Speech is never stretched and never lost.
 """
 
 from collections import deque
@@ -14,19 +14,19 @@ from jax_avatar.io.audio import LowLatencyResampler
 from jax_avatar.shapes import Float
 from jax_avatar.streaming.sample_queue import SampleQueue
 
-__all__ = ["JitterBuffer", "SpeechBlock", "pcm_samples"]
+__all__ = ["JitterBuffer", "SpeechBlock", "SpeechStatus", "pcm_samples"]
 
 _RATES = (8000, 96_000)
-_TOO_LARGE = 16.0  # floats beyond are integers, not sound that is a little too loud
-_LATE_S = 0.25  # speech that comes later than this has paused: no hold back would help
+_TOO_LARGE = 16.0  # larger floats are integers, not loud sound
+_LATE_S = 0.25  # speech later than this has paused; no delay would bridge that
 
 
 def pcm_samples(pcm: np.ndarray | bytes) -> Float[np.ndarray, " N"]:
     """Mono samples in [-1, 1] from 16-bit PCM (little-endian where bytes) or floats.
 
     Raises:
-        ValueError: half a sample, more than one channel, another type, not a number, or floats in
-            the range of integers.
+        ValueError: half a sample, more than one channel, another type, NaN or infinity, or floats
+            in the range of integers.
     """
     if isinstance(pcm, (bytes, bytearray, memoryview)):
         if len(pcm) % 2:
@@ -40,7 +40,7 @@ def pcm_samples(pcm: np.ndarray | bytes) -> Float[np.ndarray, " N"]:
     if pcm.dtype == np.int16:
         return pcm / np.float32(32768)
     if not np.isfinite(pcm).all():
-        raise ValueError("audio holds values that are no numbers; expected floats in [-1, 1].")
+        raise ValueError("audio holds NaN or infinity; expected floats in [-1, 1].")
     if (peak := float(np.abs(pcm).max(initial=0))) > _TOO_LARGE:
         raise ValueError(
             f"audio of floats up to {peak:.4g}; expected [-1, 1]: divide integers by their range."
@@ -50,12 +50,12 @@ def pcm_samples(pcm: np.ndarray | bytes) -> Float[np.ndarray, " N"]:
 
 @dataclass(frozen=True)
 class SpeechBlock:
-    """Audio for a block.
+    """Audio of a block.
 
     Attributes:
-        samples: what is heard, silence included.
-        marks: 1 where a sample is speech, 0 where silence was put.
-        missing: samples of an unfinished segment that had not come in time.
+        samples: speech and inserted silence.
+        marks: of each sample, 1 for speech, 0 for inserted silence.
+        missing: samples of an unfinished segment that were late.
     """
 
     samples: np.ndarray
@@ -63,20 +63,35 @@ class SpeechBlock:
     missing: int
 
 
-class JitterBuffer:
-    """Segments of speech, first in first out, and how far they have been played.
+@dataclass(frozen=True)
+class SpeechStatus:
+    """Speech for the next block.
 
-    An unfinished segment keeps some samples in hand, against late arrivals: each time that one ran
-    dry so many more that it would not have, and after each that did not a little less.
+    Attributes:
+        is_enough: True if a whole block of it has arrived, or its last part.
+        is_starting: True if speech has arrived and all speech before it has been played.
+        is_running: True if a segment is unfinished and partly taken.
+    """
+
+    is_enough: bool
+    is_starting: bool
+    is_running: bool
+
+
+class JitterBuffer:
+    """Adaptive jitter buffer of segments, and their playback position.
+
+    An unfinished segment is delayed against late arrivals. The delay grows after an underrun, by
+    the shortfall, and decays with each segment without one.
     """
 
     def __init__(self, sample_rate: int, *, target_delay: int = 0, capacity: int | None = None):
         """Starts empty.
 
         Args:
-            sample_rate: of the samples that come out.
-            target_delay: samples that an unfinished segment keeps in hand at least.
-            capacity: most samples waiting; more are refused.
+            sample_rate: of the samples taken.
+            target_delay: least delay of an unfinished segment, in samples.
+            capacity: most samples waiting; more are refused. Unlimited if not given.
         """
         self.sample_rate, self._capacity = sample_rate, capacity
         self._least = self._target_delay = target_delay
@@ -85,7 +100,7 @@ class JitterBuffer:
         self.clear()
 
     def clear(self) -> None:
-        """Drops everything, what is being played too."""
+        """Drops all segments, the one being played included."""
         self._resampler.finish()
         self._waiting = SampleQueue()
         self._pushed = self._taken = self._played = 0  # samples of speech
@@ -94,7 +109,7 @@ class JitterBuffer:
         self._is_open = self._has_gap = False  # the newest segment
 
     def __len__(self) -> int:
-        """Samples that wait."""
+        """Number of samples waiting."""
         return len(self._waiting)
 
     @property
@@ -103,36 +118,26 @@ class JitterBuffer:
         return self._is_open
 
     @property
-    def is_running(self) -> bool:
-        """True if the newest segment is open and partly spoken."""
-        return self._is_open and self._taken > self._opened
-
-    @property
     def is_silent(self) -> bool:
-        """True if the queue is empty and all taken samples have been played."""
+        """True if no samples wait and all taken samples have been played."""
         return not self._waiting and self._played >= self._taken
 
     @property
     def played_s(self) -> float:
-        """Seconds of the segment at the front that have been played."""
+        """Seconds of the oldest unplayed segment that have been played."""
         return (self._played - self._base) / self.sample_rate
 
-    @property
-    def is_starting(self) -> bool:
-        """True if speech is queued and all taken samples have been played."""
-        return bool(self._waiting) and self._played >= self._taken
+    def status(self, count: int) -> SpeechStatus:
+        """Speech for a block of `count` samples."""
+        delay = self._target_delay if self._taken == self._opened else 0
+        wanted = count + delay if self._is_open else 1
+        return SpeechStatus(
+            is_enough=len(self._waiting) >= wanted,
+            is_starting=bool(self._waiting) and self._played >= self._taken,
+            is_running=self._is_open and self._taken > self._opened,
+        )
 
-    def has(self, count: int) -> bool:
-        """True if all speech of the next `count` samples has arrived.
-
-        That is all of them, with what is held back where a segment begins; or the end of one.
-        """
-        if not self._is_open:
-            return bool(self._waiting)
-        in_hand = self._target_delay if self._taken == self._opened else 0
-        return len(self._waiting) >= count + in_hand
-
-    def push(self, pcm: np.ndarray | bytes, sample_rate: int) -> None:
+    def append(self, pcm: np.ndarray | bytes, sample_rate: int) -> None:
         """Adds speech to the newest segment, or opens one.
 
         Args:
@@ -140,7 +145,7 @@ class JitterBuffer:
             sample_rate: of `pcm`, 8000 to 96000.
 
         Raises:
-            ValueError: a rate out of range, see `pcm_samples`, or too much is waiting already.
+            ValueError: the rate is out of range, the buffer is full, or as `pcm_samples`.
         """
         if not _RATES[0] <= sample_rate <= _RATES[1]:
             raise ValueError(
@@ -150,8 +155,8 @@ class JitterBuffer:
         coming = len(samples) * self.sample_rate // sample_rate
         if self._capacity is not None and len(self._waiting) + coming > self._capacity:
             raise ValueError(
-                f"{len(self._waiting) / self.sample_rate:.1f} s of audio wait already, at most "
-                f"{self._capacity / self.sample_rate:.0f} s may; send more when it has been spoken."
+                f"{len(self._waiting) / self.sample_rate:.1f} s of audio wait already; at most "
+                f"{self._capacity / self.sample_rate:.0f} s may. Send more after it is spoken."
             )
         if not len(samples):
             return
@@ -160,24 +165,24 @@ class JitterBuffer:
         if sample_rate != self.sample_rate:
             samples = self._resampler(samples, sample_rate)
         else:
-            self._append(self._resampler.finish())
-        self._append(samples)
+            self._add(self._resampler.finish())
+        self._add(samples)
 
     def end_segment(self) -> None:
-        """Says that the newest segment is complete."""
+        """Marks the newest segment as complete."""
         if not self._is_open:
             return
-        self._append(self._resampler.finish())
+        self._add(self._resampler.finish())
         self._ends.append(self._pushed)
         self._is_open = False
         if not self._has_gap:
             self._target_delay -= (self._target_delay - self._least) // 32
 
     def take(self, count: int) -> SpeechBlock:
-        """The next `count` samples, with silence where there is no speech.
+        """Removes the next `count` samples, padded with silence.
 
-        Of a segment that has not begun, what there is comes last, so that the rest can follow
-        without a gap. One that runs dry leaves a gap once, long enough not to run dry again.
+        A segment that begins is aligned to the end, so that the rest follows without a gap. An
+        underrun leaves one gap, long enough to prevent the next one.
         """
         have, missing, lead = min(count, len(self._waiting)), 0, 0
         if self._is_open and self._taken == self._opened:
@@ -186,7 +191,7 @@ class JitterBuffer:
         elif self._is_open and have < count:
             late, have = count - have, max(0, have - self._target_delay)
             missing, self._has_gap = count - have, True
-            if late <= self._most:  # twice: it was late by so much at some moment of it
+            if late <= self._most:  # twice, since the shortfall is a lower bound of the lateness
                 self._target_delay = min(self._target_delay + 2 * late, self._most)
         speech = self._waiting.take(have)
         self._taken += len(speech)
@@ -194,7 +199,7 @@ class JitterBuffer:
         return SpeechBlock(np.pad(speech, gaps), np.pad(np.ones_like(speech), gaps), missing)
 
     def play(self, count: int) -> list[float]:
-        """Counts speech as played; returns the lengths in seconds of the segments that it ends."""
+        """Counts speech as played; returns the lengths in seconds of segments that end by it."""
         self._played += count
         ended = []
         while self._ends and self._played >= self._ends[0]:
@@ -203,6 +208,6 @@ class JitterBuffer:
             self._base = end
         return ended
 
-    def _append(self, samples: np.ndarray) -> None:
+    def _add(self, samples: np.ndarray) -> None:
         self._waiting.append(samples)
         self._pushed += len(samples)

@@ -6,7 +6,6 @@ client --messages--> Link --> Conversation --> LiveSession --> Conversation --ch
 import abc
 import asyncio
 import contextlib
-import copy
 import dataclasses
 import json
 import logging
@@ -17,6 +16,7 @@ from typing import Any
 from jax_avatar.io.watermark import mark
 from jax_avatar.live.session import LiveChunk, LiveSession
 from jax_avatar.live.turn import State
+from jax_avatar.live.workers import Workers
 from jax_avatar.serving.access import admit
 from jax_avatar.serving.messages import VERSION, ClientMessage, ProtocolError, read_message
 from jax_avatar.serving.server_state import Connection, ServerState
@@ -159,7 +159,7 @@ class Conversation:
                 session,
                 state.live,
                 encode_prompt=state.encode_prompt,
-                dispatch=state.pool.dispatch,
+                workers=Workers(state.pool.dispatch),
             )
             with state.connected(Connection(self._link.protocol, live, self._warn_of_drain)):
                 await state.pool.prepare(session, portrait, text)
@@ -283,7 +283,7 @@ class Conversation:
 
     async def _show(self, live: LiveSession, began: float) -> None:
         metrics = self._state.metrics
-        before, told_at = copy.copy(live.stats), time.monotonic()
+        before, told_at = live.stats, time.monotonic()
         async for chunk in live:
             await self._tell_events(chunk)
             if self._state.is_marked:
@@ -294,7 +294,7 @@ class Conversation:
             if not before.frames:
                 metrics.first_frame_s.observe(now - began)
             metrics.add(before, live.stats)
-            before = copy.copy(live.stats)
+            before = live.stats
             if now - told_at >= 1:
                 told_at = now
                 await self._say(

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from jax_avatar.live.session import LiveSession, LiveStats
+from jax_avatar.live.pacing import LiveStats
+from jax_avatar.live.session import LiveSession
 
 __all__ = ["PROTOCOLS", "Metrics"]
 

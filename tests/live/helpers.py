@@ -5,7 +5,7 @@ import contextlib
 
 import numpy as np
 
-from jax_avatar.live.session import Clock
+from jax_avatar.live.clock import Clock
 
 RATE, FPS, PER_FRAME = 16_000, 16, 1000
 

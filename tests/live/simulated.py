@@ -8,7 +8,9 @@ from unittest.mock import create_autospec
 
 import numpy as np
 
-from jax_avatar.live.session import Clock, LiveSession, LiveSettings
+from jax_avatar.live.clock import Clock
+from jax_avatar.live.session import LiveSession, LiveSettings
+from jax_avatar.live.workers import Workers
 from jax_avatar.streaming.format import StreamFormat
 from jax_avatar.streaming.session import AvatarSession
 from tests.live.helpers import FPS, PER_FRAME, RATE
@@ -88,10 +90,7 @@ def _session():
 def simulated_session(block_seconds, **settings):
     """A session that waits `block_seconds()` for the first piece of each block."""
     session = _session()
-    live = LiveSession(
-        session, LiveSettings(**settings), dispatch=_Worker(), clock=SimulatedClock()
-    )
-    live._fetching.shutdown()
     is_first = lambda: session.fetch.call_count % (BLOCK // PIECE) == 1  # noqa: E731
-    live._fetching = _Worker(lambda: block_seconds() if is_first() else DECODE_S)
-    return live
+    fetching = _Worker(lambda: block_seconds() if is_first() else DECODE_S)
+    workers = Workers(_Worker(), fetching)
+    return LiveSession(session, LiveSettings(**settings), workers=workers, clock=SimulatedClock())

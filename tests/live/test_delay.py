@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.live.helpers import FPS, RATE, finished, seconds, sound_of, voice, watch
-from tests.live.simulated import BLOCK, LOOKAHEAD, simulate, simulated_session
+from tests.live.simulated import BLOCK, LOOKAHEAD, SimulatedClock, simulate, simulated_session
 
 PIECE_S = 0.02
 
@@ -21,7 +21,7 @@ async def watch_timed(live, until):
     times = []
 
     def note(chunks):
-        times.append(live._clock.now())
+        times.append(SimulatedClock().now())
         return until(chunks)
 
     return await watch(live, note), times
@@ -29,7 +29,7 @@ async def watch_timed(live, until):
 
 async def talk(live, samples, lateness=lambda: 0.0):
     """A microphone; returns when it began. Pieces keep their order however late they are."""
-    clock, piece = live._clock, round(PIECE_S * RATE)
+    clock, piece = SimulatedClock(), round(PIECE_S * RATE)
     began = clock.now()
     for start in range(0, len(samples), piece):
         part = samples[start : start + piece]

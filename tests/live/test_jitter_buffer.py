@@ -28,7 +28,7 @@ def test_a_stream_is_resampled_as_the_whole(rate, milliseconds):
     def resampled(size):
         queue, samples = JitterBuffer(RATE), voice(1.0, rate)
         for start in range(0, len(samples), size):
-            queue.push(samples[start : start + size], rate)
+            queue.append(samples[start : start + size], rate)
         queue.end_segment()
         return queue.take(len(queue)).samples
 
@@ -39,10 +39,10 @@ def test_a_stream_is_resampled_as_the_whole(rate, milliseconds):
 
 def test_speech_that_begins_comes_last_and_goes_on_without_a_gap():
     queue, samples = JitterBuffer(RATE, target_delay=100), voice(0.2)
-    queue.push(samples[:1100], RATE)
+    queue.append(samples[:1100], RATE)
     first = queue.take(3000)
     assert not first.samples[:2000].any() and first.missing == 0
-    queue.push(samples[1100:], RATE)
+    queue.append(samples[1100:], RATE)
     queue.end_segment()
     rest = queue.take(3000)
     spoken = np.concatenate([first.samples[first.marks > 0], rest.samples[rest.marks > 0]])
@@ -52,32 +52,32 @@ def test_speech_that_begins_comes_last_and_goes_on_without_a_gap():
 
 def test_speech_begins_only_with_something_in_hand():
     queue, samples = JitterBuffer(RATE, target_delay=100), voice(0.1)
-    queue.push(samples[:1000], RATE)
-    assert queue.has(900) and not queue.has(901)
+    queue.append(samples[:1000], RATE)
+    assert queue.status(900).is_enough and not queue.status(901).is_enough
     spoken = queue.take(950)
     np.testing.assert_array_equal(spoken.samples[50:], samples[:900])
     assert not spoken.samples[:50].any() and len(queue) == 100
-    assert queue.has(100) and not queue.has(101)  # of what has begun, all
+    assert queue.status(100).is_enough and not queue.status(101).is_enough  # without a delay
     queue.end_segment()
-    assert queue.has(1000)
+    assert queue.status(1000).is_enough
 
 
 def test_speech_behind_other_speech_puts_no_gap_into_that():
     queue, samples = JitterBuffer(RATE, target_delay=100), voice(0.2)
-    queue.push(samples[:2000], RATE)
+    queue.append(samples[:2000], RATE)
     queue.end_segment()
     first = queue.take(1000)
-    queue.push(samples[2000:2300], RATE)
+    queue.append(samples[2000:2300], RATE)
     spoken = [first, queue.take(1200)]
     assert all(part.marks[:1000].all() for part in spoken)
 
 
 def test_speech_that_runs_dry_leaves_one_gap_and_loses_nothing():
     queue, samples = JitterBuffer(RATE, target_delay=100), voice(0.5)
-    queue.push(samples[:2000], RATE)
+    queue.append(samples[:2000], RATE)
     parts = [queue.take(1000), queue.take(1500)]
     assert parts[1].missing == 1500 - 900 and parts[1].marks[0] == 1
-    queue.push(samples[2000:], RATE)
+    queue.append(samples[2000:], RATE)
     queue.end_segment()
     parts += [queue.take(1500) for _ in range(5)]
     spoken = np.concatenate([part.samples[part.marks > 0] for part in parts])
@@ -88,7 +88,7 @@ def test_speech_that_runs_dry_leaves_one_gap_and_loses_nothing():
 def test_every_segment_ends_when_its_last_sample_is_played():
     queue = JitterBuffer(RATE)
     for seconds in (0.5, 0.25):
-        queue.push(voice(seconds), RATE)
+        queue.append(voice(seconds), RATE)
         queue.end_segment()
     queue.end_segment()  # nothing new: no segment
     queue.take(RATE)
@@ -102,7 +102,7 @@ def test_every_segment_ends_when_its_last_sample_is_played():
         (b"abc", RATE, "3 bytes"),
         (np.zeros((2, 10), np.float32), RATE, "one channel"),
         (np.zeros(10, np.int32), RATE, "int32"),
-        (np.full(10, np.nan, np.float32), RATE, "no numbers"),
+        (np.full(10, np.nan, np.float32), RATE, "NaN"),
         (np.zeros(10, np.int16), 100, "100 Hz"),
         (np.zeros(RATE * 3, np.int16), RATE, "wait already"),
     ],
@@ -110,7 +110,7 @@ def test_every_segment_ends_when_its_last_sample_is_played():
 def test_audio_that_cannot_be_is_refused(pcm, rate, message):
     queue = JitterBuffer(RATE, capacity=2 * RATE)
     with pytest.raises(ValueError, match=message):
-        queue.push(pcm, rate)
+        queue.append(pcm, rate)
     assert len(queue) == 0 and not queue.is_open
 
 
