@@ -46,15 +46,21 @@ from jax_avatar.training.rollout import (
     made_clips,
     roll_out,
 )
-from jax_avatar.training.run.accumulate import accumulated, clip_keys
-from jax_avatar.training.run.guards import judge, new_guard, note, rate_factor, report
+from jax_avatar.training.run.accumulate import accumulate_gradients, clip_keys
+from jax_avatar.training.run.guards import (
+    check_update,
+    guard_metrics,
+    new_guard,
+    rate_factor,
+    record_skip,
+)
 from jax_avatar.training.run.monitors import (
     ClipFigures,
+    add_clips,
+    add_scores,
     bin_shares,
-    new_watch,
-    review,
-    watch_clips,
-    watch_scores,
+    new_monitor,
+    summarise,
 )
 from jax_avatar.training.run.norms import average_distance, step_norms
 from jax_avatar.training.run.state import scaled_update, update_ema
@@ -103,7 +109,7 @@ class Distiller:
             generator_updates=jnp.int32(0),
             critic_updates=jnp.int32(0),
             guard=new_guard(),
-            watch=new_watch(self.generator.config.latent_channels),
+            watch=new_monitor(self.generator.config.latent_channels),
         )
 
     def is_generator_step(self, step: int) -> bool:
@@ -135,7 +141,7 @@ class Distiller:
     ) -> tuple[Latent, dict[str, Array]]:
         """Gradient of the distillation loss in the clips, and metrics.
 
-        Among them are `scores`, for `watch_scores`: noise level and errors of every clip.
+        Among them are `scores`, for `add_scores`: noise level and errors of every clip.
 
         Args:
             critic: parameters of the critic's transformer.
@@ -219,13 +225,13 @@ class Distiller:
                 each["replay_error"] = jnp.broadcast_to(metrics.pop("replay_error"), len(made))
             return constrain_params(grads), metrics, each
 
-        grads, metrics, each = accumulated(measure, told, self.loop.accumulate)
+        grads, metrics, each = accumulate_gradients(measure, told, self.loop.accumulate)
         made, scores = each.pop("made"), each.pop("scores")
         largest = jax.tree.map(jnp.max, each)
         limit = self.settings.replay_limit_for(self.generator.config.dtype)
         is_replayed = largest.get("replay_error", 0.0) <= limit
         (optimiser, rate), _ = self._optimisers(state)
-        cause, norm = judge(
+        cause, norm = check_update(
             metrics["dmd_loss"], grads, made, self.settings.clean_limit, is_replayed=is_replayed
         )
         moments, is_good = state.generator_optimiser, cause == 0
@@ -242,8 +248,8 @@ class Distiller:
             ema=_chosen(is_good, update_ema(state.ema, new, decay), state.ema),
             ema_started=state.ema_started | starts,
             generator_updates=state.generator_updates + is_good.astype(jnp.int32),
-            guard=note(state.guard, state.step, cause),
-            watch=watch_scores(state.watch, **scores, shift=self.settings.timestep_shift),
+            guard=record_skip(state.guard, state.step, cause),
+            watch=add_scores(state.watch, **scores, shift=self.settings.timestep_shift),
         )
         metrics |= {
             "generator_norm": norm,
@@ -274,10 +280,10 @@ class Distiller:
             times = state.watch.critic_steps
             state, metrics = jax.lax.fori_loop(0, times, once, (state, blank))
         every, most = settings.monitor_every, settings.max_critic_steps
-        watch, figures = review(
+        watch, figures = summarise(
             state.watch, state.step, self.data, every=every, max_critic_steps=most
         )
-        metrics |= figures | report(state.guard, state.step)
+        metrics |= figures | guard_metrics(state.guard, state.step)
         metrics["generator_updates"] = state.generator_updates
         return dataclasses.replace(state, step=state.step + 1, watch=watch), metrics
 
@@ -332,10 +338,10 @@ class Distiller:
             value, grads = jax.value_and_grad(loss)(state.critic)
             return constrain_params(grads), {"loss": value}, (made, sigma.reshape(-1))
 
-        grads, means, (made, sigma) = accumulated(measure, told, self.loop.accumulate)
+        grads, means, (made, sigma) = accumulate_gradients(measure, told, self.loop.accumulate)
         value = means["loss"]
         _, (optimiser, rate) = self._optimisers(state)
-        cause, norm = judge(value, grads, made, self.settings.clean_limit)
+        cause, norm = check_update(value, grads, made, self.settings.clean_limit)
         moments, is_good = state.critic_optimiser, cause == 0
         new, moved, norms = _stepped(
             "critic_", optimiser, grads, moments, state.critic, cause, state.guard
@@ -347,8 +353,8 @@ class Distiller:
             critic=new,
             critic_optimiser=moved,
             critic_updates=state.critic_updates + is_good.astype(jnp.int32),
-            guard=note(state.guard, state.step, cause),
-            watch=watch_clips(state.watch, made, is_final & is_good, frames),
+            guard=record_skip(state.guard, state.step, cause),
+            watch=add_clips(state.watch, made, is_final & is_good, frames),
         )
         metrics = {
             "loss": value,

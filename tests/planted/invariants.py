@@ -375,7 +375,7 @@ INVARIANTS = (
             "keep(moved, state.optimiser)", "moved",
             loop("a_step_that_is_not_finite_changes_nothing_and_is_counted")),
     Mistake(16, "a skipped step is not counted", "training/run/state.py",
-            "note(state.guard, state.step, cause)", "state.guard",
+            "record_skip(state.guard, state.step, cause)", "state.guard",
             loop("a_step_that_is_not_finite_changes_nothing_and_is_counted")),
     Mistake(16, "the normaliser has no floor", "training/dmd.py",
             "jnp.maximum(distance, floor)", "distance",

@@ -21,7 +21,7 @@ from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.dmd import generator_gradient
 from jax_avatar.training.rollout import Clip, Generator, RolloutConfig, draw, joined
-from jax_avatar.training.run.guards import judge
+from jax_avatar.training.run.guards import check_update
 from jax_avatar.training.run.step import LoopConfig
 from tests import nano
 
@@ -309,5 +309,5 @@ def test_an_update_without_a_normaliser_is_small_and_made(monkeypatch):
     limit = settings.gradient_limit / made.size
     np.testing.assert_allclose(jnp.abs(slope[..., :2]), limit, rtol=1e-6)
     assert jnp.abs(slope[..., 2:]).max() < 0.01 * limit
-    cause, norm = judge(metrics["dmd_loss"], {"clips": slope}, made)
+    cause, norm = check_update(metrics["dmd_loss"], {"clips": slope}, made)
     assert int(cause) == 0 and np.isfinite(norm)

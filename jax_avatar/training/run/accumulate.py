@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from jax_avatar.models.sharding import constrain
 from jax_avatar.shapes import Array, PyTree
 
-__all__ = ["accumulated", "clip_keys"]
+__all__ = ["accumulate_gradients", "clip_keys"]
 
 Measured = tuple[PyTree, dict[str, Array], PyTree]
 
 
-def accumulated(measure: Callable[[PyTree], Measured], batch: PyTree, parts: int) -> Measured:
+def accumulate_gradients(
+    measure: Callable[[PyTree], Measured], batch: PyTree, parts: int
+) -> Measured:
     """Gradient accumulation: applies `measure` to equal micro-batches and averages.
 
     Args:

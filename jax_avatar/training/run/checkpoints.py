@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as managers
 
 from jax_avatar.shapes import PyTree
-from jax_avatar.training.run.guards import TooManySkips, rolled_back
+from jax_avatar.training.run.guards import TooManySkips, after_rollback
 from jax_avatar.training.run.journal import Journal, warn
 from jax_avatar.training.run.placement import abstract_on, place_state
 from jax_avatar.training.run.state import TrainState, config_differences
@@ -23,12 +23,12 @@ from jax_avatar.weights.files import load_json, save_json
 __all__ = [
     "GoodSteps",
     "check_settings",
+    "explain_disk_errors",
     "open_manager",
     "restore",
     "restore_or_start",
     "roll_back",
     "save",
-    "told_disk_errors",
 ]
 
 _ITEMS = ("state", "settings", "pending")
@@ -38,8 +38,8 @@ _FULL_TEXTS = {"No space left": _FULL[errno.ENOSPC], "quota exceeded": _FULL[err
 
 
 @contextlib.contextmanager
-def told_disk_errors(workdir: Path) -> Iterator[None]:
-    """Tells of a folder that takes no more in one line.
+def explain_disk_errors(workdir: Path) -> Iterator[None]:
+    """Explains a folder that cannot be written to in one line.
 
     Raises:
         ValueError: what is done within wrote to a full or read-only disk; names the last whole
@@ -167,7 +167,7 @@ def roll_back(
     journal: Journal,
     trouble: TooManySkips,
 ) -> tuple[PyTree, list]:
-    """The last good checkpoint, or the start, with half the learning rates and other chance."""
+    """The last good checkpoint, or the start, half the learning rates and a new random stream."""
     manager.wait_until_finished()
     last = good.last(manager.all_steps())
     for step in manager.all_steps():
@@ -178,7 +178,7 @@ def roll_back(
     rollbacks = trouble.rollbacks + 1
     journal.turn_back(last or 0, rollbacks)
     warn(f"{trouble}; back to step {last or 0} with half the learning rates")
-    state = dataclasses.replace(state, guard=rolled_back(state.guard, rollbacks))
+    state = dataclasses.replace(state, guard=after_rollback(state.guard, rollbacks))
     # On the mesh throughout, or the step would be compiled, and might round, differently.
     return place_state(state, mesh), pending
 

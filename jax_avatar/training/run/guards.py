@@ -1,8 +1,8 @@
 """Guards of training: skipped updates, rollbacks, and the end of a run.
 
-    generated clip, loss, gradient --judge--> taken, or skipped and counted by its cause
-    more than 20 skips in 100 steps --------> the last good checkpoint, other chance, half the rates
-    the third time -------------------------> the run stops
+    generated clip, loss, gradient --check_update--> applied, or skipped and counted by its cause
+    more than 20 skips in 100 steps -> the last good checkpoint, new random stream, half the rates
+    the third time -> the run stops
     a replay that differs from its rollout -> the update is skipped, the run saves and stops
 
 All counts are part of the saved state, so that a resumed run does what the uninterrupted one would.
@@ -24,15 +24,15 @@ __all__ = [
     "CAUSES",
     "Guard",
     "TooManySkips",
+    "after_rollback",
     "check_skips",
+    "check_update",
     "find_strayed_replay",
+    "guard_metrics",
     "is_passed",
-    "judge",
     "new_guard",
-    "note",
     "rate_factor",
-    "report",
-    "rolled_back",
+    "record_skip",
 ]
 
 CAUSES = ("clean", "loss", "gradient")
@@ -85,7 +85,7 @@ def new_guard() -> Guard:
     return Guard(skipped, jnp.full(_MAX_SKIPS + 1, _NEVER, jnp.int32), jnp.int32(0))
 
 
-def judge(
+def check_update(
     loss: Scalar,
     grads: PyTree,
     made: Latent | None = None,
@@ -106,20 +106,20 @@ def judge(
         The cause to skip it, 1 for the first of `CAUSES`, 0 for none; and the norm.
     """
     norm = optax.global_norm(grads)
-    # Comparisons with what is not a number are false.
+    # Comparisons with NaN are false.
     is_small = True if made is None else jnp.max(jnp.abs(made)) < clean_limit
     is_right = (norm < _LARGEST_NORM) & is_replayed
     is_fine = jnp.stack([jnp.asarray(is_small), jnp.isfinite(loss), is_right])
     return jnp.where(is_fine.all(), 0, 1 + jnp.argmin(is_fine)).astype(jnp.int32), norm
 
 
-def note(guard: Guard, step: IntScalar, cause: Array) -> Guard:
+def record_skip(guard: Guard, step: IntScalar, cause: Array) -> Guard:
     """The guard after an update.
 
     Args:
         guard: before it.
         step: number of the step, from 0.
-        cause: from `judge`.
+        cause: from `check_update`.
     """
     later = jnp.append(guard.marks[1:], jnp.int32(step))
     return dataclasses.replace(
@@ -134,7 +134,7 @@ def rate_factor(guard: Guard) -> Array:
     return jnp.ldexp(jnp.float32(1), -guard.rollbacks)
 
 
-def report(guard: Guard, step: IntScalar) -> dict[str, Array]:
+def guard_metrics(guard: Guard, step: IntScalar) -> dict[str, Array]:
     """Metrics.
 
     Args:
@@ -202,12 +202,12 @@ def is_passed(scores: Mapping[str, float]) -> bool:
     return all(math.isfinite(score) for score in scores.values())
 
 
-def rolled_back(guard: Guard, rollbacks: int) -> Guard:
+def after_rollback(guard: Guard, rollbacks: int) -> Guard:
     """The guard of a good checkpoint after going back there.
 
     Args:
         guard: as it was saved.
         rollbacks: how often the run went back, this time included.
     """
-    # What was skipped on the abandoned way is forgotten with it.
+    # Skips after that checkpoint no longer count.
     return dataclasses.replace(guard, rollbacks=jnp.int32(rollbacks))

@@ -27,11 +27,11 @@ from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.run.checkpoints import (
     GoodSteps,
     check_settings,
+    explain_disk_errors,
     open_manager,
     restore_or_start,
     roll_back,
     save,
-    told_disk_errors,
 )
 from jax_avatar.training.run.clock import StepClock, Work
 from jax_avatar.training.run.evaluation import Evaluation, try_out
@@ -101,7 +101,7 @@ def train(
     check_installed(config.wandb)
     mesh = mesh_of(task, config)
     whole = {**(settings or {}), "loop": dataclasses.asdict(config)}
-    settings = _semantic(settings or {}, config)
+    settings = _result_settings(settings or {}, config)
     if getattr(task, "content_hash", ""):
         settings["data_hash"] = task.content_hash  # other data, another run
         whole["data_hash"] = task.content_hash
@@ -109,7 +109,7 @@ def train(
     root, init_key = jax.random.split(jax.random.key(config.seed))
     good = GoodSteps(workdir)
     with (
-        told_disk_errors(workdir),
+        explain_disk_errors(workdir),
         open_manager(workdir, good, keep=config.keep, keep_every=config.keep_every) as manager,
     ):
         check_settings(manager, settings, force=force)
@@ -138,7 +138,7 @@ def train(
     if int(state.step) >= config.num_steps and hasattr(task, "export"):
         weights, skipped = fetched(state.ema), int(state.guard.total)
         if jax.process_index() == 0:
-            with told_disk_errors(workdir):
+            with explain_disk_errors(workdir):
                 task.export(weights, workdir, {"step": int(state.step), "skipped": skipped})
     return state
 
@@ -182,7 +182,7 @@ class _Run:
         """From a state to the last step, or until it has to stop early."""
         task, config, journal = self.task, self.config, self.journal
         started, first, clock = time.monotonic(), int(state.step), self.clock
-        # After going back, other chance.
+        # After a rollback, use a new random stream.
         root = jax.random.fold_in(self.root, state.guard.rollbacks)
         hidden = not progress or jax.process_index() > 0
         bar = tqdm(
@@ -222,7 +222,7 @@ class _Run:
                     self.good.add(step)
                 minutes = (time.monotonic() - started) / 60
                 is_late = 0 < config.max_minutes < minutes
-                if _anywhere(is_late or self.is_over()):
+                if _any_host(is_late or self.is_over()):
                     break
         except DataError:
             # The steps so far were made of whole batches. Other hosts, which have theirs, would not
@@ -290,7 +290,7 @@ def _evaluations(
     return [*own, *more]
 
 
-def _anywhere(flag: bool) -> bool:
+def _any_host(flag: bool) -> bool:
     """Logical OR over hosts, so that all stop together."""
     return flag if jax.process_count() == 1 else any(gathered_values(flag))
 
@@ -306,7 +306,7 @@ def _batches(
     return load_batches(source, place, first, config.num_steps, workers=config.workers)
 
 
-def _semantic(settings: Mapping[str, Any], config: LoopConfig) -> dict[str, Any]:
+def _result_settings(settings: Mapping[str, Any], config: LoopConfig) -> dict[str, Any]:
     """Settings that change the result; bookkeeping is left out."""
     loop = {
         name: getattr(config, name)

@@ -26,15 +26,15 @@ __all__ = [
     "NUM_BINS",
     "PREFIX",
     "ClipFigures",
-    "Watch",
+    "MonitorState",
+    "add_clips",
+    "add_scores",
     "bin_shares",
     "find_alarms",
     "measure_clips",
     "measure_data",
-    "new_watch",
-    "review",
-    "watch_clips",
-    "watch_scores",
+    "new_monitor",
+    "summarise",
 ]
 
 PREFIX = "monitor/"
@@ -80,8 +80,8 @@ class ClipFigures:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Watch:
-    """Sums since the last review, and how often the critic learns.
+class MonitorState:
+    """Sums since the last summary, and how often the critic learns.
 
     Attributes:
         clips: measures by name, summed over clips, and their number `count`.
@@ -97,12 +97,12 @@ class Watch:
     critic_steps: Any
 
 
-def new_watch(channels: int) -> Watch:
+def new_monitor(channels: int) -> MonitorState:
     """Before the first step."""
     names = {"count": (), "motion": (), "border": (), "inside": (), "large": ()}
     names |= {"mean": (channels,), "std": (channels,), "slope": (channels,)}
     sums = {name: jnp.zeros(shape) for name, shape in names.items()}
-    return Watch(sums, jnp.zeros(NUM_BINS), jnp.zeros(NUM_BINS), jnp.int32(1))
+    return MonitorState(sums, jnp.zeros(NUM_BINS), jnp.zeros(NUM_BINS), jnp.int32(1))
 
 
 def measure_clips(clips: Latent, frames_per_block: int) -> dict[str, Array]:
@@ -158,32 +158,34 @@ def measure_data(clips: Float[np.ndarray, "b t h w c"], frames_per_block: int) -
     )
 
 
-def watch_clips(watch: Watch, clips: Latent, is_final: Array, frames_per_block: int) -> Watch:
+def add_clips(
+    monitor: MonitorState, clips: Latent, is_final: Array, frames_per_block: int
+) -> MonitorState:
     """Adds the measures of generated clips.
 
     Args:
-        watch: so far.
+        monitor: so far.
         clips: that the generator made.
         is_final: whether their exit was the last step; others do not count.
         frames_per_block: latent frames of a block.
     """
     found = measure_clips(clips, frames_per_block)
-    # Chosen, not multiplied: what is not a number must not enter the sums.
+    # Chosen, not multiplied: NaN must not enter the sums.
     sums = {
-        name: watch.clips[name] + jnp.where(is_final, value.sum(0), 0)
+        name: monitor.clips[name] + jnp.where(is_final, value.sum(0), 0)
         for name, value in found.items()
     }
-    return dataclasses.replace(watch, clips=sums)
+    return dataclasses.replace(monitor, clips=sums)
 
 
-def watch_scores(
-    watch: Watch, sigma: Float[Array, " b"], critic: Float[Array, " b"],
+def add_scores(
+    monitor: MonitorState, sigma: Float[Array, " b"], critic: Float[Array, " b"],
     teacher: Float[Array, " b"], shift: float,
-) -> Watch:  # fmt: skip
+) -> MonitorState:  # fmt: skip
     """Adds errors of the critic and of the teacher on the same noised clips.
 
     Args:
-        watch: so far.
+        monitor: so far.
         sigma: noise level of every clip.
         critic: mean square error of its velocity.
         teacher: likewise, without guidance.
@@ -193,7 +195,7 @@ def watch_scores(
     is_in = jnp.where(jnp.isfinite(critic + teacher)[:, None], is_in, False)
     sums = [jnp.where(is_in, error[:, None], 0).sum(0) for error in (critic, teacher)]
     return dataclasses.replace(
-        watch, critic=watch.critic + sums[0], teacher=watch.teacher + sums[1]
+        monitor, critic=monitor.critic + sums[0], teacher=monitor.teacher + sums[1]
     )
 
 
@@ -203,35 +205,39 @@ def bin_shares(sigma: Float[Array, " b"], shift: float) -> dict[str, Array]:
     return {f"level_bin{i}": shares[i] for i in range(NUM_BINS)}
 
 
-def review(
-    watch: Watch, step: IntScalar, data: ClipFigures | None, *, every: int, max_critic_steps: int
-) -> tuple[Watch, dict[str, Array]]:
+def summarise(
+    monitor: MonitorState,
+    step: IntScalar,
+    data: ClipFigures | None,
+    *,
+    every: int,
+    max_critic_steps: int,
+) -> tuple[MonitorState, dict[str, Array]]:
     """The figures at the end of an interval, and the sums set back.
 
     While the critic lags behind, it learns twice as often after each interval, and again half as
     often when it has caught up.
 
     Args:
-        watch: after the step.
+        monitor: after the step.
         step: its number, from 0.
         data: to compare with; without it what is relative stays out.
         every: length of an interval.
         max_critic_steps: most updates of the critic per step.
 
     Returns:
-        The watch, and metrics, which are no numbers where nothing was measured and between the
-        ends of intervals.
+        The monitor, and metrics: NaN where nothing was measured, and between the ends of intervals.
     """
     is_end = (step + 1) % every == 0
-    figures = {PREFIX + name: value for name, value in _figures(watch, data).items()}
-    gap, steps = figures[f"{PREFIX}gap"], watch.critic_steps
+    figures = {PREFIX + name: value for name, value in _figures(monitor, data).items()}
+    gap, steps = figures[f"{PREFIX}gap"], monitor.critic_steps
     fewer, more = jnp.maximum(steps // 2, 1), jnp.minimum(2 * steps, max_critic_steps)
     # Without a figure, as before.
     wanted = jnp.where(gap > GAP_LIMIT, more, jnp.where(gap <= GAP_LIMIT, fewer, steps))
-    cleared = jax.tree.map(lambda leaf: jnp.where(is_end, jnp.zeros_like(leaf), leaf), watch)
-    watch = dataclasses.replace(cleared, critic_steps=jnp.where(is_end, wanted, steps))
+    cleared = jax.tree.map(lambda leaf: jnp.where(is_end, jnp.zeros_like(leaf), leaf), monitor)
+    monitor = dataclasses.replace(cleared, critic_steps=jnp.where(is_end, wanted, steps))
     figures = {name: jnp.where(is_end, value, jnp.nan) for name, value in figures.items()}
-    return watch, figures | {"critic_steps": steps}
+    return monitor, figures | {"critic_steps": steps}
 
 
 def find_alarms(values: Mapping[str, float]) -> dict[str, str]:
@@ -248,14 +254,14 @@ def find_alarms(values: Mapping[str, float]) -> dict[str, str]:
     return found
 
 
-def _figures(watch: Watch, data: ClipFigures | None) -> dict[str, Scalar]:
-    clips = {name: value / watch.clips["count"] for name, value in watch.clips.items()}
+def _figures(monitor: MonitorState, data: ClipFigures | None) -> dict[str, Scalar]:
+    clips = {name: value / monitor.clips["count"] for name, value in monitor.clips.items()}
     figures = {
-        "gap": watch.critic.sum() / watch.teacher.sum(),
+        "gap": monitor.critic.sum() / monitor.teacher.sum(),
         "large_share": clips["large"],
         "border_jump": clips["border"] / clips["inside"],
     }
-    ratios = watch.critic / watch.teacher
+    ratios = monitor.critic / monitor.teacher
     figures |= {f"gap_bin{i}": ratios[i] for i in range(NUM_BINS)}
     if data is None:
         return figures

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_avatar.shapes import Array, PyTree
-from jax_avatar.training.run.guards import Guard, new_guard, note, rate_factor
+from jax_avatar.training.run.guards import Guard, new_guard, rate_factor, record_skip
 from jax_avatar.weights.fields import fill_fields
 
 __all__ = [
@@ -66,7 +66,7 @@ def update_state(
     Args:
         state: before the step; its step counter advances in any case.
         grads: gradient of the parameters.
-        cause: from `judge`.
+        cause: from `check_update`.
         optimiser: clip, schedule and AdamW.
         ema_decay: final decay; early steps use less, `(1 + step) / (10 + step)`.
 
@@ -88,7 +88,7 @@ def update_state(
         keep(params, state.params),
         keep(ema, state.ema),
         keep(moved, state.optimiser),
-        note(state.guard, state.step, cause),
+        record_skip(state.guard, state.step, cause),
     )
     return after, updates
 

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from jax_avatar.models.sharding import clip_axes, constrain_params, on_mesh
 from jax_avatar.shapes import Array, IntScalar, PyTree
-from jax_avatar.training.run.accumulate import accumulated, clip_keys
-from jax_avatar.training.run.guards import judge, rate_factor, report
+from jax_avatar.training.run.accumulate import accumulate_gradients, clip_keys
+from jax_avatar.training.run.guards import check_update, guard_metrics, rate_factor
 from jax_avatar.training.run.loggers import check_project
 from jax_avatar.training.run.norms import average_distance, step_norms
 from jax_avatar.training.run.placement import make_training_mesh, parse_training_mesh
@@ -93,7 +93,7 @@ class OwnStepTask(Protocol):
     def make_step(self, config: "LoopConfig", mesh: Mesh | None = None) -> Step:
         """The compiled `(state, batch, key) -> (state, metrics)`.
 
-        Among the metrics are `loss` and those of `guards.report`.
+        Among the metrics are `loss` and those of `guards.guard_metrics`.
         """
 
     def batches(self, step: int) -> Batch:
@@ -281,14 +281,14 @@ def compiled_step(task: Task, config: LoopConfig, mesh: Mesh | None = None) -> C
             return constrain_params(grads), {**metrics, "loss": loss}, ()
 
         rows = jnp.arange(max(len(leaf) for leaf in jax.tree.leaves(batch) if leaf.ndim))
-        grads, metrics, _ = accumulated(measure, (rows, batch), config.accumulate)
+        grads, metrics, _ = accumulate_gradients(measure, (rows, batch), config.accumulate)
         loss = metrics["loss"]
-        cause, norm = judge(loss, grads)
+        cause, norm = check_update(loss, grads)
         rate = jnp.asarray(schedule(state.step), jnp.float32) * rate_factor(state.guard)
         extra = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
         optimiser = make_optimiser(config, state.step)
         state, update = update_state(state, grads, cause, optimiser, config.ema_decay)
-        metrics = {**metrics, **extra, **report(state.guard, state.step - 1)}
+        metrics = {**metrics, **extra, **guard_metrics(state.guard, state.step - 1)}
         metrics |= step_norms("", grads, update, state.params, cause)
         metrics["ema_distance"] = average_distance(state.ema, state.params)
         return constrain_params(state), metrics

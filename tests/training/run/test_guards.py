@@ -14,15 +14,15 @@ from jax_avatar.training.run.evaluation import AverageEvaluation
 from jax_avatar.training.run.guards import (
     CAUSES,
     TooManySkips,
+    after_rollback,
     check_skips,
+    check_update,
     find_strayed_replay,
+    guard_metrics,
     is_passed,
-    judge,
     new_guard,
-    note,
     rate_factor,
-    report,
-    rolled_back,
+    record_skip,
 )
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.state import start_state, update_state
@@ -83,7 +83,7 @@ def lines(folder):
 def test_the_first_thing_that_went_wrong_is_the_cause(loss, gradient, made, cause):
     grads = {"a": jnp.zeros(3), "b": jnp.float32(gradient)}
     clips = jnp.zeros((1, 2, 2, 2, 2)).at[0, 1, 0, 0, 1].set(made)
-    found, norm = judge(jnp.float32(loss), grads, clips)
+    found, norm = check_update(jnp.float32(loss), grads, clips)
     assert int(found) == (1 + CAUSES.index(cause) if cause else 0)
     np.testing.assert_equal(float(norm), float(np.abs(np.float32(gradient))))
 
@@ -91,29 +91,31 @@ def test_the_first_thing_that_went_wrong_is_the_cause(loss, gradient, made, caus
 def test_skips_are_counted_by_cause_and_forgotten_after_100_steps():
     guard = new_guard()
     for step in (0, 3, 3, 5):
-        guard = note(guard, step, jnp.int32(2))
-    guard = note(note(guard, 6, jnp.int32(0)), 7, jnp.int32(3))
+        guard = record_skip(guard, step, jnp.int32(2))
+    guard = record_skip(record_skip(guard, 6, jnp.int32(0)), 7, jnp.int32(3))
     assert guard.skipped.tolist() == [0, 4, 1] and int(guard.total) == 5
-    recent = [int(report(guard, step)["recent_skips"]) for step in (7, 99, 100, 103, 106, 107)]
+    recent = [
+        int(guard_metrics(guard, step)["recent_skips"]) for step in (7, 99, 100, 103, 106, 107)
+    ]
     assert recent == [5, 5, 4, 2, 1, 0]
 
 
 def test_more_than_20_skips_in_100_steps_are_too_many():
     guard = new_guard()
     for step in range(0, 100, 5):
-        guard = note(guard, step, jnp.int32(1))
-    rows = [report(guard, 99), report(note(guard, 99, jnp.int32(1)), 99)]
+        guard = record_skip(guard, step, jnp.int32(1))
+    rows = [guard_metrics(guard, 99), guard_metrics(record_skip(guard, 99, jnp.int32(1)), 99)]
     check_skips(rows[:1], 100)
     with pytest.raises(TooManySkips, match=r"by step 100 .*\(so far clean 21, loss 0, gradient 0"):
         check_skips(rows, 100)
-    spread = report(note(guard, 100, jnp.int32(1)), 100)
+    spread = guard_metrics(record_skip(guard, 100, jnp.int32(1)), 100)
     check_skips([spread], 101)
 
 
 def test_a_rollback_halves_what_an_update_does():
     optimiser = make_optimiser(dataclasses.replace(CONFIG, warmup_steps=0))
     state = start_state({"weight": jnp.ones((3, 2))}, optimiser)
-    slower = dataclasses.replace(state, guard=rolled_back(state.guard, 2))
+    slower = dataclasses.replace(state, guard=after_rollback(state.guard, 2))
     grads = {"weight": jnp.arange(6.0).reshape(3, 2)}
     moves = [
         update_state(s, grads, jnp.int32(0), optimiser, 0.9)[0].params["weight"] - 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.training.run import loop
-from jax_avatar.training.run.checkpoints import restore, told_disk_errors
+from jax_avatar.training.run.checkpoints import explain_disk_errors, restore
 from jax_avatar.training.run.evaluation import AverageEvaluation
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.state import TrainState, build_section, start_state
@@ -217,7 +217,10 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_is_gone_on_from(
 
 
 def test_other_errors_than_those_of_a_full_disk_stay_as_they_are(tmp_path):
-    with pytest.raises(KeyError), told_disk_errors(tmp_path):
+    with pytest.raises(KeyError), explain_disk_errors(tmp_path):
         raise KeyError("a mistake")
-    with pytest.raises(ValueError, match="there is no checkpoint yet"), told_disk_errors(tmp_path):
+    with (
+        pytest.raises(ValueError, match="there is no checkpoint yet"),
+        explain_disk_errors(tmp_path),
+    ):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training.run.accumulate import accumulated, clip_keys
+from jax_avatar.training.run.accumulate import accumulate_gradients, clip_keys
 from jax_avatar.training.run.evaluation import AverageEvaluation
-from jax_avatar.training.run.guards import judge, new_guard, note
+from jax_avatar.training.run.guards import check_update, new_guard, record_skip
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import (
@@ -99,7 +99,7 @@ def test_gradients_of_parts_are_summed_in_float32():
     def measure(part):
         return {"g": part.mean(0)}, {"m": part.mean()}, {"each": part[:, 0]}
 
-    grads, means, each = accumulated(measure, values, 8)
+    grads, means, each = accumulate_gradients(measure, values, 8)
     assert grads["g"].dtype == means["m"].dtype == jnp.float32
     np.testing.assert_allclose([grads["g"][0], means["m"]], (256 + 7) / 8)
     np.testing.assert_array_equal(each["each"], values[:, 0])
@@ -155,10 +155,10 @@ def test_a_batch_is_cut_into_the_parts_and_over_the_devices_that_are_told():
 def test_only_norms_below_the_limit_pass():
     for norm, cause in ((9.99e3, 0), (1.001e4, 3)):
         grads = {"a": jnp.full((4,), norm / 2)}
-        assert int(judge(jnp.float32(0), grads)[0]) == cause
+        assert int(check_update(jnp.float32(0), grads)[0]) == cause
     for largest, limit, cause in ((7.1, 7.0, 1), (6.9, 7.0, 0), (-7.1, 7.0, 1), (19.9, 20.0, 0)):
         clips = jnp.zeros((1, 1, 1, 1, 2)).at[..., 1].set(largest)
-        assert int(judge(jnp.float32(0), {"a": jnp.ones(1)}, clips, limit)[0]) == cause
+        assert int(check_update(jnp.float32(0), {"a": jnp.ones(1)}, clips, limit)[0]) == cause
 
 
 def test_a_skip_is_not_a_step_of_the_average():
@@ -166,7 +166,7 @@ def test_a_skip_is_not_a_step_of_the_average():
     config = dataclasses.replace(LOOP, ema_decay=0.9)
     task = GivenGradients(np.ones((4, 4, 2, 3), np.float32))
     state = start_state(task.init(KEY), make_optimiser(config))
-    skipped = note(note(new_guard(), 0, jnp.int32(2)), 1, jnp.int32(2))
+    skipped = record_skip(record_skip(new_guard(), 0, jnp.int32(2)), 1, jnp.int32(2))
     state = dataclasses.replace(state, step=jnp.int32(3), guard=skipped)
     before = np.asarray(state.ema["w"])
     after, _ = make_step(task, config)(state, task.batches(3), KEY)

@@ -7,14 +7,14 @@ import pytest
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.monitors import (
     ALARMS,
+    add_clips,
+    add_scores,
     bin_shares,
     find_alarms,
     measure_clips,
     measure_data,
-    new_watch,
-    review,
-    watch_clips,
-    watch_scores,
+    new_monitor,
+    summarise,
 )
 from jax_avatar.training.run.step import LoopConfig
 from tests.training.run.test_guards import StumblingTask
@@ -34,8 +34,8 @@ DATA = measure_data(make_clips(), FRAMES)
 
 
 def figures_of(clips):
-    watch = watch_clips(new_watch(CHANNELS), jnp.asarray(clips), jnp.array(True), FRAMES)
-    figures = review(watch, 0, DATA, every=1, max_critic_steps=10)[1]
+    watch = add_clips(new_monitor(CHANNELS), jnp.asarray(clips), jnp.array(True), FRAMES)
+    figures = summarise(watch, 0, DATA, every=1, max_critic_steps=10)[1]
     return {name: float(value) for name, value in figures.items()}
 
 
@@ -88,10 +88,10 @@ def test_drift_jumps_and_large_values_are_measured():
 
 
 def test_clips_that_left_early_do_not_count():
-    watch = new_watch(CHANNELS)
+    watch = new_monitor(CHANNELS)
     for clips, is_final in ((make_clips(1), True), (jnp.full(SHAPE, jnp.nan), False)):
-        watch = watch_clips(watch, jnp.asarray(clips), jnp.array(is_final), FRAMES)
-    figures = review(watch, 0, DATA, every=1, max_critic_steps=10)[1]
+        watch = add_clips(watch, jnp.asarray(clips), jnp.array(is_final), FRAMES)
+    figures = summarise(watch, 0, DATA, every=1, max_critic_steps=10)[1]
     assert float(figures["monitor/motion"]) == pytest.approx(
         figures_of(make_clips(1))["monitor/motion"]
     )
@@ -100,28 +100,28 @@ def test_clips_that_left_early_do_not_count():
 def test_errors_are_compared_bin_by_bin_however_they_come():
     sigma = jnp.array([0.3, 0.7, 0.9, 0.98, 0.97])
     critic, teacher = jnp.array([1.0, 2, 3, 4, 6]), jnp.array([2.0, 2, 2, 2, 3])
-    at_once = watch_scores(new_watch(CHANNELS), sigma, critic, teacher, 5.0)
-    parts = new_watch(CHANNELS)
+    at_once = add_scores(new_monitor(CHANNELS), sigma, critic, teacher, 5.0)
+    parts = new_monitor(CHANNELS)
     for part in (slice(0, 2), slice(2, 5)):
-        parts = watch_scores(parts, sigma[part], critic[part], teacher[part], 5.0)
-    _, figures = review(parts, 0, None, every=1, max_critic_steps=10)
+        parts = add_scores(parts, sigma[part], critic[part], teacher[part], 5.0)
+    _, figures = summarise(parts, 0, None, every=1, max_critic_steps=10)
     np.testing.assert_allclose(parts.critic, at_once.critic)
     assert [float(figures[f"monitor/gap_bin{i}"]) for i in range(4)] == [0.5, 1.0, 1.5, 2.0]
     assert float(figures["monitor/gap"]) == pytest.approx(16 / 11)
     shares = bin_shares(sigma, 5.0)
     np.testing.assert_allclose([shares[f"level_bin{i}"] for i in range(4)], [0.2, 0.2, 0.2, 0.4])
-    broken = watch_scores(parts, sigma, critic.at[1].set(jnp.nan), teacher, 5.0)
+    broken = add_scores(parts, sigma, critic.at[1].set(jnp.nan), teacher, 5.0)
     assert np.isfinite(broken.critic).all()
 
 
 def test_a_critic_that_lags_learns_more_often_until_it_has_caught_up():
-    watch, steps = new_watch(CHANNELS), []
+    watch, steps = new_monitor(CHANNELS), []
     for number, gap in enumerate([1.1] * 5 + [None] + [0.9] * 4):
         for step in range(3 * number, 3 * number + 3):
             if gap:
                 one = jnp.ones(1)
-                watch = watch_scores(watch, 0.5 * one, gap * one, one, 5.0)
-            watch, figures = review(watch, step, None, every=3, max_critic_steps=10)
+                watch = add_scores(watch, 0.5 * one, gap * one, one, 5.0)
+            watch, figures = summarise(watch, step, None, every=3, max_critic_steps=10)
             assert np.isfinite(figures["monitor/gap"]) == bool(gap and step % 3 == 2)
         steps.append(int(watch.critic_steps))
         assert not watch.critic.any() and not watch.teacher.any()

@@ -16,7 +16,7 @@ from jax_avatar.models.sharding import on_mesh
 from jax_avatar.training.distill_state import DistillConfig, Told
 from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.rollout import Generator, RolloutConfig
-from jax_avatar.training.run.accumulate import accumulated
+from jax_avatar.training.run.accumulate import accumulate_gradients
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.placement import (
     local_rows,
@@ -252,7 +252,7 @@ def test_parts_of_a_batch_have_its_mean_and_its_order():
     def measure(part):
         return {"g": jnp.mean(part**2, 0)}, {"m": part.mean()}, {"top": part.max(-1)}
 
-    whole, parts = (accumulated(measure, values, count) for count in (1, 4))
+    whole, parts = (accumulate_gradients(measure, values, count) for count in (1, 4))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
