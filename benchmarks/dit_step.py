@@ -37,13 +37,14 @@ from benchmarks.device import (
 )
 from jax_avatar.models.attention import choose_kernel
 from jax_avatar.models.cache import KVCache, Sink, empty_cache
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import ATTENTION_KERNELS, DiTConfig, wan_s2v_14b
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.planning.stream import compute_bound, step_flops
 from jax_avatar.streaming.mesh import cache_place
-from jax_avatar.streaming.plan import Conditions, StreamPlan, make_prefill
+from jax_avatar.streaming.plan import StreamPlan, make_prefill
 from jax_avatar.streaming.sampler import make_step
 
 CONFIGS: dict[str, tuple[Callable, Callable[[], DiTConfig], str]] = {
@@ -118,10 +119,10 @@ def random_inputs(
     put = lambda *shape: jnp.asarray(draw(shape, np.float32), config.dtype)  # noqa: E731
     block, c = config.frames_per_block, config.latent_channels
     conditions = Conditions(
-        put(1, min(64, config.text_len), config.text_width),
-        put(1, 1, *grid, c),
-        put(1, 19, *grid, c) if config.framepack else None,
-        put(1, block, *grid, config.pose_channels),
+        text=put(1, min(64, config.text_len), config.text_width),
+        reference=put(1, 1, *grid, c),
+        motion=put(1, 19, *grid, c) if config.framepack else None,
+        pose=put(1, block, *grid, config.pose_channels),
     )
     audio = put(1, 1, 4 * block, config.audio_layers, config.audio_width)
     plan = StreamPlan()

@@ -29,12 +29,13 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.common import NANO, emit, environment, random_weights
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract
 from jax_avatar.streaming.mesh import make_mesh, parse_layout
 from jax_avatar.streaming.pipeline import PipelinedStream
-from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
 
 CORES = {"sequential": 1, "pipelined": 2}
@@ -70,7 +71,9 @@ def make_stream(kind: str, config: DiTConfig, grid: int):
     pose = (1, config.frames_per_block, grid, grid, config.pose_channels)
     draw = np.random.default_rng(0).standard_normal
     text = draw((1, 2, config.text_width), np.float32)
-    conditions = Conditions(text, draw(latent, np.float32), None, draw(pose, np.float32))
+    conditions = Conditions(
+        text=text, reference=draw(latent, np.float32), pose=draw(pose, np.float32)
+    )
     arguments = (graphdef, params, config, StreamPlan(), conditions)
     if kind == "sequential":
         return SequentialStream(*arguments)

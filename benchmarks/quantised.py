@@ -25,6 +25,7 @@ from conversion.readers import SafetensorsFile
 from conversion.rules import convert
 from conversion.wan_dit import TABLE, config_from_official
 from jax_avatar.models.cache import block_position, empty_cache
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
@@ -66,13 +67,15 @@ def hidden_states(config: DiTConfig, params, grid: int) -> dict[str, np.ndarray]
     draw = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     frames, c = config.frames_per_block, config.latent_channels
     reference = draw(1, 1, grid, grid, c)
-    sink = dit.prefill(draw(1, 8, config.text_width), reference, None)
+    conditions = Conditions.of_portrait(
+        config, reference, pose="zeros", text=draw(1, 8, config.text_width)
+    )
+    sink = dit.prefill(conditions)
     seen = {}
     velocity, _ = dit.stream_block(
         draw(1, frames, grid, grid, c),
         jnp.full((1, frames), 750.0),
-        jnp.zeros((1, frames, grid, grid, config.pose_channels)),
-        draw(1, 1, 4 * frames, config.audio_layers, config.audio_width),
+        conditions.with_audio(draw(1, 1, 4 * frames, config.audio_layers, config.audio_width)),
         empty_cache(config, 1, grid, grid),
         sink,
         block_position(config, 0, 10),

@@ -7,6 +7,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from conversion.wan_dit import (
 from jax_avatar.diffusion.schedule import Schedule, euler_schedule
 from jax_avatar.models.attention import block_causal_mask
 from jax_avatar.models.cache import block_position, empty_cache
+from jax_avatar.models.conditions import Conditions, still_pose
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.layers import layer_norm, modulate
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
-from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
 
 __all__ = ["DiTCases"]
@@ -197,11 +199,13 @@ class _Golden:
                     self._dit().bidirectional(
                         self._latent(get("x")),
                         jnp.full((1, frames), names.get("t", self.t["wan22.t"])[0], jnp.float32),
-                        names.get("text", self._text),
-                        names.get("reference", self._reference),
-                        motion,
-                        self._latent(get("cond_states")),
-                        self._audio(get("audio_input")),
+                        Conditions(
+                            text=names.get("text", self._text),
+                            reference=names.get("reference", self._reference),
+                            motion=motion,
+                            pose=self._latent(get("cond_states")),
+                            audio=self._audio(get("audio_input")),
+                        ),
                         tap=taps.__setitem__ if tapped else None,
                     ),
                     taps,
@@ -243,11 +247,11 @@ class _Golden:
                     self._dit(**changes).block_causal(
                         self._latent("train.x"),
                         jnp.asarray(self.t["train.t"]),
-                        self._text,
-                        self._reference,
-                        self._motion,
-                        self._latent("train.cond_states"),
-                        self._audio("train.audio_input"),
+                        replace(
+                            self._conditions,
+                            pose=self._latent("train.cond_states"),
+                            audio=self._audio("train.audio_input"),
+                        ),
                         audio_context="clip",
                         tap=taps.__setitem__ if tapped else None,
                     ),
@@ -284,6 +288,10 @@ class _Golden:
             params = self._load(merged)
             yield "lora_merged.vel", self._first_block(params, "stream.t", self._audio_of(0))
 
+    @property
+    def _conditions(self) -> Conditions:
+        return Conditions(text=self._text, reference=self._reference, motion=self._motion)
+
     # ---- streams --------------------------------------------------------------------------
 
     @cached_property
@@ -291,10 +299,7 @@ class _Golden:
         taps = {}
 
         def run():
-            dit = self._dit()
-            return dit.prefill(
-                self._text, self._reference, self._motion, tap=taps.__setitem__
-            ), taps
+            return self._dit().prefill(self._conditions, tap=taps.__setitem__), taps
 
         return _jit(run)()
 
@@ -346,7 +351,7 @@ class _Golden:
     def _sink_and_cache(self, params, **changes):
         _, _, h, w, _ = self._reference.shape
         dit = self._dit(params, **changes)
-        sink = _jit(lambda: dit.prefill(self._text, self._reference, self._motion))()
+        sink = _jit(lambda: dit.prefill(self._conditions))()
         return sink, empty_cache(self.config, 1, h, w)
 
     def _first_block(self, params, timestep: str, audio, mask=None):
@@ -355,12 +360,10 @@ class _Golden:
         out, _ = _jit(self._dit(params).stream_block)(
             self._blocks("stream.x", 0),
             jnp.asarray(self.t[timestep]),
-            self._blocks("stream.cond_states", 0),
-            audio,
+            Conditions(pose=self._blocks("stream.cond_states", 0), audio=audio, speaker_mask=mask),
             cache,
             sink,
             position,
-            speaker_mask=mask,
         )
         return out
 
@@ -373,7 +376,8 @@ class _Golden:
         time = jnp.asarray(self.t["stream.t"])
 
         def run(x, pose, audio, cache, position, tap=None):
-            return dit.stream_block(x, time, pose, audio, cache, sink, position, tap=tap)
+            conditions = Conditions(pose=pose, audio=audio)
+            return dit.stream_block(x, time, conditions, cache, sink, position, tap=tap)
 
         def run_tapped(*arguments):
             taps = {}
@@ -472,13 +476,13 @@ class _Golden:
             noise=make_noise,
             distance=lambda block, step: distances[block, step],
         )
-        pose = jnp.zeros((1, per_block, *self._reference.shape[2:4], self.config.pose_channels))
+        pose = still_pose("zeros", self._reference, self.config.pose_channels)
         stream = SequentialStream(
             self.graphdef,
             self.params,
             self.config,
             plan,
-            Conditions(self._text, self._reference, self._motion, pose),
+            replace(self._conditions, pose=pose),
             tap=tap,
         )
         latents = []

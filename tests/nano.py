@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import split
-from jax_avatar.streaming.plan import Conditions
 
 CONFIG = DiTConfig(
     width=24,
@@ -44,10 +44,10 @@ def make_conditions(config: DiTConfig = CONFIG, batch: int = 1, seed: int = 1) -
     motion = (batch, 19, *GRID, config.latent_channels)
     pose = (batch, config.frames_per_block, *GRID, config.pose_channels)
     return Conditions(
-        jax.random.normal(keys[0], (batch, 2, config.text_width)),
-        jax.random.normal(keys[1], latent),
-        jax.random.normal(keys[2], motion) if config.framepack else None,
-        jax.random.normal(keys[3], pose),
+        text=jax.random.normal(keys[0], (batch, 2, config.text_width)),
+        reference=jax.random.normal(keys[1], latent),
+        motion=jax.random.normal(keys[2], motion) if config.framepack else None,
+        pose=jax.random.normal(keys[3], pose),
     )
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 
 from jax_avatar.models.attention import Attention, attend, block_causal_mask
 from jax_avatar.models.cache import BlockPosition, KVCache, Sink
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.layers import (
     LayerNorm,
@@ -50,7 +51,6 @@ from jax_avatar.models.speech.tokens import (
 )
 from jax_avatar.shapes import (
     Array,
-    AudioFeatures,
     Float,
     Int,
     IntScalar,
@@ -68,9 +68,6 @@ MOTION_LATENTS = 19
 """Latents before a clip that the motion packer sees: 73 video frames."""
 
 Tap = Callable[[str, Array], None] | None
-SpeakerMask = Float[Array, "b u mask_t h2 w2"]
-Portrait = Float[Array, "b 1 h w c"]
-Motion = Float[Array, "b past h w c"]
 Past = Callable[[Array], tuple[Array, Array]]
 Frame = Int[Array, " b"] | IntScalar
 
@@ -189,13 +186,8 @@ class DiT(nnx.Module):
         self,
         noisy: Latent,
         timestep: Float[Array, "b t"],
-        text: TextStates,
-        reference: Portrait,
-        motion: Motion | None,
-        pose: Latent,
-        audio: AudioFeatures,
+        conditions: Conditions,
         *,
-        speaker_mask: SpeakerMask | None = None,
         tap: Tap = None,
     ) -> Latent:
         """Velocity of a whole clip in which every token sees every other.
@@ -205,43 +197,32 @@ class DiT(nnx.Module):
         Args:
             noisy: noisy latents.
             timestep: 0..1000 per latent frame.
-            text: prompt states, at most `text_len` rows.
-            reference: the portrait's latent, one frame.
-            motion: latents before the clip, the last 19 count; None leaves the tokens out.
-            pose: pose latents of the clip; zeros without a pose video.
-            audio: speech features, four video frames per latent frame.
-            speaker_mask: routing mask on the token grid; needed for several speakers.
+            conditions: of the clip.
             tap: called with names and intermediate values.
 
         Source: Wan2.2-S2V (arXiv 2508.18621).
         """
-        return self._clip(
-            noisy, timestep, text, reference, motion, pose, audio, speaker_mask,
-            self.config.reference_frame, "clip", is_causal=False, tap=tap,
-        )  # fmt: skip
+        frames = (0, self.config.reference_frame)
+        return self._clip(noisy, timestep, conditions, frames, "clip", is_causal=False, tap=tap)
 
     def block_causal(
         self,
         noisy: Latent,
         timestep: Float[Array, "b t"],
-        text: TextStates,
-        reference: Portrait,
-        motion: Motion | None,
-        pose: Latent,
-        audio: AudioFeatures,
+        conditions: Conditions,
         *,
         first_frame: Frame = 0,
         reference_frame: Frame | None = None,
         past_blocks: int | None = None,
         audio_context: str = "block_reset",
-        speaker_mask: SpeakerMask | None = None,
         tap: Tap = None,
     ) -> Latent:
         """Velocity of a whole clip in block-causal form: a block attends to itself, past and sink.
 
-        Arguments as in `bidirectional`; `timestep` is equal inside a block.
-
         Args:
+            noisy: noisy latents.
+            timestep: 0..1000 per latent frame, equal inside a block.
+            conditions: of the clip.
             first_frame: rotary frame of the first latent, of all clips or of each.
             reference_frame: rotary frame of the reference, likewise; where it does not roll if
                 not given. No frame may be beyond `LAST_FRAME`.
@@ -249,6 +230,7 @@ class DiT(nnx.Module):
                 `ring_blocks - 1`.
             audio_context: what the audio encoder hears before a block: "block_reset", nothing, as
                 in a stream, or "clip", all that the clip has, as in the released training code.
+            tap: called with names and intermediate values.
 
         Source: Live Avatar (arXiv 2512.04677), block-wise diffusion forcing.
         """
@@ -259,19 +241,21 @@ class DiT(nnx.Module):
         if reference_frame is None:
             reference_frame = self.config.reference_frame
         return self._clip(
-            noisy, timestep, text, reference, motion, pose, audio, speaker_mask,
-            reference_frame, audio_context, is_causal=True, first_frame=first_frame,
-            past_blocks=past_blocks, tap=tap,
-        )  # fmt: skip
+            *(noisy, timestep, conditions, (first_frame, reference_frame), audio_context),
+            is_causal=True,
+            past_blocks=past_blocks,
+            tap=tap,
+        )
 
-    def prefill(
-        self, text: TextStates, reference: Portrait, motion: Motion | None, *, tap: Tap = None
-    ) -> Sink:
+    def prefill(self, conditions: Conditions, *, tap: Tap = None) -> Sink:
         """Keys and values of the reference and motion tokens, seen by every block of a stream.
 
-        Arguments as in `bidirectional`. Motion is zero frames if None and the network has the
-        motion packer, so that the sink keeps its size.
+        Args:
+            conditions: prompt, reference and motion count. Motion is zero frames if None and the
+                network has the motion packer, so that the sink keeps its size.
+            tap: called with names and intermediate values.
         """
+        reference, motion = conditions.reference, conditions.motion
         b = reference.shape[0]
         if motion is None and self.config.framepack:
             motion = jnp.zeros((b, 1, *reference.shape[2:]), reference.dtype)
@@ -303,7 +287,7 @@ class DiT(nnx.Module):
             x, kept = block(x, time_rows, spread, self_attention, *text_kv, tap=tap)
             return x, carry, kept
 
-        text_kv = self._text_kv(text, tap)
+        text_kv = self._text_kv(conditions.text, tap)
         _, _, (key, value) = self._layers(x, layer, text_kv, None, tap=tap)
         return Sink(key, value, *text_kv)
 
@@ -311,13 +295,11 @@ class DiT(nnx.Module):
         self,
         noisy: Latent,
         timestep: Float[Array, "b t"],
-        pose: Latent,
-        audio: AudioFeatures,
+        conditions: Conditions,
         cache: KVCache,
         sink: Sink,
         position: BlockPosition,
         *,
-        speaker_mask: SpeakerMask | None = None,
         tap: Tap = None,
     ) -> tuple[Latent, KVCache]:
         """Velocity of one block of a stream.
@@ -327,13 +309,12 @@ class DiT(nnx.Module):
         Args:
             noisy: the block at its noise level.
             timestep: 0..1000 per latent frame.
-            pose: pose latents of the block.
-            audio: speech features of the block's video frames; with those of the `EARLIER_FRAMES`
-                before them, they are heard, too (audio context "clip").
+            conditions: of the block: pose, speech features and speaker mask count; prompt,
+                reference and motion are in the sink. Features may begin `EARLIER_FRAMES` before
+                the block, which are then heard, too (audio context "clip").
             cache: window of this denoising step.
             sink: from `prefill`.
             position: where the block stands, from `block_position`.
-            speaker_mask: routing mask of the block on the token grid; needed for several.
             tap: called with names and intermediate values.
 
         Returns:
@@ -358,18 +339,17 @@ class DiT(nnx.Module):
             )
             return seen, (keys, values), None
 
+        carry = (cache.key, cache.value)
         velocity, (key, value), _ = self._one_block(
-            noisy, timestep, pose, audio, sink, position, look, (cache.key, cache.value),
-            speaker_mask, tap,
-        )  # fmt: skip
+            noisy, timestep, conditions, sink, position, look, carry, tap
+        )
         return velocity, KVCache(key, value)
 
     def block_after(
         self,
         noisy: Latent,
         timestep: Float[Array, "b t"],
-        pose: Latent,
-        audio: AudioFeatures,
+        conditions: Conditions,
         past: Past,
         sink: Sink,
         position: BlockPosition,
@@ -382,8 +362,7 @@ class DiT(nnx.Module):
         Args:
             noisy: the block at its noise level.
             timestep: 0..1000 per latent frame.
-            pose: pose latents of the block.
-            audio: speech features, as in `stream_block`.
+            conditions: as in `stream_block`.
             past: layer number -> keys and values of earlier blocks, `[b s m e]` each, filled ones
                 first; there are `position.filled - 1` of them.
             sink: from `prefill`.
@@ -404,7 +383,7 @@ class DiT(nnx.Module):
             return seen, carry, own
 
         velocity, _, (key, value) = self._one_block(
-            noisy, timestep, pose, audio, sink, position, look, None, None, None
+            noisy, timestep, conditions, sink, position, look, None, None
         )
         return velocity, KVCache(key, value)
 
@@ -415,13 +394,15 @@ class DiT(nnx.Module):
     # ---- parts ----------------------------------------------------------------------------
 
     def _clip(
-        self, noisy, timestep, text, reference, motion, pose, audio, speaker_mask,
-        reference_frame, audio_context, *, is_causal, first_frame=0, past_blocks=None, tap,
+        self, noisy, timestep, conditions, frames, audio_context, *, is_causal, past_blocks=None,
+        tap,
     ):  # fmt: skip
+        """A whole clip; `frames` are those of its first latent and of the reference."""
         config = self.config
         b, t, h, w, _ = noisy.shape
         half = config.half_rotary and is_causal
-        cond = self._cond_tokens(reference, motion, tap)
+        pose, has_motion = self._pose_of(conditions, t), conditions.motion is not None
+        cond = self._cond_tokens(conditions.reference, conditions.motion, tap)
         noisy_tokens = self._noisy_tokens(noisy, pose, tap)
         x = jnp.concatenate([noisy_tokens, cond], axis=1)
         n, num_cond = noisy_tokens.shape[1], cond.shape[1]
@@ -429,9 +410,7 @@ class DiT(nnx.Module):
         # Conditioning tokens are clean: they are modulated with timestep 0.
         with_zero = jnp.concatenate([timestep, jnp.zeros((b, 1), timestep.dtype)], axis=1)
         embedding, time_rows = self._time(with_zero, tap)
-        rotation = self._clip_rotation(
-            (t, h, w), first_frame, reference_frame, motion is not None, half=half
-        )
+        rotation = self._clip_rotation((t, h, w), *frames, has_motion, half=half)
         if tap:
             tap("rope_cos", rotation.cos)
             tap("rope_sin", rotation.sin)
@@ -454,8 +433,8 @@ class DiT(nnx.Module):
             )
             return seen, None
 
-        tokens = self._audio_tokens(audio, t, audio_context, tap)
-        inject = self._injection(tokens, speaker_mask, tap)
+        tokens = self._audio_tokens(conditions.audio, t, audio_context, tap)
+        inject = self._injection(tokens, conditions.speaker_mask, tap)
 
         def layer(x, block, index, xs, carry, tap):
             x, _ = block(x, time_rows, spread, self_attention, *xs, tap=tap)
@@ -464,13 +443,11 @@ class DiT(nnx.Module):
                 tap("after_audio", x)
             return x, carry, None
 
-        x, _, _ = self._layers(x, layer, self._text_kv(text, tap), None, tap=tap)
+        x, _, _ = self._layers(x, layer, self._text_kv(conditions.text, tap), None, tap=tap)
         out = self.apply_head(x[:, :n], embedding[:, :t], (t, h, w), tap)
         return self.velocity(out, noisy, timestep, pose)
 
-    def _one_block(
-        self, noisy, timestep, pose, audio, sink, position, look, carry, speaker_mask, tap
-    ):  # fmt: skip
+    def _one_block(self, noisy, timestep, conditions, sink, position, look, carry, tap):
         """One block of a stream; `look` decides what it sees.
 
         `look(query, own, cond, layer, carry) -> (seen, carry, kept)`: `own` and `cond` are keys,
@@ -479,6 +456,7 @@ class DiT(nnx.Module):
         half = self.config.half_rotary
         _, t, h, w, _ = noisy.shape
         embedding, time_rows = self._time(timestep, tap)
+        pose = self._pose_of(conditions, t)
         x = self._noisy_tokens(noisy, pose, tap)
         own = self._grid_rotation(position.frame, h, w, half=half)
         has_motion = sink.key.shape[2] > (h // 2) * (w // 2)
@@ -487,7 +465,8 @@ class DiT(nnx.Module):
             for name, rotation in (("noisy", own), ("cond", cond)):
                 tap(f"rope_{name}_cos", rotation.cos)
                 tap(f"rope_{name}_sin", rotation.sin)
-        inject = self._injection(self._audio_tokens(audio, t, "clip", tap), speaker_mask, tap)
+        tokens = self._audio_tokens(conditions.audio, t, "clip", tap)
+        inject = self._injection(tokens, conditions.speaker_mask, tap)
         spread = _spread_frames(t, x.shape[1])
 
         def layer(x, block, index, xs, carry, tap):
@@ -611,6 +590,11 @@ class DiT(nnx.Module):
             return jax.lax.cond(slot >= 0, added, lambda x: x, x)
 
         return inject
+
+    def _pose_of(self, conditions, t):
+        """Pose latents of `t` frames; one frame holds for all."""
+        pose = conditions.pose
+        return jnp.broadcast_to(pose, (pose.shape[0], t, *pose.shape[2:]))
 
     def _noisy_tokens(self, noisy, pose, tap):
         h, w = noisy.shape[2:4]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.params import abstract, merge
@@ -25,7 +26,7 @@ from jax_avatar.models.speech.tokens import AudioInjector
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.mesh import Layout, make_mesh
 from jax_avatar.streaming.pipeline import make_tick, tick_arguments
-from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import make_step, step_arguments
 from jax_avatar.streaming.session import make_decode
 from jax_avatar.weights.folder import Network
@@ -318,10 +319,10 @@ def _inputs(
     latent = _latent(model, grid)
     motion = config.framepack and model.settings.motion == "still"
     conditions = Conditions(
-        jax.ShapeDtypeStruct((1, config.text_len, config.text_width), config.dtype),
-        latent(1),
-        latent(MOTION_LATENTS) if motion else None,
-        latent(config.frames_per_block, config.pose_channels),
+        text=jax.ShapeDtypeStruct((1, config.text_len, config.text_width), config.dtype),
+        reference=latent(1),
+        motion=latent(MOTION_LATENTS) if motion else None,
+        pose=latent(1, config.pose_channels),
     )
     frames = 4 * config.frames_per_block
     shape = (1, 1, frames, config.audio_layers, config.audio_width)

@@ -3,17 +3,17 @@
 from collections.abc import Callable, Iterable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.params import merge
 from jax_avatar.models.sharding import put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
 from jax_avatar.streaming.mesh import batch_place
-from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.session import DROPPED_FRAMES, make_decode, make_encode
 from jax_avatar.weights.folder import AvatarModel
@@ -114,14 +114,10 @@ class BatchStream:
             yield self._sample(self.params, reference, features)
             return
         dit, settings = self.model.dit, self.model.settings
-        b, _, *grid, channels = reference.shape
-        size = dit.config.frames_per_block
-        pose = np.zeros((b, size, *grid, dit.config.pose_channels), np.float32)
-        if settings.pose == "reference":
-            pose = jnp.broadcast_to(reference, (b, size, *grid, channels))
-        text = np.zeros((b, 1, dit.config.text_width), np.float32)
         motion = still[:, -MOTION_LATENTS:] if settings.motion == "still" else None
-        conditions = Conditions(text, reference, motion, pose)
+        conditions = Conditions.of_portrait(
+            dit.config, reference, pose=settings.pose, motion=motion
+        )
         if reference.shape in self._streams:
             self._streams[reference.shape].restart(self.params, conditions)
         else:
@@ -130,5 +126,6 @@ class BatchStream:
                 device=self._device,
             )
         stream = self._streams[reference.shape]
-        for start in range(0, features.shape[2], 4 * size):
-            yield from stream.push(features[:, :, start : start + 4 * size])
+        size = 4 * dit.config.frames_per_block
+        for start in range(0, features.shape[2], size):
+            yield from stream.push(features[:, :, start : start + size])

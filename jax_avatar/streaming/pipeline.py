@@ -23,12 +23,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_avatar.diffusion.sampling import Sampling, noised
 from jax_avatar.models.cache import BlockPosition, KVCache, empty_cache
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.sharding import param_shardings
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
 from jax_avatar.streaming.mesh import cache_place
 from jax_avatar.streaming.plan import (
-    Conditions,
     StreamPlan,
     check_slices,
     denoise,

@@ -5,8 +5,7 @@ seed, never on the layout of devices, so every layout makes the same stream.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import euler_schedule
 from jax_avatar.diffusion.step import move
 from jax_avatar.models.cache import BlockPosition, KVCache, Sink, block_position
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
 from jax_avatar.models.speech.tokens import EARLIER_FRAMES
@@ -23,42 +23,9 @@ from jax_avatar.shapes import Array, AudioFeatures, PyTree, Scalar
 from jax_avatar.streaming.mesh import Layout, parse_layout
 from jax_avatar.weights.settings import StreamSettings
 
-__all__ = [
-    "Conditions",
-    "StreamPlan",
-    "check_slices",
-    "denoise",
-    "make_prefill",
-    "stream_layout",
-]
+__all__ = ["StreamPlan", "check_slices", "denoise", "make_prefill", "stream_layout"]
 
 _RENOISE = np.uint32(2**32 - 1)  # a number that no block has
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Conditions:
-    """Conditions that stay fixed during a stream.
-
-    Attributes:
-        text: prompt states, `b p f`.
-        reference: the portrait's latent, `b 1 h w c`.
-        motion: latents before the stream, `b t h w c`, or None where the network has no packer.
-        pose: pose latents of one block, `b t h w c`, used for every block.
-    """
-
-    text: Any
-    reference: Any
-    motion: Any
-    pose: Any
-
-    def with_reference(self, reference: Array) -> "Conditions":
-        """The same with another reference latent."""
-        return replace(self, reference=reference)
-
-    def with_text(self, text: Array) -> "Conditions":
-        """The same with another prompt."""
-        return replace(self, text=text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +178,7 @@ def denoise(
         params: its parameters.
         latent: the block at `sigma`.
         audio: speech features of the block.
-        pose: pose latents of the block.
+        pose: pose latents of the block, or one frame that holds for all.
         cache: window that this step reads and writes.
         sink: current sink.
         position: where the block stands.
@@ -225,9 +192,8 @@ def denoise(
     """
     dit = merge(graphdef, params)
     timestep = jnp.broadcast_to(jnp.float32(1000) * sigma, latent.shape[:2])
-    velocity, cache = dit.stream_block(
-        latent, timestep, pose, audio, cache, sink, position, speaker_mask=speaker_mask
-    )
+    conditions = Conditions(pose=pose, audio=audio, speaker_mask=speaker_mask)
+    velocity, cache = dit.stream_block(latent, timestep, conditions, cache, sink, position)
     return move(latent, velocity, sigma, next_sigma, noise), cache
 
 
@@ -235,7 +201,6 @@ def make_prefill(graphdef) -> Callable[[PyTree, Conditions], Sink]:
     """Returns `(params, conditions) -> sink`."""
 
     def prefill(params, conditions):
-        dit = merge(graphdef, params)
-        return dit.prefill(conditions.text, conditions.reference, conditions.motion)
+        return merge(graphdef, params).prefill(conditions)
 
     return prefill

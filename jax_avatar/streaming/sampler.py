@@ -21,11 +21,12 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jax_avatar.diffusion.sampling import noised
 from jax_avatar.models.cache import KVCache, empty_cache
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.sharding import on_mesh, put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
 from jax_avatar.streaming.mesh import batch_place, cache_place
-from jax_avatar.streaming.plan import Conditions, StreamPlan, denoise, make_prefill
+from jax_avatar.streaming.plan import StreamPlan, denoise, make_prefill
 from jax_avatar.weights.files import StoredWeights, place, tree_of
 
 __all__ = ["SequentialStream", "make_step", "step_arguments"]

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.params import merge
 from jax_avatar.shapes import Array, Float
 from jax_avatar.streaming.format import StreamFormat
 from jax_avatar.streaming.mesh import Layout, make_mesh
 from jax_avatar.streaming.pipeline import PipelinedStream
-from jax_avatar.streaming.plan import Conditions, StreamPlan, check_slices
+from jax_avatar.streaming.plan import StreamPlan, check_slices
 from jax_avatar.streaming.sample_queue import SampleQueue
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.working_level import WorkingLevel
@@ -478,13 +479,10 @@ class AvatarSession:
         self.reference = self._still[:, :1]
         if text is None:
             text = jnp.zeros((1, 1, dit.text_width), jnp.float32)
-        pose_shape = (1, dit.frames_per_block, *self.reference.shape[2:])
-        if settings.pose == "reference":
-            pose = np.broadcast_to(self.reference, pose_shape)
-        else:
-            pose = np.zeros((*pose_shape[:-1], dit.pose_channels), np.float32)
         motion = self._still[:, -MOTION_LATENTS:] if settings.motion == "still" else None
-        return Conditions(self._padded(text), self.reference, motion, jnp.asarray(pose))
+        return Conditions.of_portrait(
+            dit, self.reference, pose=settings.pose, text=self._padded(text), motion=motion
+        )
 
     def _padded(self, text: Array) -> Array:
         """Prompt states with all rows that the transformer pads them to: one compiled shape."""

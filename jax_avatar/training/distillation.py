@@ -23,6 +23,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from jax_avatar.diffusion.flow import add_noise, clean_from_velocity
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, merge
@@ -463,11 +464,11 @@ def check_levels(network: type[DiT], rollout: RolloutConfig, settings: DistillCo
 
 def _score(graphdef, params, noisy, sigma, told):
     """Velocity of whole clips, all frames seeing all others."""
-    b, t = noisy.shape[:2]
-    pose = jnp.broadcast_to(told.pose, (b, t, *told.pose.shape[2:]))
-    timestep = jnp.broadcast_to(1000 * sigma[:, :, 0, 0, 0], (b, t))
-    dit = merge(graphdef, params)
-    return dit.bidirectional(noisy, timestep, told.text, told.reference, None, pose, told.features)
+    timestep = jnp.broadcast_to(1000 * sigma[:, :, 0, 0, 0], noisy.shape[:2])
+    conditions = Conditions(
+        text=told.text, reference=told.reference, pose=told.pose, audio=told.features
+    )
+    return merge(graphdef, params).bidirectional(noisy, timestep, conditions)
 
 
 def _keys(key, step, role):

@@ -22,6 +22,7 @@ from jax_avatar.diffusion.sampling import Sampling, noised
 from jax_avatar.diffusion.schedule import few_step_schedule
 from jax_avatar.diffusion.step import move
 from jax_avatar.models.cache import Sink, frame_table, position_in
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
 from jax_avatar.models.sharding import clip_axes, constrain_params
@@ -291,12 +292,13 @@ class Generator:
         features = jax.lax.dynamic_slice_in_dim(features, 4 * t * number, frames, axis=2)
         timestep = jnp.broadcast_to(1000 * sigma, latent.shape[:2])
         velocity, own = merge(self.graphdef, params).block_after(
-            latent, timestep, clip.pose, features, past, sink, position
+            latent, timestep, Conditions(pose=clip.pose, audio=features), past, sink, position
         )
         return velocity, (own.key, own.value)
 
     def _sink(self, params, clip, draws):
-        sink = merge(self.graphdef, params).prefill(clip.text, clip.reference, None)
+        told = Conditions(text=clip.text, reference=clip.reference)
+        sink = merge(self.graphdef, params).prefill(told)
         if self.settings.kv_noise and self.settings.kv_noise_sink:
             key, value = self._corrupted((sink.key, sink.value), draws, -1, 0)
             sink = dataclasses.replace(sink, key=key, value=value)

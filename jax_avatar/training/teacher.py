@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jax_avatar.diffusion.schedule import few_step_schedule
 from jax_avatar.diffusion.step import euler_step
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
 from jax_avatar.models.sharding import on_mesh
@@ -68,13 +69,9 @@ def make_sampler(
     levels = few_step_schedule(settings.num_steps, settings.shift).sigmas[:-1]
 
     def velocity(params, latent, sigma, reference, features):
-        b, t, h, w, _ = latent.shape
-        still = jnp.zeros((b, t, h, w, config.pose_channels))
-        if pose == "reference":
-            still = jnp.broadcast_to(reference, latent.shape)
-        text, timestep = jnp.zeros((b, 1, config.text_width)), jnp.full((b, t), 1000 * sigma)
-        dit = merge(graphdef, params)
-        return dit.bidirectional(latent, timestep, text, reference, None, still, features)
+        timestep = jnp.full(latent.shape[:2], 1000 * sigma)
+        conditions = Conditions.of_portrait(config, reference, pose=pose, audio=features)
+        return merge(graphdef, params).bidirectional(latent, timestep, conditions)
 
     def guided(params, latent, sigma, reference, features):
         if settings.guidance == 1:

@@ -1,6 +1,7 @@
 """An adapter beside the kernels is the adapter added to them, in every form of the network."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -63,15 +64,14 @@ def network(form, config, params):
     timestep = jnp.full((b, frames), 700.0)
     if frames > block:
         pose = jnp.concatenate([told.pose] * 2, axis=1)
-        inputs = (noisy, timestep, told.text, told.reference, None, pose, audio)
-        return getattr(dit, form)(*inputs)
-    sink, position = dit.prefill(told.text, told.reference, None), block_position(config, 0, 16)
+        return getattr(dit, form)(noisy, timestep, replace(told, pose=pose, audio=audio))
+    sink, position = dit.prefill(told), block_position(config, 0, 16)
+    told = told.with_audio(audio)
     if form == "stream_block":
         cache = empty_cache(config, b, *nano.GRID)
-        return dit.stream_block(noisy, timestep, told.pose, audio, cache, sink, position)[0]
+        return dit.stream_block(noisy, timestep, told, cache, sink, position)[0]
     past = jnp.zeros((b, 0, config.num_heads, config.head_dim), config.dtype)
-    inputs = (noisy, timestep, told.pose, audio, lambda layer: (past, past), sink, position)
-    return dit.block_after(*inputs)[0]
+    return dit.block_after(noisy, timestep, told, lambda layer: (past, past), sink, position)[0]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,24 +19,30 @@ FRAMES = CONFIG.frames_per_block
 @jax.jit
 def stream_block(params, latent, timestep, audio, cache, sink, position):
     dit = merge(GRAPHDEF, params)
-    return dit.stream_block(latent, timestep, CONDITIONS.pose, audio, cache, sink, position)
+    conditions = CONDITIONS.with_audio(audio)
+    return dit.stream_block(latent, timestep, conditions, cache, sink, position)
 
 
 @jax.jit
 def prefill(params, reference):
-    return merge(GRAPHDEF, params).prefill(CONDITIONS.text, reference, CONDITIONS.motion)
+    return merge(GRAPHDEF, params).prefill(CONDITIONS.with_reference(reference))
 
 
 def causal(latents, timestep, audio, reference_frame=None):
     @jax.jit
     def run(params):
-        pose = jnp.tile(CONDITIONS.pose, (1, latents.shape[1] // FRAMES, 1, 1, 1))
+        conditions = of_clip(latents.shape[1] // FRAMES, audio)
         return merge(GRAPHDEF, params).block_causal(
-            latents, timestep, CONDITIONS.text, CONDITIONS.reference, CONDITIONS.motion, pose,
-            audio, reference_frame=reference_frame,
-        )  # fmt: skip
+            latents, timestep, conditions, reference_frame=reference_frame
+        )
 
     return run(PARAMS)
+
+
+def of_clip(blocks, audio, **changes):
+    """Conditions of some blocks, each with the same pose."""
+    pose = jnp.tile(CONDITIONS.pose, (1, blocks, 1, 1, 1))
+    return replace(CONDITIONS, pose=pose, audio=audio, **changes)
 
 
 def clip_audio(blocks):
@@ -73,9 +81,7 @@ def test_a_rolled_window_equals_one_recomputed_from_its_blocks():
     graphdef, params = make_dit(one_layer)
 
     def last_block(first):
-        sink = merge(graphdef, params).prefill(
-            CONDITIONS.text, CONDITIONS.reference, CONDITIONS.motion
-        )
+        sink = merge(graphdef, params).prefill(CONDITIONS)
         cache = empty_cache(one_layer, 1, *GRID)
         step = jax.jit(merge(graphdef, params).stream_block)
         for block in range(first, 7):
@@ -86,9 +92,13 @@ def test_a_rolled_window_equals_one_recomputed_from_its_blocks():
                     position.frame, position.reference, block - first, block - first + 1
                 )
             velocity, cache = step(
-                latents[:, frames], timestep[:, frames], CONDITIONS.pose,
-                audio[:, :, 4 * frames.start : 4 * frames.stop], cache, sink, position,
-            )  # fmt: skip
+                latents[:, frames],
+                timestep[:, frames],
+                CONDITIONS.with_audio(audio[:, :, 4 * frames.start : 4 * frames.stop]),
+                cache,
+                sink,
+                position,
+            )
         return velocity
 
     np.testing.assert_allclose(last_block(0), last_block(3), atol=2e-5)
@@ -125,10 +135,11 @@ def test_hour_100_equals_minute_1(shift):
     @jax.jit
     def step(latent, features, cache, sink, position):
         timestep = jnp.full((1, FRAMES), 400.0)
-        return dit.stream_block(latent, timestep, CONDITIONS.pose, features, cache, sink, position)
+        conditions = CONDITIONS.with_audio(features)
+        return dit.stream_block(latent, timestep, conditions, cache, sink, position)
 
     def run(first_frame):
-        sink = dit.prefill(CONDITIONS.text, CONDITIONS.reference, None)
+        sink = dit.prefill(replace(CONDITIONS, motion=None))
         cache, out = empty_cache(config, 1, *GRID), []
         for block in range(6):
             frames = slice(block * FRAMES, (block + 1) * FRAMES)
@@ -157,14 +168,13 @@ def test_speakers_reach_only_their_mask():
     one_layer = CONFIG.replace(num_layers=1)
     graphdef, params = make_dit(one_layer)
     dit = merge(graphdef, params)
-    sink = dit.prefill(CONDITIONS.text, CONDITIONS.reference, CONDITIONS.motion)
+    sink = dit.prefill(CONDITIONS)
 
     @jax.jit
     def run(audio):
         cache, position = empty_cache(one_layer, 1, *GRID), block_position(one_layer, 0, 30)
-        return dit.stream_block(
-            latents, timestep, CONDITIONS.pose, audio, cache, sink, position, speaker_mask=left
-        )[0]
+        conditions = replace(CONDITIONS, audio=audio, speaker_mask=left)
+        return dit.stream_block(latents, timestep, conditions, cache, sink, position)[0]
 
     # One layer, audio injected after it: the second speaker's words stay on the right.
     before, after = run(audio), run(audio.at[:, 1].add(1.0))
@@ -178,8 +188,7 @@ def test_several_speakers_need_a_mask():
         merge(GRAPHDEF, PARAMS).stream_block(
             make_latents(FRAMES),
             jnp.zeros((1, FRAMES)),
-            CONDITIONS.pose,
-            jnp.asarray(make_audio(1, speakers=2)[0]),
+            CONDITIONS.with_audio(jnp.asarray(make_audio(1, speakers=2)[0])),
             empty_cache(CONFIG, 1, *GRID),
             sink,
             block_position(CONFIG, 0, 30),
@@ -190,12 +199,15 @@ def test_wrong_audio_length_and_prompt_are_named():
     dit = merge(GRAPHDEF, PARAMS)
     with pytest.raises(ValueError, match="need 12"):
         dit.stream_block(
-            make_latents(FRAMES), jnp.zeros((1, FRAMES)), CONDITIONS.pose,
-            jnp.zeros((1, 1, 8, 2, 6)), empty_cache(CONFIG, 1, *GRID),
-            prefill(PARAMS, CONDITIONS.reference), block_position(CONFIG, 0, 30),
-        )  # fmt: skip
+            make_latents(FRAMES),
+            jnp.zeros((1, FRAMES)),
+            CONDITIONS.with_audio(jnp.zeros((1, 1, 8, 2, 6))),
+            empty_cache(CONFIG, 1, *GRID),
+            prefill(PARAMS, CONDITIONS.reference),
+            block_position(CONFIG, 0, 30),
+        )
     with pytest.raises(ValueError, match="at most 3 rows of 4"):
-        dit.prefill(jnp.zeros((1, 5, 4)), CONDITIONS.reference, CONDITIONS.motion)
+        dit.prefill(CONDITIONS.with_text(jnp.zeros((1, 5, 4))))
 
 
 @pytest.mark.parametrize(
@@ -220,10 +232,7 @@ def test_gradients_reach_every_parameter():
     @jax.jit
     @jax.grad
     def gradient(params):
-        pose = jnp.tile(CONDITIONS.pose, (1, 2, 1, 1, 1))
-        out = merge(GRAPHDEF, params).block_causal(
-            latents, timestep, CONDITIONS.text, CONDITIONS.reference, CONDITIONS.motion, pose, audio
-        )
+        out = merge(GRAPHDEF, params).block_causal(latents, timestep, of_clip(2, audio))
         return jnp.sum(out**2)
 
     leaves = jax.tree_util.tree_leaves_with_path(gradient(PARAMS))
@@ -267,11 +276,9 @@ def test_every_switch_is_in_the_program():
         graphdef, params = network(**changes)
 
         def run(params):
-            told = (CONDITIONS.text, CONDITIONS.reference, None)
-            pose = jnp.tile(CONDITIONS.pose, (1, 2, 1, 1, 1))
-            return merge(graphdef, params).block_causal(
-                latents, jnp.full((1, 6), 500.0), *told, pose, audio
-            )
+            conditions = of_clip(2, audio, motion=None)
+            timestep = jnp.full((1, 6), 500.0)
+            return merge(graphdef, params).block_causal(latents, timestep, conditions)
 
         traced = jax.make_jaxpr(run)(params)
         return str(traced), [np.asarray(part, np.float64).sum() for part in traced.consts]

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from jax_avatar.models.cache import block_position, empty_cache
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge, split
 from jax_avatar.models.portrait_dit import NormalisedAudioEncoder, PortraitDiT
@@ -46,21 +47,17 @@ def test_a_stream_computes_what_was_trained():
     noisy = jax.random.normal(keys[0], (1, 3 * blocks, 4, 4, 4))
     reference = jax.random.normal(keys[1], (1, 1, 4, 4, 4))
     audio = jax.random.normal(keys[2], (1, 1, 12 * blocks, 2, 6))
-    text = jnp.zeros((1, 1, 4))
-    pose = jnp.broadcast_to(reference, noisy.shape)
+    conditions = Conditions.of_portrait(CONFIG, reference, pose="reference", audio=audio)
     timestep = jnp.full((1, 3 * blocks), 1000 * sigma)
-    whole = dit.block_causal(
-        noisy, timestep, text, reference, None, pose, audio, reference_frame=jnp.int32(30)
-    )
-    sink = dit.prefill(text, reference, None)
+    whole = dit.block_causal(noisy, timestep, conditions, reference_frame=jnp.int32(30))
+    sink = dit.prefill(conditions)
     cache = empty_cache(CONFIG, 1, 4, 4)
     for block in range(blocks):
         part = slice(3 * block, 3 * block + 3)
         velocity, cache = dit.stream_block(
             noisy[:, part],
             timestep[:, part],
-            pose[:, part],
-            audio[:, :, 12 * block : 12 * block + 12],
+            conditions.with_audio(audio[:, :, 12 * block : 12 * block + 12]),
             cache,
             sink,
             block_position(CONFIG, block, 4),

@@ -26,9 +26,9 @@ def asked_of(clips, told, monkeypatch):
         def __init__(self, graphdef, params):
             self.name = params
 
-        def bidirectional(self, noisy, timestep, text, reference, motion, pose, features):
+        def bidirectional(self, noisy, timestep, given):
             names.append(self.name)
-            questions.append((noisy, timestep, text, reference, features))
+            questions.append((noisy, timestep, given.text, given.reference, given.audio))
             return jnp.zeros_like(noisy)
 
     monkeypatch.setattr(distillation, "merge", Network)
@@ -90,10 +90,10 @@ def slope_of(monkeypatch, *, critic=velocity_of, asked=None, **settings):
         def __init__(self, graphdef, params):
             self.name = params
 
-        def bidirectional(self, noisy, timestep, text, reference, motion, pose, features):
+        def bidirectional(self, noisy, timestep, given):
             if asked is not None:
                 jax.debug.callback(lambda: asked.append(self.name))
-            told = dataclasses.replace(TOLD, text=text, features=features)
+            told = dataclasses.replace(TOLD, text=given.text, features=given.audio)
             return (critic if self.name == "critic" else velocity_of)(noisy, told)
 
     monkeypatch.setattr(distillation, "merge", Network)

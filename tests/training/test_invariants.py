@@ -11,6 +11,7 @@ import pytest
 from jax_avatar.diffusion.flow import noise_from_velocity
 from jax_avatar.diffusion.step import move
 from jax_avatar.models.cache import block_position, empty_cache
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import merge
 from jax_avatar.models.portrait_dit import PortraitDiT
@@ -173,10 +174,10 @@ def causal_form(config, kind, context):
     @jax.jit
     def run(params, noisy, timestep, features, options):
         pose = jnp.tile(clip.pose, (1, noisy.shape[1] // FRAMES, 1, 1, 1))
-        told = (clip.text, clip.reference, None, pose, features)
+        told = Conditions(text=clip.text, reference=clip.reference, pose=pose, audio=features)
         past_blocks, dit = config.ring_blocks - 1, merge(graphdef, params)
         return dit.block_causal(
-            noisy, timestep, *told, past_blocks=past_blocks, audio_context=context, **options
+            noisy, timestep, told, past_blocks=past_blocks, audio_context=context, **options
         )
 
     return run
@@ -204,14 +205,15 @@ def test_the_training_form_is_prefill_and_streaming(kind, ring_blocks, context):
     )  # fmt: skip
 
     step = jax.jit(merge(graphdef, params).stream_block)
-    sink = jax.jit(merge(graphdef, params).prefill)(clip.text, clip.reference, None)
+    told = Conditions(text=clip.text, reference=clip.reference, pose=clip.pose)
+    sink = jax.jit(merge(graphdef, params).prefill)(told)
     cache, hear = empty_cache(config, 1, *GRID), StreamPlan(audio_context=context).make_hearing()
     for block in range(blocks):
         frames = slice(FRAMES * block, FRAMES * (block + 1))
         position = block_position(config, block, reference_frame - frames.start)
         heard = hear(features[:, :, 4 * frames.start : 4 * frames.stop])
         velocity, cache = step(
-            noisy[:, frames], timestep[:, frames], clip.pose, heard, cache, sink, position
+            noisy[:, frames], timestep[:, frames], told.with_audio(heard), cache, sink, position
         )
         # A velocity made of a clean prediction has the prediction's error over its level.
         sigma = levels[block] / 1000 if kind is PortraitDiT else 1.0
@@ -295,7 +297,7 @@ def test_an_update_without_a_normaliser_is_small_and_made(monkeypatch):
         def __init__(self, graphdef, params):
             self.away = params["away"]
 
-        def bidirectional(self, noisy, timestep, *told):
+        def bidirectional(self, noisy, timestep, conditions):
             return (noisy - made - self.away) / (timestep[:, :, None, None, None] / 1000)
 
     monkeypatch.setattr(distillation, "merge", Network)

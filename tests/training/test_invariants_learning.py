@@ -38,7 +38,7 @@ class Gaussian:
     def __init__(self, graphdef, params):
         self.variance = jnp.exp(params["log_variance"])[None, :, None, None, None]
 
-    def bidirectional(self, noisy, timestep, *told):
+    def bidirectional(self, noisy, timestep, conditions):
         sigma = timestep[:, :1, None, None, None] / 1000
         waves = jnp.einsum("kt,bthwc->bkhwc", WAVES, noisy)
         keep = (1 - sigma) * self.variance

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import merge
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.streaming import sampler as sampler_module
-from jax_avatar.streaming.plan import Conditions, StreamPlan
+from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.training import rollout as rollout_module
 from jax_avatar.training.rollout import (
@@ -83,12 +84,12 @@ class InPieces:
     def project_prompt(self, text):
         return compiled_form(self.graphdef, "project_prompt")(self.params, text)
 
-    def block_after(self, noisy, timestep, pose, audio, past, sink, position):
+    def block_after(self, noisy, timestep, conditions, past, sink, position):
         layers = [past(layer) for layer in range(len(sink.key))]
         # The first block's empty past is no clip's own; vmap would compile for it once more.
         own = 0 * noisy[0, 0, 0, 0, 0]
         history = [jnp.stack(parts) + own for parts in zip(*layers, strict=True)]
-        seen = (noisy, timestep, pose, audio, history, sink, position)
+        seen = (noisy, timestep, conditions, history, sink, position)
         return compiled_form(self.graphdef, "block_after")(self.params, *seen)
 
 
@@ -96,12 +97,12 @@ class InPieces:
 def compiled_form(graphdef, name):
     def run(params, *args):
         if name == "block_after":
-            history = args[4]
+            history = args[3]
 
             def past(layer):
                 return tuple(part[layer] for part in history)
 
-            args = (*args[:4], past, *args[5:])
+            args = (*args[:3], past, *args[4:])
         return getattr(merge(graphdef, params), name)(*args)
 
     return jax.jit(run)
@@ -222,7 +223,7 @@ def assert_the_stream_is_the_rollout(settings, ring_blocks, kind=DiT, compiler=l
         new_noise=new_noise,
         distance=lambda block, step: chance.distance[block, step],
     )
-    conditions = Conditions(clip.text, clip.reference, None, clip.pose)
+    conditions = Conditions(text=clip.text, reference=clip.reference, pose=clip.pose)
     stream = SequentialStream(graphdef, params, config, plan, conditions)
     for block in range(blocks):
         (latent,) = stream.push(clip.features[:, :, 12 * block : 12 * block + 12])
@@ -266,9 +267,10 @@ def test_a_rollout_hears_what_a_stream_hears(context, in_pieces, monkeypatch):
     settings, given = dataclasses.replace(SETTINGS, audio_context=context), []
     run = InPieces.block_after
 
-    def block_after(self, noisy, timestep, pose, audio, *others):
-        given.append(np.asarray(audio))
-        return run(self, noisy, timestep, pose, audio[:, :, -12:], *others)
+    def block_after(self, noisy, timestep, conditions, *others):
+        given.append(np.asarray(conditions.audio))
+        conditions = conditions.with_audio(conditions.audio[:, :, -12:])
+        return run(self, noisy, timestep, conditions, *others)
 
     monkeypatch.setattr(InPieces, "block_after", block_after)
     clip, hear = make_clip(), StreamPlan(audio_context=context).make_hearing()

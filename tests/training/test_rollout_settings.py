@@ -27,14 +27,14 @@ class Network:
     def __init__(self, graphdef, params):
         self.bias = params["bias"]
 
-    def prefill(self, text, reference, motion):
-        part = jnp.ones((1, 1, 1, 1, 16))
+    def prefill(self, conditions):
+        part, text = jnp.ones((1, 1, 1, 1, 16)), conditions.text
         return Sink(part, 2 * part, text, text)
 
     def project_prompt(self, text):
         return text, text
 
-    def block_after(self, latent, timestep, pose, features, past, sink, position):
+    def block_after(self, latent, timestep, conditions, past, sink, position):
         b, t, h, w, c = latent.shape
         own = latent.reshape(1, b, t * h * w // 4, 1, 4 * c)
         level = jnp.broadcast_to(timestep[0, 0] / 1000, own.shape)

@@ -39,7 +39,7 @@ def test_no_step_starts_below_the_networks_smallest_level(monkeypatch):
         def __init__(self, graphdef, params):
             pass
 
-        def bidirectional(self, noisy, timestep, *told):
+        def bidirectional(self, noisy, timestep, conditions):
             return (noisy - 7) / jnp.maximum(timestep[:, :, None, None, None] / 1000, 0.5)
 
     monkeypatch.setattr(teacher, "merge", Network)

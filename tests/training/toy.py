@@ -131,9 +131,10 @@ class _Network:
     def __init__(self, graphdef, params):
         self.params = params
 
-    def bidirectional(self, noisy, timestep, text, reference, motion, pose, features):
+    def bidirectional(self, noisy, timestep, given):
         names = ("params", "noisy", "timestep", "text", "reference", "features")
-        values = (self.params, noisy, timestep, text, reference, features)
+        features = given.audio
+        values = (self.params, noisy, timestep, given.text, given.reference, features)
         _asked.append(dict(zip(names, values, strict=True)))
         return _everywhere(self.params, noisy) + loudness(features)
 

@@ -25,6 +25,7 @@ from jax_avatar.data.windows import Windows, check_fit
 from jax_avatar.diffusion.flow import add_noise
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import gaussian_weight, level_of_draw
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import LAST_FRAME, MOTION_LATENTS, DiT
 from jax_avatar.models.lora import init_adapter
@@ -392,12 +393,15 @@ class ForcingTask:
 
     def _velocity(self, params, noisy, sigma, told, key):
         """The transformer's velocity in the form that is trained."""
-        model, reference = self.model, told["reference"]
-        pose = jnp.broadcast_to(reference, noisy.shape)
-        if self._pose == "zeros":
-            pose = jnp.zeros((*noisy.shape[:-1], model.pose_channels))
-        past, heard = told.get("motion"), told["features"]
-        inputs = (noisy, 1000 * sigma, told["text"], reference, past, pose, heard)
+        model = self.model
+        conditions = Conditions.of_portrait(
+            *(model, told["reference"]),
+            pose=self._pose,
+            text=told["text"],
+            motion=told.get("motion"),
+            audio=told["features"],
+        )
+        inputs = (noisy, 1000 * sigma, conditions)
         dit = merge(self._trained, params)
         if self.settings.form == "bidirectional":
             return dit.bidirectional(*inputs)

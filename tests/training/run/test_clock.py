@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.planning.hardware import HARDWARE
@@ -130,8 +131,8 @@ def test_operations_of_a_clip_are_those_the_compiler_counts():
     def forward(params, noisy, text, features):
         portrait = noisy[:, :1]
         timestep = jnp.ones((1, frames))
-        dit = merge(graphdef, params)
-        return dit.bidirectional(noisy, timestep, text, portrait, None, noisy, features)
+        conditions = Conditions(text=text, reference=portrait, pose=noisy, audio=features)
+        return merge(graphdef, params).bidirectional(noisy, timestep, conditions)
 
     shapes = (
         (1, frames, *grid, config.latent_channels),

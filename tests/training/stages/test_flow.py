@@ -8,6 +8,7 @@ import pytest
 
 from jax_avatar.data.encode import mouth_cells
 from jax_avatar.data.latents import LatentClips
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import merge
@@ -107,11 +108,12 @@ def test_before_training_the_clean_prediction_is_the_portrait():
     velocity = merge(task.graphdef, params).block_causal(
         noisy,
         jnp.full(clean.shape[:2], 1000 * sigma),
-        jnp.zeros((2, 1, 4)),
-        jnp.asarray(batch["reference"]),
-        None,
-        portrait,
-        jnp.asarray(batch["features"]),
+        Conditions(
+            text=jnp.zeros((2, 1, 4)),
+            reference=jnp.asarray(batch["reference"]),
+            pose=portrait,
+            audio=jnp.asarray(batch["features"]),
+        ),
     )
     np.testing.assert_allclose(noisy - sigma * velocity, portrait, atol=1e-5)
 

@@ -125,7 +125,7 @@ def test_a_teacher_samples_with_its_steps_shift_and_seed(num_steps, shift, seed,
         def __init__(self, graphdef, params):
             pass
 
-        def bidirectional(self, noisy, timestep, *told):
+        def bidirectional(self, noisy, timestep, conditions):
             return jnp.broadcast_to(timestep[:, :1, None, None, None] / 1000, noisy.shape)
 
     monkeypatch.setattr(teacher, "merge", Network)
