@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 
 from jax_avatar.io.faces import face_missing
 from jax_avatar.io.image import decode_image, prepare_reference
-from jax_avatar.serving.messages import VERSION, ProtocolError
+from jax_avatar.serving.messages import VERSION, ProtocolError, SessionCreate
 from jax_avatar.serving.server_state import ServerState
 
 __all__ = ["admit", "is_cross_origin", "is_valid_token"]
@@ -32,12 +32,12 @@ def is_cross_origin(headers: Headers) -> bool:
         return True
 
 
-async def admit(state: ServerState, wanted: dict[str, Any]) -> tuple[np.ndarray, Any, list[str]]:
+async def admit(state: ServerState, create: SessionCreate) -> tuple[np.ndarray, Any, list[str]]:
     """Checks `session.create` against the server's state.
 
     Args:
         state: of the server.
-        wanted: fields of `session.create`.
+        create: first message of the client.
 
     Returns:
         The portrait in the size of the video, prompt states or None, and warnings.
@@ -45,25 +45,20 @@ async def admit(state: ServerState, wanted: dict[str, Any]) -> tuple[np.ndarray,
     Raises:
         ProtocolError: the client is not admitted, or its portrait or prompt is unusable.
     """
-    if not is_valid_token(state, wanted.get("token")):
+    if not is_valid_token(state, create.token):
         raise ProtocolError("unauthorised", "the token is missing or wrong.")
-    if wanted["version"] != VERSION:
-        raise ProtocolError(
-            "version", f"version {wanted['version']}; this server speaks {VERSION}."
-        )
+    if create.version != VERSION:
+        raise ProtocolError("version", f"version {create.version}; this server speaks {VERSION}.")
     if state.is_draining:
         raise ProtocolError("draining", "this server is about to stop; try another.")
     if not state.pool.is_ready:
         raise ProtocolError("starting", "the model is being compiled; try again soon.")
-    rate = wanted.get("sample_rate", 16_000)
-    if not 8000 <= rate <= 96_000:
-        raise ProtocolError("bad_message", f"sample_rate {rate}; expected 8000 to 96000.")
     try:
-        (portrait, warnings), text = await asyncio.to_thread(_portrait, state, wanted), None
-        if wanted.get("prompt"):
+        (portrait, warnings), text = await asyncio.to_thread(_portrait, state, create), None
+        if create.prompt:
             if state.encode_prompt is None:
                 raise ProtocolError("no_prompt", "this model takes no prompt.")
-            text = await asyncio.to_thread(state.encode_prompt, wanted["prompt"])
+            text = await asyncio.to_thread(state.encode_prompt, create.prompt)
     except ProtocolError:
         raise
     except ValueError as error:
@@ -71,14 +66,14 @@ async def admit(state: ServerState, wanted: dict[str, Any]) -> tuple[np.ndarray,
     return portrait, text, warnings
 
 
-def _portrait(state: ServerState, wanted: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
+def _portrait(state: ServerState, create: SessionCreate) -> tuple[np.ndarray, list[str]]:
     """The client's portrait, else the server's, in the size of the video; and warnings about it."""
-    if "portrait" in wanted:
-        if not wanted.get("consent"):
+    if create.portrait is not None:
+        if not create.consent:
             raise ProtocolError(
                 "consent", "a portrait needs consent: true, that the person agrees."
             )
-        image = decode_image(wanted["portrait"], most_pixels=state.limits.portrait_pixels)
+        image = decode_image(create.portrait, most_pixels=state.limits.portrait_pixels)
         portrait = prepare_reference(image, *state.pool.size, cover=True)
         missing = face_missing("the portrait", image, portrait)
         return portrait, [missing] if missing else []

@@ -1,4 +1,4 @@
-"""One client and its session, from the first message to the last, whatever carries them.
+"""One client and its session, from the first message to the last, over any transport.
 
 client --messages--> Link --> Conversation --> LiveSession --> Conversation --chunks, events--> Link
 """
@@ -13,21 +13,36 @@ import secrets
 import time
 from typing import Any
 
+import numpy as np
+
 from jax_avatar.io.watermark import mark
 from jax_avatar.live.session import LiveChunk, LiveSession
 from jax_avatar.live.turn import State
 from jax_avatar.live.workers import Workers
 from jax_avatar.serving.access import admit
-from jax_avatar.serving.messages import VERSION, ClientMessage, ProtocolError, read_message
+from jax_avatar.serving.messages import (
+    VERSION,
+    AudioAppend,
+    AudioCommit,
+    Clear,
+    Close,
+    Message,
+    PromptUpdate,
+    ProtocolError,
+    SessionCreate,
+    SpeechCreate,
+    StateUpdate,
+    read_message,
+)
 from jax_avatar.serving.server_state import Connection, ServerState
 from jax_avatar.serving.tasks import until_first_ends
 from jax_avatar.streaming.session import NotFinite
 
-__all__ = ["Closed", "Conversation", "Gone", "Link"]
+__all__ = ["Closed", "Conversation", "Gone", "Incoming", "Link", "MicrophoneAudio"]
 
 _FIRST_MESSAGE_S = 10.0
-_TEXTS = 4  # that may wait to be synthesised
-_STATES = {state.value: state for state in (State.IDLE, State.LISTENING, State.THINKING)}
+_TEXTS = 4  # most that wait for the synthesiser
+_STATES = {"idle": LiveSession.idle, "listening": LiveSession.listen, "thinking": LiveSession.think}
 _log = logging.getLogger(__name__)
 
 
@@ -36,16 +51,28 @@ class Gone(Exception):
 
 
 class Closed(Exception):
-    """The session is over, for a reason that is no failure.
+    """The session is over, without a failure.
 
     Attributes:
-        error: what the client is told first, where it reached a limit; None where it asked for it.
+        error: sent to the client first if it reached a limit; None if it asked for the end.
     """
 
-    def __init__(self, reason: str, told: str = ""):
+    def __init__(self, reason: str, message: str = ""):
         super().__init__(reason)
         code = reason.replace(" ", "_")
-        self.error = ProtocolError(code, told) if told else None
+        self.error = ProtocolError(code, message) if message else None
+
+
+@dataclasses.dataclass(frozen=True)
+class MicrophoneAudio:
+    """Speech from a media track of the link, mono samples in [-1, 1]."""
+
+    samples: np.ndarray
+    sample_rate: int
+
+
+Incoming = str | bytes | Message | MicrophoneAudio
+"""Raw message of the client, or one of the link's own, to which no rate limit applies."""
 
 
 class Link(abc.ABC):
@@ -58,16 +85,16 @@ class Link(abc.ABC):
     protocol: str
 
     @abc.abstractmethod
-    def check(self, wanted: dict[str, Any]) -> None:
-        """Raises ProtocolError if these fields of `session.create` are not for this link."""
+    def check(self, create: SessionCreate) -> None:
+        """Raises ProtocolError if a field is not for this link."""
 
     @abc.abstractmethod
     async def open(self, live: LiveSession) -> dict[str, Any]:
-        """Makes ready for video; returns what `session.created` has to say of it."""
+        """Prepares for video; returns its own fields of `session.created`."""
 
     @abc.abstractmethod
-    async def receive(self) -> str | bytes | ClientMessage:
-        """The next message; the link's own, which no limit counts, is a `ClientMessage`."""
+    async def receive(self) -> Incoming:
+        """The next message."""
 
     @abc.abstractmethod
     async def send(self, text: str) -> None:
@@ -79,32 +106,32 @@ class Link(abc.ABC):
 
     @abc.abstractmethod
     async def close(self, code: int, reason: str) -> None:
-        """Ends the connection, with a code as a WebSocket has them."""
+        """Ends the connection, with a WebSocket close code."""
 
 
 class Conversation:
-    """Serves one client; nothing of it is seen by another."""
+    """Serves one client; others see nothing of it."""
 
     def __init__(self, link: Link, state: ServerState):
         self._link, self._state = link, state
         self._id = secrets.token_hex(8)
         self._errors, self._burst = 0, 0.0
         self._last_message = time.monotonic()
-        self._heard_at: float | None = None  # when speech came into silence
+        self._heard_at: float | None = None  # arrival of speech after silence
         self._rate = 16_000
-        self._texts: asyncio.Queue[str] = asyncio.Queue(_TEXTS)  # to be spoken
+        self._texts: asyncio.Queue[str] = asyncio.Queue(_TEXTS)  # for the synthesiser
         self._num_cleared = 0
 
     async def run(self) -> None:
-        """Returns when the client has gone or has been sent away."""
+        """Serves until the client leaves or is disconnected."""
         state = self._state
         reason, code, last = "client gone", 1000, None
         try:
             async with asyncio.timeout(_FIRST_MESSAGE_S):
                 create = await self._receive()
-            if create.type != "session.create":
+            if not isinstance(create, SessionCreate):
                 raise ProtocolError("bad_message", "the first message must be session.create.")
-            await self._serve(create.fields)
+            await self._serve(create)
         except ProtocolError as error:
             state.metrics.refused.labels(error.code).inc()
             reason, code = error.code, 1008
@@ -133,20 +160,21 @@ class Conversation:
                 async with asyncio.timeout(2):
                     if last:
                         await self._fail(last, is_fatal=True)
-                    await self._say("session.closed", reason=reason)
+                    await self._send("session.closed", reason=reason)
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(5):
                     await self._link.close(code, reason)
 
     async def _warn_of_drain(self, seconds: float) -> None:
         with contextlib.suppress(Exception):
-            await self._say("draining", seconds=seconds)
+            await self._send("draining", seconds=seconds)
 
-    async def _serve(self, wanted: dict[str, Any]) -> None:
+    async def _serve(self, create: SessionCreate) -> None:
+        """Serves an admitted client with a session of the pool."""
         state = self._state
-        portrait, text, warnings = await admit(state, wanted)
-        self._link.check(wanted)
-        self._rate = wanted.get("sample_rate", self._rate)
+        portrait, text, warnings = await admit(state, create)
+        self._link.check(create)
+        self._rate = create.sample_rate or self._rate
         session = state.pool.take()
         if session is None:
             raise ProtocolError(
@@ -179,10 +207,10 @@ class Conversation:
             state.metrics.ended.labels(reason).inc()
 
     async def _converse(self, live: LiveSession, began: float, warnings: list[str]) -> None:
-        """Listens and sends until one of them ends."""
+        """Receives and sends until one of them ends."""
         described = await self._link.open(live)
         form = live.session.format
-        await self._say(
+        await self._send(
             "session.created",
             version=VERSION, session=self._id, width=form.width, height=form.height,
             fps=form.fps, model=live.session.model.name,
@@ -199,15 +227,15 @@ class Conversation:
         while True:
             try:
                 message = await self._receive()
-                await self._obey(live, message)
+                await self._handle(live, message)
             except (ProtocolError, ValueError) as error:
                 await self._fail(error)
 
-    async def _receive(self) -> ClientMessage:
-        """The next message; what cannot be one counts as an error of the client's."""
+    async def _receive(self) -> Message | MicrophoneAudio:
+        """The next valid message; an invalid one counts as an error of the client's."""
         received = await self._link.receive()
         now, limits = time.monotonic(), self._state.limits
-        if isinstance(received, ClientMessage):
+        if not isinstance(received, str | bytes):
             self._last_message = now
             return received
         forgiven = (now - self._last_message) * limits.messages_per_s
@@ -218,36 +246,38 @@ class Conversation:
         self._last_message = now
         return read_message(received, limits)
 
-    async def _obey(self, live: LiveSession, message: ClientMessage) -> None:
-        fields = message.fields
-        if message.type == "audio.append":
-            self._hear(live, fields["audio"], fields.get("sample_rate", self._rate))
-        elif message.type == "audio.commit":
-            live.end_segment()
-        elif message.type == "speech.create":
-            self._take_text(fields["text"])
-        elif message.type == "clear":
-            self._num_cleared += 1
-            while not self._texts.empty():
-                self._texts.get_nowait()
-            await self._say("cleared", position_s=live.clear(), at_s=live.time_s)
-        elif message.type == "prompt.update":
-            await live.set_prompt(fields["text"])
-        elif message.type == "state.update":
-            if fields["state"] not in _STATES:
-                raise ValueError(f"state {fields['state'][:40]!r}; expected {list(_STATES)}.")
-            {"idle": live.idle, "listening": live.listen, "thinking": live.think}[fields["state"]]()
-        elif message.type == "close":
-            raise Closed("closed by the client")
-        else:
-            raise ProtocolError("bad_message", "there is a session already.")
+    async def _handle(self, live: LiveSession, message: Message | MicrophoneAudio) -> None:
+        match message:
+            case AudioAppend(audio=pcm):
+                self._hear(live, pcm, self._rate)
+            case MicrophoneAudio(samples=samples, sample_rate=rate):
+                self._hear(live, samples, rate)
+            case AudioCommit():
+                live.end_segment()
+            case SpeechCreate(text=text):
+                self._queue_text(text)
+            case Clear():
+                self._num_cleared += 1
+                while not self._texts.empty():
+                    self._texts.get_nowait()
+                await self._send("cleared", position_s=live.clear(), at_s=live.time_s)
+            case PromptUpdate(text=text):
+                await live.set_prompt(text)
+            case StateUpdate(state=state):
+                if state not in _STATES:
+                    raise ValueError(f"state {state[:40]!r}; expected {list(_STATES)}.")
+                _STATES[state](live)
+            case Close():
+                raise Closed("closed by the client")
+            case _:
+                raise ProtocolError("bad_message", "there is a session already.")
 
-    def _hear(self, live: LiveSession, pcm: Any, rate: int) -> None:
+    def _hear(self, live: LiveSession, pcm: np.ndarray | bytes, rate: int) -> None:
         if live.queued_s == 0 and live.state is not State.SPEAKING:
             self._heard_at = time.monotonic()
         live.push_audio(pcm, rate)
 
-    def _take_text(self, text: str) -> None:
+    def _queue_text(self, text: str) -> None:
         if self._state.speak is None:
             raise ProtocolError(
                 "no_speech", "this server cannot speak text; on its machine: apt-get install flite."
@@ -258,12 +288,12 @@ class Conversation:
             raise ValueError(f"{_TEXTS} texts wait already; send this one later.") from None
 
     async def _speak(self, live: LiveSession) -> None:
-        """Has texts spoken, one after the other, while everything else goes on."""
+        """Synthesises texts, one after the other, beside everything else."""
         while True:
             text, before = await self._texts.get(), self._num_cleared
             try:
                 samples, rate = await asyncio.to_thread(self._state.speak, text)
-                if before == self._num_cleared:  # nobody interrupted
+                if before == self._num_cleared:  # not interrupted meanwhile
                     self._hear(live, samples, rate)
                     live.end_segment()
             except ValueError as error:
@@ -283,9 +313,9 @@ class Conversation:
 
     async def _show(self, live: LiveSession, began: float) -> None:
         metrics = self._state.metrics
-        before, told_at = live.stats, time.monotonic()
+        before, reported_at = live.stats, time.monotonic()
         async for chunk in live:
-            await self._tell_events(chunk)
+            await self._send_events(chunk)
             if self._state.is_marked:
                 frames = await asyncio.to_thread(mark, chunk.frames)
                 chunk = dataclasses.replace(chunk, frames=frames)
@@ -295,28 +325,29 @@ class Conversation:
                 metrics.first_frame_s.observe(now - began)
             metrics.add(before, live.stats)
             before = live.stats
-            if now - told_at >= 1:
-                told_at = now
-                await self._say(
+            if now - reported_at >= 1:
+                reported_at = now
+                await self._send(
                     "stats",
                     at_s=live.time_s, queued_s=live.queued_s, block_s=live.stats.step_s,
                     late_s=live.stats.late_s, dropped=live.stats.dropped,
                 )  # fmt: skip
 
-    async def _tell_events(self, chunk: LiveChunk) -> None:
+    async def _send_events(self, chunk: LiveChunk) -> None:
         for event in chunk.events:
             if event.name == "playback_started" and self._heard_at is not None:
                 self._state.metrics.reaction_s.observe(time.monotonic() - self._heard_at)
                 self._heard_at = None
-            await self._say(event.name, at_s=event.at_s, **event.data)
+            await self._send(event.name, at_s=event.at_s, **event.data)
 
     async def _fail(self, error: ValueError, *, is_fatal: bool = False) -> None:
+        """Sends an error; ends the session after too many."""
         code = getattr(error, "code", "refused")
         self._state.metrics.errors.labels(code).inc()
         self._errors += 1
-        await self._say("error", code=code, message=str(error), fatal=is_fatal)
+        await self._send("error", code=code, message=str(error), fatal=is_fatal)
         if self._errors >= self._state.limits.errors and not is_fatal:
             raise Closed("too many errors", f"{self._errors} bad messages; the session ends.")
 
-    async def _say(self, kind: str, **fields: Any) -> None:
+    async def _send(self, kind: str, **fields: Any) -> None:
         await self._link.send(json.dumps({"type": kind, **fields}))

@@ -1,62 +1,59 @@
-"""Messages between client and server, version 1; the protocol is in `docs/serving.md`.
+"""Messages of clients, version 1; the protocol is in `docs/serving.md`.
 
-Text messages are JSON objects with a "type". Binary messages are 16-bit PCM on the way in, and
-fragments of MP4 on the way out.
+Text messages are JSON objects with a "type". A binary message is 16-bit PCM.
 """
 
 import base64
-import binascii
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-__all__ = ["VERSION", "ClientMessage", "Limits", "ProtocolError", "read_message"]
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+__all__ = [
+    "VERSION",
+    "AudioAppend",
+    "AudioCommit",
+    "Clear",
+    "Close",
+    "Limits",
+    "Message",
+    "PromptUpdate",
+    "ProtocolError",
+    "SessionCreate",
+    "SpeechCreate",
+    "StateUpdate",
+    "read_message",
+]
 
 VERSION = 1
 
-# Fields of each message: name -> (type, whether it must be there).
-_SCHEMA = {
-    "session.create": {
-        "version": (int, True),
-        "token": (str, False),
-        "portrait": (str, False),
-        "prompt": (str, False),
-        "sample_rate": (int, False),
-        "consent": (bool, False),
-        "sdp": (str, False),
-    },
-    "audio.append": {"audio": (str, True)},
-    "audio.commit": {},
-    "speech.create": {"text": (str, True)},
-    "clear": {},
-    "prompt.update": {"text": (str, True)},
-    "state.update": {"state": (str, True)},
-    "close": {},
-}
-_BASE64 = {"portrait", "audio"}
 _UNUSABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Message types that a client may send.
+    """Limits of clients' messages.
 
     Attributes:
         portrait_bytes: of an image file.
         portrait_pixels: of an image, decoded.
         audio_bytes: of one message of audio.
+        token_chars: of an access token.
         prompt_chars: of a prompt.
         speech_chars: of a text to be spoken.
         sdp_chars: of a WebRTC offer.
-        messages_per_s: sustained; bursts of ten seconds' worth are fine.
-        errors: bad messages before the connection is closed.
+        messages_per_s: sustained rate; bursts of ten seconds' worth are allowed.
+        errors: invalid messages before the connection is closed.
     """
 
     portrait_bytes: int = 8_000_000
     portrait_pixels: int = 50_000_000
     audio_bytes: int = 1_000_000
+    token_chars: int = 1000
     prompt_chars: int = 2000
     speech_chars: int = 500
     sdp_chars: int = 50_000
@@ -65,7 +62,7 @@ class Limits:
 
     @property
     def message_bytes(self) -> int:
-        """Of any message: a portrait in base64 and what goes with it."""
+        """Size of the largest message: a portrait in base64 with all other fields."""
         return self.portrait_bytes * 4 // 3 + 4 * self.prompt_chars + 2 * self.sdp_chars + 4096
 
 
@@ -81,88 +78,137 @@ class ProtocolError(ValueError):
         self.code = code
 
 
-@dataclass(frozen=True)
-class ClientMessage:
-    """A checked message: its type, and its fields with base64 decoded."""
+def _at_most(limit: str) -> AfterValidator:
+    """Limits the length of a field to that of the server's `Limits`."""
 
-    type: str
-    fields: dict[str, Any]
+    def check(value: Any, info: Any) -> Any:
+        if len(value) > (most := getattr(info.context, limit)):
+            sizes = {"size": len(value), "most": most}
+            raise PydanticCustomError("too_large", "Size {size}; at most {most}", sizes)
+        return value
+
+    return AfterValidator(check)
 
 
-def read_message(message: str | bytes, limits: Limits) -> ClientMessage:
-    """Checks a message of a client.
+def _check_text(text: str) -> str:
+    if _UNUSABLE.search(text):
+        raise PydanticCustomError("text", "Control characters or unpaired surrogates")
+    return text
+
+
+def _decode(data: Any) -> bytes:
+    """Bytes of a binary message, or of base64."""
+    try:
+        return data if isinstance(data, bytes) else base64.b64decode(data, validate=True)
+    except (ValueError, TypeError):
+        raise PydanticCustomError("base64", "Input should be base64") from None
+
+
+_Text = Annotated[str, AfterValidator(_check_text)]
+_Base64 = Annotated[bytes, BeforeValidator(_decode)]
+
+
+class Message(BaseModel):
+    """Message of a client; unknown fields and converted types are errors."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class SessionCreate(Message):
+    """First message: access and settings of a session."""
+
+    version: Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
+    token: Annotated[str, _at_most("token_chars")] | None = None  # only ever compared
+    portrait: Annotated[_Base64, _at_most("portrait_bytes")] | None = None
+    prompt: Annotated[_Text, _at_most("prompt_chars")] | None = None
+    sample_rate: Annotated[int, Field(ge=8000, le=96_000)] | None = None
+    consent: bool | None = None
+    sdp: Annotated[_Text, _at_most("sdp_chars")] | None = None
+
+
+class AudioAppend(Message):
+    """Speech: 16-bit little-endian PCM."""
+
+    audio: Annotated[_Base64, _at_most("audio_bytes")]
+
+
+class AudioCommit(Message):
+    """End of an utterance."""
+
+
+class SpeechCreate(Message):
+    """Text to be spoken."""
+
+    text: Annotated[_Text, _at_most("speech_chars")]
+
+
+class Clear(Message):
+    """Interrupt."""
+
+
+class PromptUpdate(Message):
+    """New prompt."""
+
+    text: Annotated[_Text, _at_most("prompt_chars")]
+
+
+class StateUpdate(Message):
+    """State of the conversation."""
+
+    state: Annotated[_Text, _at_most("prompt_chars")]
+
+
+class Close(Message):
+    """End of the session."""
+
+
+_TYPES = {
+    "session.create": SessionCreate,
+    "audio.append": AudioAppend,
+    "audio.commit": AudioCommit,
+    "speech.create": SpeechCreate,
+    "clear": Clear,
+    "prompt.update": PromptUpdate,
+    "state.update": StateUpdate,
+    "close": Close,
+}
+
+
+def read_message(message: str | bytes, limits: Limits) -> Message:
+    """Parses and validates a message.
 
     Raises:
-        ProtocolError: it is not one of the protocol, or too large.
+        ProtocolError: it does not follow the protocol, or is too large.
     """
     if isinstance(message, bytes):
-        return _checked_sizes(ClientMessage("audio.append", {"audio": message}), limits)
+        return _validated("audio.append", {"audio": message}, limits)
     try:
-        content = json.loads(message, object_pairs_hook=_unique, parse_constant=_refused)
+        content = json.loads(message, object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError):
         raise ProtocolError("bad_message", "expected a JSON object.") from None
     if not isinstance(content, dict) or not isinstance(content.get("type"), str):
         raise ProtocolError("bad_message", 'expected a JSON object with a "type".')
     kind = content.pop("type")
-    if kind not in _SCHEMA:
-        raise ProtocolError("bad_message", f"type {kind[:40]!r}; expected one of {list(_SCHEMA)}.")
-    schema = _SCHEMA[kind]
-    if unknown := sorted(content.keys() - schema.keys()):
-        raise ProtocolError("bad_message", f"{kind}: field {unknown[0][:40]!r} is unknown.")
-    for name, (wanted, is_needed) in schema.items():
-        if content.get(name) is None:
-            content.pop(name, None)
-            if is_needed:
-                raise ProtocolError("bad_message", f"{kind}: field {name!r} is missing.")
-        elif not isinstance(content[name], wanted) or (
-            wanted is int and isinstance(content[name], bool)
-        ):
-            raise ProtocolError("bad_message", f"{kind}: {name!r} must be a {wanted.__name__}.")
-        elif name in _BASE64:
-            content[name] = _decoded(name, content[name])
-        else:
-            _check_value(name, content[name])
-    return _checked_sizes(ClientMessage(kind, content), limits)
+    if kind not in _TYPES:
+        raise ProtocolError("bad_message", f"type {kind[:40]!r}; expected one of {list(_TYPES)}.")
+    return _validated(kind, content, limits)
+
+
+def _validated(kind: str, content: dict[str, Any], limits: Limits) -> Message:
+    try:
+        return _TYPES[kind].model_validate(content, context=limits)
+    except ValidationError as invalid:
+        error = invalid.errors(include_url=False, include_input=False)[0]
+        name = str(next(iter(error["loc"]), "a field's name"))[:40]
+        code = "too_large" if error["type"] == "too_large" else "bad_message"
+        raise ProtocolError(code, f"{kind}: {name!r}: {error['msg']}.") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("duplicate key")
     return dict(pairs)
 
 
-def _refused(constant: str) -> float:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _check_value(name: str, value: Any) -> None:
-    """Refuses numbers and texts that nobody could use; a token is only ever compared."""
-    if isinstance(value, int) and abs(value) > _LARGEST:
-        raise ProtocolError("bad_message", f"{name!r} is out of range.")
-    if isinstance(value, str) and name != "token" and _UNUSABLE.search(value):
-        raise ProtocolError(
-            "bad_message", f"{name!r} holds control characters, or halves of surrogate pairs."
-        )
-
-
-def _decoded(name: str, text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise ProtocolError("bad_message", f"{name!r} is not base64.") from None
-
-
-def _checked_sizes(message: ClientMessage, limits: Limits) -> ClientMessage:
-    most = {
-        "portrait": limits.portrait_bytes,
-        "audio": limits.audio_bytes,
-        "prompt": limits.prompt_chars,
-        "text": limits.speech_chars if message.type == "speech.create" else limits.prompt_chars,
-        "token": 1000,
-        "sdp": limits.sdp_chars,
-    }
-    for name, limit in most.items():
-        value = message.fields.get(name)
-        if value is not None and len(value) > limit:
-            raise ProtocolError("too_large", f"{name!r} of {len(value)}; at most {limit}.")
-    return message
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")

@@ -32,8 +32,15 @@ from jax_avatar.io.audio import LowLatencyResampler
 from jax_avatar.io.mixing import Mixer
 from jax_avatar.live.session import LiveChunk, LiveSession
 from jax_avatar.live.speech_gate import SpeechGate
-from jax_avatar.serving.conversation import Closed, Conversation, Gone, Link
-from jax_avatar.serving.messages import ClientMessage, ProtocolError
+from jax_avatar.serving.conversation import (
+    Closed,
+    Conversation,
+    Gone,
+    Incoming,
+    Link,
+    MicrophoneAudio,
+)
+from jax_avatar.serving.messages import AudioCommit, ProtocolError, SessionCreate
 from jax_avatar.serving.server_state import ServerState
 from jax_avatar.streaming.format import StreamFormat
 from jax_avatar.streaming.sample_queue import SampleQueue
@@ -94,9 +101,7 @@ class _RtcLink(Link):
 
     def __init__(self, body: str, state: ServerState):
         self._state = state
-        self._messages: asyncio.Queue[str | bytes | ClientMessage | None] = asyncio.Queue(
-            _MOST_MESSAGES
-        )
+        self._messages: asyncio.Queue[Incoming | None] = asyncio.Queue(_MOST_MESSAGES)
         self._messages.put_nowait(body)
         self.answer: asyncio.Future[tuple[int, dict]] = asyncio.get_running_loop().create_future()
         self._offer = ""
@@ -115,10 +120,10 @@ class _RtcLink(Link):
 
     # ---- as of any link ----------------------------------------
 
-    def check(self, wanted: dict[str, Any]) -> None:
-        # A browser that hides its address names one that would have to be asked for around here.
-        # It reaches us; where it does so from is then known.
-        lines = wanted.get("sdp", "").splitlines()
+    def check(self, create: SessionCreate) -> None:
+        # mDNS candidates (.local) cannot be resolved here; ICE learns the peer's address from its
+        # own checks.
+        lines = (create.sdp or "").splitlines()
         self._offer = "".join(f"{line}\r\n" for line in lines if ".local " not in line)
         try:
             media = SessionDescription.parse(self._offer).media
@@ -159,7 +164,7 @@ class _RtcLink(Link):
         self._tasks.append(asyncio.create_task(self._watch()))
         return {"delay_s": 0.0}
 
-    async def receive(self) -> str | bytes | ClientMessage:
+    async def receive(self) -> Incoming:
         message = await self._messages.get()
         if message is None:
             raise self._close_reason
@@ -254,9 +259,7 @@ class _RtcLink(Link):
                 if self._close_reason is not None:
                     return
                 await self._messages.put(
-                    ClientMessage("audio.commit", {})
-                    if piece is None
-                    else ClientMessage("audio.append", {"audio": piece, "sample_rate": gate.rate})
+                    AudioCommit() if piece is None else MicrophoneAudio(piece, gate.rate)
                 )
 
     async def _watch(self) -> None:

@@ -9,7 +9,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from jax_avatar.io.fragments import FragmentWriter
 from jax_avatar.live.session import LiveChunk, LiveSession
 from jax_avatar.serving.conversation import Closed, Conversation, Gone, Link
-from jax_avatar.serving.messages import ProtocolError
+from jax_avatar.serving.messages import ProtocolError, SessionCreate
 from jax_avatar.serving.server_state import ServerState
 
 __all__ = ["serve_socket"]
@@ -31,8 +31,8 @@ class _SocketLink(Link):
         self._writer: FragmentWriter | None = None
         self._sending = asyncio.Lock()
 
-    def check(self, wanted: dict[str, Any]) -> None:
-        if "sdp" in wanted:
+    def check(self, create: SessionCreate) -> None:
+        if create.sdp is not None:
             raise ProtocolError("bad_message", "sdp is for POST /v1/rtc; leave it out here.")
 
     async def open(self, live: LiveSession) -> dict[str, Any]:
