@@ -33,6 +33,7 @@ from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import flatten, merge
 from jax_avatar.streaming.plan import make_prefill
+from launch import cli
 
 MIDDLE = DiTConfig(
     width=512,
@@ -56,7 +57,7 @@ _PAUSE = 0.3  # seconds, for threads that wait in a loop to fall asleep
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--tiny", action="store_true", help="very small networks")
     add("--threads", type=int, default=None, help="for each; all that may be used if not given")
@@ -203,8 +204,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"against_torch.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main)

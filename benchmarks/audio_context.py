@@ -10,7 +10,6 @@ official ones, which stretch a recording by up to 47 ms towards its end. Random 
 structure only: their attention is nearly uniform, and neighbouring frames hardly alike.
 """
 
-import argparse
 import itertools
 import sys
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from benchmarks.common import (
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config, xlsr53_large
 from jax_avatar.weights.files import load_weights
+from launch import cli
 
 __all__ = ["main", "open_encoder", "run"]
 
@@ -127,7 +127,7 @@ def _stream(
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", help="model folder with a wav2vec2; random weights if not")
     parser.add_argument("--random", choices=list(_SIZES), default="tiny", help="size if random")
     parser.add_argument("--audio", default=str(DEMO), help="speech, any format")
@@ -152,4 +152,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

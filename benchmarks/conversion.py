@@ -32,12 +32,13 @@ from conversion.wan_dit import TABLE
 from jax_avatar.models.config import DiTConfig, wan_s2v_14b
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, flatten
+from launch import cli
 
 _SHARDS = 4
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--gb", type=float, default=6.6, help="size of the download; the published one has 32.6")
     add("--folder", type=Path, default=None, help="where to work; twice --gb and more is needed")
@@ -182,8 +183,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"conversion.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main)

@@ -8,10 +8,15 @@ A column for each run, a row for each kind of metric.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import matplotlib
+
+from launch import cli
 
 matplotlib.use("agg")
 from matplotlib import pyplot
@@ -24,7 +29,7 @@ PANELS = {
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="workdirs, or their metrics.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     parser.add_argument(
@@ -92,4 +97,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

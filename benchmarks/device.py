@@ -14,6 +14,7 @@ from conversion.rules import Table, plan_export
 from jax_avatar.io.image import fit_size
 from jax_avatar.models.params import flatten, unflatten
 from jax_avatar.planning.hardware import recognise
+from launch.cli import parse_size
 
 __all__ = [
     "custom_calls",
@@ -76,16 +77,13 @@ def latent_grid(size: str, multiple: int = 64) -> tuple[int, int]:
     """Latent rows and columns of a video size, which is made to fit as a stream would do it.
 
     Args:
-        size: "HEIGHT*WIDTH".
+        size: as `parse_size` of launch/cli.py reads it.
         multiple: of pixels, both sides; the packing of motion frames wants 64, all else 16.
 
     Raises:
         ValueError: something else, or a side below 64.
     """
-    try:
-        height, width = (int(side) for side in size.split("*"))
-    except ValueError:
-        raise ValueError(f"--size {size}: expected HEIGHT*WIDTH, for example 384*704.") from None
+    height, width = parse_size(size)
     if height < 64 or width < 64:
         raise ValueError(f"--size {size}: sides must be at least 64.")
     if height % multiple or width % multiple:

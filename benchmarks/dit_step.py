@@ -1,7 +1,7 @@
 """One streaming step of a transformer of random weights: time, arithmetic, memory.
 
     python benchmarks/dit_step.py                              14B, one device with 60 GB
-    python benchmarks/dit_step.py --attention xla --weights fp8
+    python benchmarks/dit_step.py --attention xla --dtype fp8
     python benchmarks/dit_step.py --layers 8 --size 720*400
     python benchmarks/dit_step.py --tiny                       seconds, on any CPU
 
@@ -46,6 +46,7 @@ from jax_avatar.planning.stream import compute_bound, step_flops
 from jax_avatar.streaming.mesh import cache_place
 from jax_avatar.streaming.plan import StreamPlan, make_prefill
 from jax_avatar.streaming.sampler import make_step
+from launch import cli
 
 CONFIGS: dict[str, tuple[Callable, Callable[[], DiTConfig], str]] = {
     "nano": (DiT, lambda: NANO, "64*64"),
@@ -55,14 +56,14 @@ CONFIGS: dict[str, tuple[Callable, Callable[[], DiTConfig], str]] = {
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--config", choices=list(CONFIGS), default="14b", help="size of the transformer")
     add("--tiny", action="store_true", help="the same as --config nano")
-    add("--size", default=None, help="HEIGHT*WIDTH of the video; the config's usual if not given")
+    add("--size", default=None, help=f"{cli.SIZE}; the config's usual if None")
     add("--layers", type=int, default=None, help="fewer layers, for a device with less memory")
     add("--attention", choices=ATTENTION_KERNELS, default="auto", help="kernel; auto is the best")
-    add("--weights", choices=("", "int8", "fp8"), default="", help="eight bits for large products")
+    add("--dtype", "--weights", choices=("", "int8", "fp8"), default="", help=cli.DTYPE)
     add("--unroll", type=int, default=None, help="layers per iteration of the loop over them")
     add("--repeats", type=int, default=20, help="steps to time")
     add("--out", default=None, help="JSON file to write")
@@ -263,7 +264,7 @@ def main(argv=None) -> dict:
         )
     config = config.replace(
         attention=arguments.attention,
-        weights=arguments.weights,
+        weights=arguments.dtype,
         unroll=arguments.unroll or config.unroll,
     )
     record = {
@@ -276,8 +277,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"dit_step.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main)

@@ -45,6 +45,7 @@ from benchmarks.common import (
     robust_slope,
     slope,
 )
+from launch import cli
 
 RATE = 16_000
 STEADY_MINUTES = 10 - 0.1  # of memory, for a slope
@@ -52,7 +53,7 @@ LOUD = 0.005  # of full scale, mean over an AAC frame; the avatar's silence is e
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--url", default="", help="of a server that runs already; else one is started")
     add("--token", default="", help="of that server")
@@ -82,7 +83,7 @@ class Server:
         self._page = f"http://127.0.0.1:{port}"
         while True:
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with status {self.process.returncode}")
+                raise ConnectionError(f"the server ended with status {self.process.returncode}")
             with contextlib.suppress(OSError):
                 with urllib.request.urlopen(self._page + "/readyz") as answer:
                     if answer.status == 200:
@@ -406,4 +407,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -31,6 +31,7 @@ from jax_avatar.data.latents import load_encoded
 from jax_avatar.data.shards import write_records
 from jax_avatar.data.windows import Windows
 from jax_avatar.training.run.loader import load_batches
+from launch import cli
 
 __all__ = ["main", "run", "write_noise"]
 
@@ -97,11 +98,11 @@ def run(windows: Windows, workers: Sequence[int], batches: int, warm_up: int) ->
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of encoded clips; noise if not given")
-    parser.add_argument("--size", choices=_SIZES, default="small", help="of the noise")
+    parser.add_argument(
+        "--shape", "--size", choices=_SIZES, default="small", help="of the noise (--size until 0.1)"
+    )
     parser.add_argument("--clips", type=int, default=64, help="of noise")
     parser.add_argument("--latents", type=int, help="of a window; that of the size if not given")
     parser.add_argument("--batch", type=int, default=16, help="windows of a batch")
@@ -113,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     flags.FLAGS.mark_as_parsed()  # for grain
     with tempfile.TemporaryDirectory() as folder:
         if not options.data:
-            write_noise(Path(folder), options.size, options.clips)
+            write_noise(Path(folder), options.shape, options.clips)
         clips = load_encoded(options.data or folder, "train")
-        latents = options.latents or _SIZES[options.size][-1]
+        latents = options.latents or _SIZES[options.shape][-1]
         windows = Windows(clips, latents, options.batch)
         rows = run(windows, options.workers, options.batches, options.warm_up)
         shape = {"latents": latents, "grid": list(clips.grid), "channels": clips.channels}
@@ -133,4 +134,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

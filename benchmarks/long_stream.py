@@ -39,6 +39,7 @@ from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from jax_avatar.weights.folder import SMALL
+from launch import cli
 
 # Decoded before a scored window and thrown away, so that the decoder has forgotten its start.
 _CONTEXT_BLOCKS = 3
@@ -46,15 +47,15 @@ _WINDOWS = ("first", "one_third", "two_thirds", "last")
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", default=str(SMALL), help="model folder")
+    add("--checkpoint", default=str(SMALL), help=cli.CHECKPOINT)
     add("--nano", dest="random", action="store_const", const="nano", help="random tiny model")
     add("--small", dest="random", action="store_const", const="small", help="random, of that shape")
     add("--seconds", type=float, default=10_000, help="of video")
     add("--window", type=float, default=20, help="seconds of video in a scored window")
     add("--decode", choices=("scored", "all"), default="scored", help="blocks that are decoded")
-    add("--mesh", default="1", help="slices, as in launch/stream.py")
+    add("--mesh", default="1", help=cli.MESH)
     add("--image", default=None, help="portrait; a random picture for random models")
     add("--audio", default=str(DEMO), help="speech, repeated without end")
     add("--seed", type=int, default=420, help="of the noise")
@@ -264,8 +265,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"long_stream.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main)

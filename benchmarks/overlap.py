@@ -37,12 +37,13 @@ from jax_avatar.streaming.mesh import make_mesh, parse_layout
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
+from launch import cli
 
 CORES = {"sequential": 1, "pipelined": 2}
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--width", type=int, default=256, help="of the transformer; heads of 64 channels")
     add("--layers", type=int, default=6, help="of the transformer")
@@ -197,8 +198,4 @@ def main(argv=None) -> dict | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"overlap.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main)

@@ -31,12 +31,13 @@ from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.weights.files import StoredWeights, with_tuples
+from launch import cli
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "dit"
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--golden", type=Path, default=GOLDEN, help="folder of golden files")
     add("--checkpoint", type=Path, default=None, help="one converted transformer instead")
@@ -117,8 +118,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"quantised.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main)

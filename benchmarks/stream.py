@@ -39,15 +39,16 @@ from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.session import AvatarSession, make_decode, num_slices
 from jax_avatar.weights.folder import SMALL
+from launch import cli
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", default=str(SMALL), help="model folder")
+    add("--checkpoint", default=str(SMALL), help=cli.CHECKPOINT)
     add("--nano", dest="random", action="store_const", const="nano", help="random tiny model")
     add("--small", dest="random", action="store_const", const="small", help="random, of that shape")
-    add("--mesh", default="5", help="slices, as in launch/stream.py")
+    add("--mesh", default="5", help=cli.MESH)
     add("--seconds", type=float, default=20, help="of video")
     add("--repeats", type=int, default=20, help="blocks that the parts are timed on")
     add("--audio", default=str(DEMO), help="speech, repeated as often as needed")
@@ -240,8 +241,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"stream.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main)

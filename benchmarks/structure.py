@@ -9,9 +9,14 @@ Reads the source only; nothing is imported.
 import argparse
 import ast
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from launch import cli
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("jax_avatar", "conversion", "configs", "launch", "benchmarks", "tests")
@@ -40,7 +45,7 @@ class Counts:
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser.parse_args(argv)
 
@@ -127,4 +132,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -35,17 +35,22 @@ from jax_avatar.models.params import abstract
 from jax_avatar.models.vae.wan import WanVAE
 from jax_avatar.planning.stream import decode_flops
 from jax_avatar.streaming.session import make_decode
+from launch import cli
 
 _BLOCK = 3  # latents
 TINY = WanVAEConfig(dim=8, dim_mult=(1, 1, 2, 2), num_res_blocks=1)
 
 
+# The long spellings are those until 0.1.
+_DTYPES = {"bf16": "bfloat16", "f32": "float32", "bfloat16": "bfloat16", "float32": "float32"}
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--tiny", action="store_true", help="eight channels and 64*64 pixels")
-    add("--size", default=None, help="HEIGHT*WIDTH of the video; 384*704 if not given")
-    add("--dtype", choices=("bfloat16", "float32"), default=None, help="bfloat16 if not --tiny")
+    add("--size", default=None, help=f"{cli.SIZE}; 384*704 if None")
+    add("--dtype", choices=list(_DTYPES), default=None, help="of the weights; bf16 if not --tiny")
     add("--repeats", type=int, default=20, help="blocks to time")
     add("--out", default=None, help="JSON file to write")
     return parser.parse_args(argv)
@@ -130,7 +135,7 @@ def run(config: WanVAEConfig, size: str, repeats: int) -> dict:
 def main(argv=None) -> dict:
     arguments = parse_arguments(argv)
     config = TINY if arguments.tiny else WanVAEConfig()
-    dtype = arguments.dtype or ("float32" if arguments.tiny else "bfloat16")
+    dtype = _DTYPES[arguments.dtype or ("f32" if arguments.tiny else "bf16")]
     config = config.replace(dtype=dtype, param_dtype=dtype)
     size = arguments.size or ("64*64" if arguments.tiny else "384*704")
     record = {
@@ -143,8 +148,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"vae_decode.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main)

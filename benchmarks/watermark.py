@@ -18,6 +18,7 @@ import numpy as np
 from jax_avatar.io.fragments import FragmentWriter
 from jax_avatar.io.video import read_video
 from jax_avatar.io.watermark import detect, mark
+from launch import cli
 
 
 def decoded(data: bytes) -> np.ndarray:
@@ -78,6 +79,12 @@ def measure(path: str) -> dict:
     }
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:] or ["docs/images/demo.mp4"]:
+def main(argv=None) -> None:
+    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("videos", nargs="*", default=["docs/images/demo.mp4"], help="unmarked")
+    for name in parser.parse_args(argv).videos:
         print(json.dumps(measure(name)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -38,6 +38,7 @@ from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, flatten
 from jax_avatar.models.vae.wan import WanVAE
 from jax_avatar.planning.stream import compute_bound, decode_flops, step_flops
+from launch import cli
 
 _BACKENDS = {
     "flash": "FLASH_ATTENTION",
@@ -48,12 +49,12 @@ _BACKENDS = {
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--network", choices=("dit", "vae"), default="dit", help="the step, or the decoding")
     add("--config", choices=("nano", "14b"), default="14b", help="size of the transformer")
     add("--tiny", action="store_true", help="very small networks")
-    add("--size", default=None, help="HEIGHT*WIDTH of the video; the config's usual if not given")
+    add("--size", default=None, help=f"{cli.SIZE}; the config's usual if None")
     add("--layers", type=int, default=None, help="fewer layers, for a device with less memory")
     add("--attention", choices=("auto", *_BACKENDS), default="auto", help="PyTorch's backend")
     add("--layout", choices=("contiguous", "channels_last"), default="contiguous", help="VAE only")
@@ -252,8 +253,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"yardstick_torch.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(main)

@@ -23,7 +23,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from conversion.console import finish
 from conversion.networks import (
     NETWORKS,
     NetworkKind,
@@ -43,6 +42,7 @@ from jax_avatar.weights.files import add_to_config
 from jax_avatar.weights.settings import LIVE_AVATAR
 from jax_avatar.weights.slot_writer import SlotWriter
 from jax_avatar.weights.whole_file import BrokenFile, check_whole, unfinished_downloads
+from launch import cli
 
 __all__ = ["Options", "convert_network", "main"]
 
@@ -317,7 +317,7 @@ def _tell(name: str, path: Path, report: Report, out: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m conversion.convert",
         description="Converts downloaded weights into a model folder. Tells what was used, ignored "
         "and missing; an interrupted run goes on when the command is repeated.",
@@ -357,33 +357,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--merge needs --lora FILE, or the network all.")
     if flags.dtype in _EIGHT_BITS and flags.lora and not flags.merge:
         parser.error(f"--dtype {flags.dtype} cannot take an adapter later; add --merge.")
+    return cli.exit_code(lambda: _run(flags, command), hint="repeat the command to go on")
+
+
+def _run(flags: argparse.Namespace, command: str) -> None:
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is meant here
-    try:
-        options = Options(flags.dtype, None, flags.lora_scaling, command)
-        if flags.network == "all":
-            _convert_all(flags.src, flags.out, options, merge=flags.merge)
-            return 0
-        jobs = [(flags.network, flags.src)]
-        if flags.lora and flags.merge:
-            options = Options(flags.dtype, flags.lora, flags.lora_scaling, command)
-        elif flags.lora:
-            jobs.append(("live_avatar", flags.lora))
-        for name, source in jobs:
-            kind = NETWORKS[name]
-            _tell(name, source, convert_network(kind, source, flags.out, options), flags.out)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        print(f"convert: {error}; repeat the command to go on.", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("convert: interrupted; repeat the command to go on.", file=sys.stderr)
-        return 130
-    return 0
+    options = Options(flags.dtype, None, flags.lora_scaling, command)
+    if flags.network == "all":
+        _convert_all(flags.src, flags.out, options, merge=flags.merge)
+        return
+    jobs = [(flags.network, flags.src)]
+    if flags.lora and flags.merge:
+        options = Options(flags.dtype, flags.lora, flags.lora_scaling, command)
+    elif flags.lora:
+        jobs.append(("live_avatar", flags.lora))
+    for name, source in jobs:
+        kind = NETWORKS[name]
+        _tell(name, source, convert_network(kind, source, flags.out, options), flags.out)
 
 
 if __name__ == "__main__":
-    finish(main)
+    sys.exit(main())

@@ -7,7 +7,6 @@ What was converted without `--dtype` comes back bit for bit and spelled as it wa
 that the network does not use but the conversion kept. The others that it ignored are named.
 """
 
-import argparse
 import json
 import math
 import os
@@ -22,12 +21,12 @@ import absl.logging
 import numpy as np
 from tqdm import tqdm
 
-from conversion.console import finish
 from conversion.networks import NETWORKS, NetworkKind
 from conversion.readers import SAFETENSORS_NAMES
 from conversion.rules import Ignore, Move, plan_export
 from jax_avatar.weights.checksums import keep_checksums, rewriting
 from jax_avatar.weights.files import StoredWeights, load_json, with_tuples
+from launch import cli
 
 __all__ = ["export_network", "kind_of", "main"]
 
@@ -181,33 +180,27 @@ def _write(shard: list[_Tensor], path: Path, progress) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m conversion.export",
         description="Writes a converted network back under its official names, as safetensors.",
     )
     parser.add_argument("folder", type=Path, help="one network of a model folder, e.g. MODEL/dit")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
-    parser.add_argument(
-        "--shard-gb", type=float, default=10.0, help="most gigabytes per file (default %(default)s)"
-    )
+    parser.add_argument("--shard-gb", type=float, default=10.0, help="most gigabytes per file")
     flags = parser.parse_args(arguments)
+    return cli.exit_code(
+        lambda: _run(flags.folder, flags.out, flags.shard_gb), hint="repeat the command"
+    )
+
+
+def _run(folder: Path, out: Path, shard_gb: float) -> None:
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is meant here
-    try:
-        files, ignored = export_network(flags.folder, flags.out, shard_gb=flags.shard_gb)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("export: interrupted; repeat the command.", file=sys.stderr)
-        return 130
+    files, ignored = export_network(folder, out, shard_gb=shard_gb)
     for path in files:
         print(f"{path} ({path.stat().st_size / _GB:.3f} GB)")
     for entry in ignored:
         print(f"not included: {entry.source} ({entry.reason})")
-    return 0
 
 
 if __name__ == "__main__":
-    finish(main)
+    sys.exit(main())

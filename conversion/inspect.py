@@ -6,7 +6,6 @@ PATH is a downloaded file or folder, one network of a model folder, or a whole m
 headers are read.
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +15,13 @@ from typing import Any
 import absl.logging
 import numpy as np
 
-from conversion.console import finish
 from conversion.networks import NETWORKS, identify, weight_files
 from conversion.readers import SafetensorsFile, open_weights
 from conversion.rules import check
 from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import StoredWeights, load_json
 from jax_avatar.weights.whole_file import BrokenFile, unfinished_downloads
+from launch import cli
 
 __all__ = ["describe", "main"]
 
@@ -140,25 +139,22 @@ def _amount(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, Any]) -> s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion.inspect", description=__doc__.splitlines()[0]
-    )
+    parser = cli.Parser(prog="python -m conversion.inspect", description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="file or folder")
     flags = parser.parse_args(arguments)
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is meant here
-    failed = False
-    for path in flags.paths:
-        try:
-            for line in describe(path):
-                print(line)
-                failed |= "NOT USABLE" in line or "MISSING" in line
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError) as error:
-            print(f"inspect: {error}", file=sys.stderr)
-            failed = True
-    return 1 if failed else 0
+    return max(cli.exit_code(lambda path=path: _run(path)) for path in flags.paths)
+
+
+def _run(path: Path) -> int:
+    """Prints what a checkpoint is; 1 if it cannot be used."""
+    lines = []
+    for line in describe(path):
+        print(line)
+        lines.append(line)
+    is_usable = not any("NOT USABLE" in line or "MISSING" in line for line in lines)
+    return cli.DONE if is_usable else cli.FAILED
 
 
 if __name__ == "__main__":
-    finish(main)
+    sys.exit(main())

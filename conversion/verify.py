@@ -2,11 +2,10 @@
 
     python -m conversion.verify FOLDER...
 
-Ends with exit code 0 if every tensor of every case is within its tolerance, and 1 if one is not,
-if a file cannot be read, or if nobody knows what a file is.
+Exit code 0 if every tensor of every case is within its tolerance; 1 if one is not, or if a file
+cannot be read or belongs to no kind of case; 2 if a folder does not exist.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -28,9 +27,9 @@ from conversion.cases_tables import DiTManifests, RotaryCases, RoutingCases, Sam
 from conversion.cases_text import PromptCleaning, TextCases, TextManifests
 from conversion.cases_training import TrainingCases
 from conversion.cases_vae import VAECases, VAEManifests
-from conversion.console import finish
 from conversion.readers import SafetensorsFile
 from jax_avatar.weights.whole_file import check_whole
+from launch import cli
 
 __all__ = ["CASES", "main", "verify"]
 
@@ -137,7 +136,7 @@ def _row(kind: str, case: str, check: Check) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m conversion.verify",
         description="Checks this implementation against golden files of the official one. "
         "Exit code 1 if any tensor is out of tolerance or any file is not understood.",
@@ -147,29 +146,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--failures-only", action="store_true", help="leave rows within tolerance out of the table"
     )
     options = parser.parse_args(arguments)
+    return cli.exit_code(lambda: _run(options.folders, options.failures_only))
+
+
+def _run(folders: Sequence[Path], failures_only: bool) -> int:
+    cli.check_devices()  # else every case would fail
     checks: list[Check] = []
 
     def emit(kind: str, case: str, check: Check) -> None:
         checks.append(check)
-        if not (check.passed and options.failures_only):
+        if not (check.passed and failures_only):
             print(_row(kind, case, check), flush=True)
 
     print(f"{'case':24} {'tensor':36} {'max error':>9} {'tolerance':>9} verdict", flush=True)
-    try:
-        with jax.default_matmul_precision("highest"):
-            cases = verify(options.folders, emit, lambda line: print(line, file=sys.stderr))
-    except ValueError as error:
-        parser.error(str(error))
+    with jax.default_matmul_precision("highest"):
+        cases = verify(folders, emit, cli.say)
     failed = sum(not check.passed for check in checks)
     if not cases and not failed:
-        print("FAIL: no golden case below " + ", ".join(map(str, options.folders)))
-        return 1
+        print("FAIL: no golden case below " + ", ".join(map(str, folders)))
+        return cli.FAILED
     print(
         f"{'FAIL' if failed else 'ok'}: {cases} cases, {len(checks)} checks, "
         f"{len(checks) - failed} within tolerance, {failed} failed"
     )
-    return 1 if failed else 0
+    return cli.FAILED if failed else cli.DONE
 
 
 if __name__ == "__main__":
-    finish(main)
+    sys.exit(main())

@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from absl import app, flags
+from absl import flags
 
 from jax_avatar.io.provenance import Marks, read_marks
 from jax_avatar.io.watermark import THRESHOLD
-from launch.console import outlive_readers
+from launch import cli
 
 flags.DEFINE_bool("json", False, "print one JSON line, with the whole manifest")
 FLAGS = flags.FLAGS
@@ -35,24 +35,15 @@ def describe(marks: Marks) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    outlive_readers()
-    if len(argv) != 2:
-        print("error: expected one video, as check_video.py avatar.mp4", file=sys.stderr)
-        return 2
-    try:
-        marks = read_marks(argv[1])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(video: str) -> None:
+    marks = read_marks(video)
     if FLAGS.json:
         found = marks.watermark._asdict() | {"is_marked": marks.watermark.is_marked}
         report = {"watermark": found, "comment": marks.comment, "manifest": marks.manifest}
         print(json.dumps(report | {"says_generated": marks.says_generated}))
     else:
         print(describe(marks))
-    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run_with_flags(main, names=["VIDEO"])

@@ -1,16 +1,15 @@
-"""Preparation that several commands share."""
+"""Preparation of JAX and of the portrait that several commands share."""
 
-import contextlib
 import logging
 import os
-import stat
-import sys
 from pathlib import Path
 
 import jax
 from absl import logging as absl_logging
 
-from jax_avatar.io.image import fit_size
+from jax_avatar.io.faces import face_missing
+from jax_avatar.io.image import fit_size, prepare_reference
+from launch.cli import check_devices, parse_size, warn
 
 
 def prepare_jax(num_devices: int) -> None:
@@ -35,56 +34,6 @@ def keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def check_devices() -> None:
-    """Ends the command with one line and code 2 where JAX lacks the devices it was told to use.
-
-    Several hosts are joined before this, if they are to be.
-    """
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter where CUDA's part is missing
-        asked = jax.config.jax_platforms or "any"
-        reason = " ".join(str(error).split(" (set JAX_PLATFORMS")[0].split())
-        print(
-            f"error: JAX_PLATFORMS={asked}: JAX finds no such device"
-            + (f" ({reason})" if reason else "")
-            + '; install its part of JAX (pip install ".[cuda]" or ".[tpu]"), or set '
-            "JAX_PLATFORMS=cpu.",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(2)
-
-
-def refuse_input_as_output(flag: str, out: str | Path, **inputs: str | Path | None) -> None:
-    """Refuses an output that would take the place of an input.
-
-    Args:
-        flag: name of the output's flag.
-        out: file or folder to write.
-        **inputs: flag -> file or folder to read; "-" is standard input.
-
-    Raises:
-        ValueError: it is one of them, by whatever name or link, or lies in such a folder.
-    """
-    written = Path(os.path.realpath(out))
-    for name, path in inputs.items():
-        if not path:
-            continue
-        is_piped = str(path) in ("-", "/dev/stdin")
-        read = Path(os.path.realpath(path))
-        is_same = written == read
-        with contextlib.suppress(OSError, ValueError):  # one of them is not there, or is no file
-            came = os.fstat(sys.stdin.fileno()) if is_piped else read.stat()
-            is_same |= os.path.samestat(came, written.stat()) and not stat.S_ISCHR(came.st_mode)
-        if is_same or (os.path.isdir(read) and read in written.parents):
-            where = "is" if is_same else "lies in"
-            raise ValueError(
-                f"--{flag} {out} {where} what --{name} reads, which is not overwritten; give "
-                "another name."
-            )
-
-
 def log_warnings() -> None:
     """Warnings and errors go to standard error, one line each; the rest is dropped."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells of every restore
@@ -92,21 +41,27 @@ def log_warnings() -> None:
 
 
 def frame_size(settings, image_shape, asked: str | None) -> tuple[int, int]:
-    """Pixel height and width of the stream."""
+    """Pixel height and width of the stream.
+
+    Raises:
+        ValueError: `asked` is no size, or not that of the model.
+    """
     area = settings.max_area
     if asked:
-        try:
-            height, width = (int(side) for side in asked.split("*"))
-            if min(height, width) < 1:
-                raise ValueError
-            area = height * width
-        except ValueError:
-            raise ValueError(
-                f"--size {asked}: expected HEIGHT*WIDTH, for example 704*384."
-            ) from None
+        height, width = parse_size(asked)
+        area = height * width
         if settings.size and (height, width) != settings.size:
             raise ValueError(
                 f"--size {asked}: this model makes {settings.size[0]}*{settings.size[1]} only; "
                 "leave --size out."
             )
     return settings.size or fit_size(*image_shape[:2], area, settings.multiple)
+
+
+def prepare_portrait(path: str, image, settings, asked: str | None, *, cover: bool = True):
+    """The portrait in the size of the stream; warns where no face is found in it."""
+    height, width = frame_size(settings, image.shape, asked)
+    portrait = prepare_reference(image, height, width, cover=cover)
+    if missing := face_missing(path, image, portrait):
+        warn(missing)
+    return portrait

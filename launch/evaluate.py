@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
@@ -49,10 +49,9 @@ from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 from jax_avatar.weights.files import save_json
 from jax_avatar.weights.folder import SMALL, load_model
-from launch.common import check_devices, refuse_input_as_output
-from launch.console import check_finite, outlive_readers
+from launch import cli
 
-flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
+flags.DEFINE_string("checkpoint", str(SMALL), cli.CHECKPOINT)
 flags.DEFINE_string("data", "data/people", "folder written by launch/prepare_data.py people")
 flags.DEFINE_string("out", "eval", "folder to write to")
 flags.DEFINE_string("scores", "", "file for the scores; OUT/scores.json if not given")
@@ -182,28 +181,17 @@ def save(out, scores):
     save_json(FLAGS.scores or out / "scores.json", scores)
 
 
-def main(argv):
-    outlive_readers()
-    if len(argv) > 1:
-        raise app.UsageError(f"{argv[1:]}: only --flags are expected")
+def run() -> None:
     out = Path(FLAGS.out)
-    try:
-        check_finite(FLAGS)
-        refuse_input_as_output("out", out, checkpoint=FLAGS.checkpoint, data=FLAGS.data)
-        if FLAGS.scores:
-            refuse_input_as_output(
-                "scores", FLAGS.scores, checkpoint=FLAGS.checkpoint, data=FLAGS.data
-            )
-            make_folder(Path(FLAGS.scores).parent)
-        check_devices()
-        make_folder(out)
-        evaluate(out)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("evaluate.py: stopped; the scores of finished splits are saved.", file=sys.stderr)
-        sys.exit(130)
+    cli.check_finite(FLAGS)
+    inputs = {"checkpoint": FLAGS.checkpoint, "data": FLAGS.data}
+    cli.refuse_input_as_output("out", out, **inputs)
+    if FLAGS.scores:
+        cli.refuse_input_as_output("scores", FLAGS.scores, **inputs)
+        make_folder(Path(FLAGS.scores).parent)
+    cli.check_devices()
+    make_folder(out)
+    evaluate(out)
 
 
 def write(path, frames, wave, model):
@@ -215,4 +203,4 @@ def write(path, frames, wave, model):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run_with_flags(run, hint="the scores of finished splits are saved")

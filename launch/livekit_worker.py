@@ -14,32 +14,28 @@ from pathlib import Path
 os.environ.setdefault("NPROC", "16")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from absl import app, flags
+from absl import flags
 
-from jax_avatar.io.faces import face_missing
-from jax_avatar.io.image import load_image, prepare_reference
+from jax_avatar.io.image import load_image
 from jax_avatar.live.session import LiveSession, LiveSettings
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from jax_avatar.weights.folder import SMALL, load_model, load_settings
-from launch.common import frame_size, log_warnings, prepare_jax
-from launch.console import outlive_readers
+from launch import cli
+from launch.cli import say
+from launch.common import log_warnings, prepare_jax, prepare_portrait
 
-try:
+with cli.needs_extra("livekit"):
     from livekit import rtc
 
     from jax_avatar.serving.links.livekit import avatar_token, serve_room
-except ModuleNotFoundError as missing:
-    sys.exit(
-        f"livekit_worker.py: {missing.name} is not installed; the worker needs: "
-        'pip install ".[livekit]"'
-    )
 
-flags.DEFINE_string("mesh", "1", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
-flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
-flags.DEFINE_enum("weights", "", ["", "int8", "fp8"], "round the transformer's large kernels")
+flags.DEFINE_string("mesh", "1", cli.MESH)
+flags.DEFINE_string("checkpoint", str(SMALL), cli.CHECKPOINT)
+flags.DEFINE_enum("dtype", "", ["", "int8", "fp8"], cli.DTYPE)
+flags.DEFINE_alias("weights", "dtype")  # its name until 0.1
 flags.DEFINE_string("image", str(SMALL.parent / "portraits" / "amara.png"), "portrait")
-flags.DEFINE_string("size", None, "HEIGHT*WIDTH; only the area counts for models of any size")
+flags.DEFINE_string("size", None, f"{cli.SIZE}; only the area counts for models of any size")
 flags.DEFINE_string("url", None, "of the LiveKit server, ws:// or wss://; else LIVEKIT_URL")
 flags.DEFINE_string(
     "token",
@@ -52,10 +48,6 @@ flags.DEFINE_string("identity", "avatar", "of the avatar, where the token is mad
 flags.DEFINE_string("agent", None, "identity of the agent that speaks; the first one if not given")
 flags.DEFINE_bool("watermark", True, "mark every frame as generated, invisibly")
 FLAGS = flags.FLAGS
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def read_access() -> tuple[str, str]:
@@ -81,12 +73,9 @@ def load_core() -> AvatarSession:
     """The model with its portrait, compiled."""
     settings, image = load_settings(FLAGS.checkpoint), load_image(FLAGS.image)
     layout = stream_layout(settings, FLAGS.mesh)
-    height, width = frame_size(settings, image.shape, FLAGS.size)
-    portrait = prepare_reference(image, height, width, cover=True)
-    if missing := face_missing(FLAGS.image, image, portrait):
-        say(f"warning: {missing}")
+    portrait = prepare_portrait(FLAGS.image, image, settings, FLAGS.size)
     prepare_jax(num_slices(layout))
-    core = AvatarSession(load_model(FLAGS.checkpoint, weights=FLAGS.weights), portrait, layout)
+    core = AvatarSession(load_model(FLAGS.checkpoint, weights=FLAGS.dtype), portrait, layout)
     core.warm_up()
     return core
 
@@ -109,23 +98,15 @@ async def work(core: AvatarSession, url: str, token: str) -> None:
     say("the agent has left")
 
 
-def main(argv: list[str]) -> int:
-    outlive_readers()
-    if len(argv) > 1:
-        say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
-        return 2
+def run() -> None:
     log_warnings()
+    url, token = read_access()
+    say("compiling")
     try:
-        url, token = read_access()
-        say("compiling")
         asyncio.run(work(load_core(), url, token))
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
-        return 2
-    except (asyncio.CancelledError, KeyboardInterrupt):
+    except asyncio.CancelledError:  # by SIGTERM
         say("stopped")
-    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run_with_flags(run)

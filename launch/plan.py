@@ -21,7 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from jax_avatar.io.image import fit_size
 from jax_avatar.planning.distillation import plan_distillation
@@ -32,27 +32,22 @@ from jax_avatar.planning.stream import DTYPES, plan_stream
 from jax_avatar.planning.training import plan_training
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.training.run.placement import parse_training_mesh
-from launch.console import outlive_readers
+from launch import cli
+from launch.cli import say
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TASKS = ["stream", "diffusion_forcing", "dmd"]
 flags.DEFINE_string("model", "wan_s2v_14b", "a config of sizes: a name in configs/, or a .py file")
-flags.DEFINE_string(
-    "mesh", "5", "slices as in stream.py: 5, 1, 4x2+1, ...; training: 8, 4x2 or 16x8x1"
-)
+flags.DEFINE_string("mesh", "5", f"{cli.MESH}; training: 8, 4x2 or 16x8x1")
 flags.DEFINE_string("hardware", "h200", "h100, h200, h800, v5e, v5p, v6e, v7x or cpu")
 flags.DEFINE_enum("task", "stream", TASKS, "what the devices are to do")
-flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels; the model's usual if not given")
-flags.DEFINE_enum("dtype", "bf16", DTYPES, "of the large products: bf16, or eight bits")
+flags.DEFINE_string("size", None, f"{cli.SIZE}; the model's usual if not given")
+flags.DEFINE_enum("dtype", "bf16", DTYPES, cli.DTYPE)
 flags.DEFINE_list("compile", ["step", "decode"], "parts to compile; the rest is only computed")
 flags.DEFINE_bool("json", False, "print one JSON object instead of a table")
 flags.DEFINE_enum("cache", None, ["per_step", "exit_only"], "dmd: history in training")
 flags.DEFINE_integer("rank", None, "training: of the adapters, 0 for all weights", lower_bound=0)
 FLAGS = flags.FLAGS
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def read_config(name: str) -> dict:
@@ -91,13 +86,10 @@ def latent_grid(model, size: str | None) -> tuple[int, int]:
     settings, stride = model.settings, model.vae.config.spatial_stride
     height, width = settings.size or fit_size(400, 720, settings.max_area, settings.multiple)
     if size:
-        try:
-            height, width = (int(side) for side in size.split("x"))
-        except ValueError:
-            raise ValueError(f"--size {size}: expected HEIGHTxWIDTH, such as 384x704.") from None
+        height, width = cli.parse_size(size)
     multiple = 2 * stride
     if min(height, width) < multiple or height % multiple or width % multiple:
-        raise ValueError(f"--size {height}x{width}: sides must be multiples of {multiple}.")
+        raise ValueError(f"--size {height}*{width}: sides must be multiples of {multiple}.")
     return height // stride, width // stride
 
 
@@ -121,7 +113,7 @@ def run() -> None:
         "model": model.name,
         "task": FLAGS.task,
         "mesh": FLAGS.mesh,
-        "size": f"{stride * grid[0]}x{stride * grid[1]}",
+        "size": f"{stride * grid[0]}*{stride * grid[1]}",
         "dtype": FLAGS.dtype,
     }
     if FLAGS.json:
@@ -131,21 +123,5 @@ def run() -> None:
         print(plan_as_text(needs, hardware))
 
 
-def main(argv: list[str]) -> int:
-    outlive_readers()
-    if len(argv) > 1:
-        say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
-        return 2
-    try:
-        run()
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("stopped")
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    app.run(main)
+    cli.run_with_flags(run)

@@ -1,8 +1,8 @@
 """Makes training data: raw clips from people that are rendered or from videos, then encoded ones.
 
     python launch/prepare_data.py people --out data/people
-    python launch/prepare_data.py videos --src footage --out data/videos --size 384 704 --fps 25
-    python launch/prepare_data.py encode --data data/people --model jax_avatar/assets/small \\
+    python launch/prepare_data.py videos --src footage --out data/videos --size 384*704 --fps 25
+    python launch/prepare_data.py encode --data data/people --checkpoint jax_avatar/assets/small \\
         --out data/latents --phases 4
 
 `python launch/prepare_data.py stats data/people` tells what is in a set, raw or encoded, as a table
@@ -24,137 +24,118 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from tqdm import tqdm
 
-from launch.console import finite, outlive_readers
+from launch import cli
 
 PORTRAITS = {"amara": (5006, 9), "jun": (5008, 5), "lena": (5029, 1)}
 """Seeds of person and scene; the seeds of training people end below 5000."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    people = commands.add_parser(
-        "people",
-        help="synthetic talking people, rendered and voiced on this machine",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    people.add_argument("--out", required=True, help="folder to write to")
-    people.add_argument("--people", type=int, default=320, help="training people")
-    people.add_argument("--clips_per_person", type=int, default=2, help="clips of each of them")
-    people.add_argument("--held_out_people", type=int, default=24, help="people kept for tests")
-    people.add_argument("--held_out_clips", type=int, default=24, help="clips per held-out split")
-    people.add_argument("--cartoon_clips", type=int, default=2, help="clips in another style")
-    people.add_argument("--size", type=int, default=96, help="edge of the pictures in pixels")
-    people.add_argument("--num_frames", type=int, default=49, help="frames per clip, 1 + 4n")
-    people.add_argument("--fps", type=int, default=16, help="frames per second")
-    people.add_argument(
-        "--movement", type=finite, default=0.3, help="scale of the head's movements"
-    )
-    people.add_argument("--seed", type=int, default=0, help="another seed, other people")
-    people.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes to render with"
-    )
-    portraits = commands.add_parser(
-        "portraits",
-        help="the portraits that come with the package",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    portraits.add_argument("--out", required=True, help="folder to write to")
-    portraits.add_argument("--size", type=int, default=256, help="edge of the pictures in pixels")
-    videos = commands.add_parser(
-        "videos",
-        help="clips of one talking person, cut from a folder of videos with sound",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    videos.add_argument("--src", required=True, help="folder with videos, and folders in it")
-    videos.add_argument("--out", required=True, help="folder to write to")
-    videos.add_argument("--size", type=int, nargs=2, default=(96, 96), help="height and width")
-    videos.add_argument("--fps", type=int, default=16, help="frames per second, 16 or 25")
-    videos.add_argument("--min_s", type=finite, default=2.0, help="shortest clip in seconds")
-    videos.add_argument("--max_s", type=finite, default=20.0, help="longest clip in seconds")
-    videos.add_argument(
-        "--face_share", type=finite, default=0.15, help="least height of a face, of the picture's"
-    )
-    videos.add_argument(
-        "--face_zoom",
-        type=finite,
-        default=0.0,
-        help="crop height in face heights; 0: all that fits",
-    )
-    videos.add_argument("--speech_share", type=finite, default=0.7, help="least share of speech")
-    videos.add_argument(
-        "--looks_per_s", type=finite, default=4.0, help="looks for faces per second"
-    )
-    videos.add_argument(
-        "--latents_step", type=int, default=4, help="clips have 1 + 4n frames, n a multiple of this"
-    )
-    videos.add_argument(
-        "--held_out_share", type=finite, default=0.05, help="share of the videos kept for tests"
-    )
-    videos.add_argument(
+    for name, (define, _, help_text) in COMMANDS.items():
+        define(commands.add_parser(name, help=help_text).add_argument)
+    return parser.parse_args(argv)
+
+
+def people_flags(add: Callable) -> None:
+    add("--out", required=True, help="folder to write to")
+    add("--people", type=int, default=320, help="training people")
+    add("--clips_per_person", type=int, default=2, help="clips of each of them")
+    add("--held_out_people", type=int, default=24, help="people kept for tests")
+    add("--held_out_clips", type=int, default=24, help="clips per held-out split")
+    add("--cartoon_clips", type=int, default=2, help="clips in another style")
+    add("--size", nargs="+", default="96*96", help=f"{cli.SIZE}, a square")
+    add("--num_frames", type=int, default=49, help="frames per clip, 1 + 4n")
+    add("--fps", type=int, default=16, help="frames per second")
+    add("--movement", type=cli.finite, default=0.3, help="scale of the head's movements")
+    add("--seed", type=int, default=0, help="another seed, other people")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes to render with")
+
+
+def portraits_flags(add: Callable) -> None:
+    add("--out", required=True, help="folder to write to")
+    add("--size", nargs="+", default="256*256", help=f"{cli.SIZE}, a square")
+
+
+def videos_flags(add: Callable) -> None:
+    add("--src", required=True, help="folder with videos, and folders in it")
+    add("--out", required=True, help="folder to write to")
+    add("--size", nargs="+", default="96*96", help=cli.SIZE)
+    add("--fps", type=int, default=16, help="frames per second, 16 or 25")
+    add("--min_s", type=cli.finite, default=2.0, help="shortest clip in seconds")
+    add("--max_s", type=cli.finite, default=20.0, help="longest clip in seconds")
+    face_share = "least height of a face, of the picture's"
+    add("--face_share", type=cli.finite, default=0.15, help=face_share)
+    face_zoom = "crop height in face heights; 0: all that fits"
+    add("--face_zoom", type=cli.finite, default=0.0, help=face_zoom)
+    add("--speech_share", type=cli.finite, default=0.7, help="least share of speech")
+    add("--looks_per_s", type=cli.finite, default=4.0, help="looks for faces per second")
+    latents_step = "clips have 1 + 4n frames, n a multiple of this"
+    add("--latents_step", type=int, default=4, help=latents_step)
+    held_out_share = "share of the videos kept for tests"
+    add("--held_out_share", type=cli.finite, default=0.05, help=held_out_share)
+    add(
         "--filter",
         action="append",
         default=[],
         metavar="MODULE:NAME",
         help="a function of your own, clip -> reason or None; may be given again",
     )
-    videos.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="videos cut at the same time"
-    )
-    encode = commands.add_parser(
-        "encode",
-        help="raw clips -> latents, text rows and speech features, as the transformer trains on",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    encode.add_argument("--data", required=True, help="folder of raw clips: people or videos")
-    encode.add_argument("--model", required=True, help="model folder whose encoders are used")
-    encode.add_argument("--vae", default="", help="folder of another VAE")
-    encode.add_argument("--speech", default="", help="folder of another speech encoder")
-    encode.add_argument("--out", required=True, help="folder to write to")
-    encode.add_argument("--splits", nargs="*", default=[], help="to encode; all if not given")
-    encode.add_argument(
-        "--phases", type=int, default=1, help="times a training clip is encoded, 1 to 4"
-    )
-    encode.add_argument("--clips_per_shard", type=int, default=512, help="records of a shard")
-    encode.add_argument(
-        "--reference_repeats", type=int, default=1, help="frames a portrait is encoded as, 1 or 5"
-    )
-    encode.add_argument("--negative_prompt", default="", help="of guidance, if there is text")
-    encode.add_argument(
+    add("--workers", type=int, default=os.cpu_count() or 1, help="videos cut at the same time")
+
+
+def encode_flags(add: Callable) -> None:
+    add("--data", required=True, help="folder of raw clips: people or videos")
+    checkpoint = f"{cli.CHECKPOINT} whose encoders are used (--model until 0.1)"
+    add("--checkpoint", "--model", required=True, help=checkpoint)
+    add("--vae", default="", help="folder of another VAE")
+    add("--speech", default="", help="folder of another speech encoder")
+    add("--out", required=True, help="folder to write to")
+    add("--splits", nargs="*", default=[], help="to encode; all if not given")
+    add("--phases", type=int, default=1, help="times a training clip is encoded, 1 to 4")
+    add("--clips_per_shard", type=int, default=512, help="records of a shard")
+    repeats = "frames a portrait is encoded as, 1 or 5"
+    add("--reference_repeats", type=int, default=1, help=repeats)
+    add("--negative_prompt", default="", help="of guidance, if there is text")
+    add(
         "--no_features",
         dest="store_features",
         action="store_false",
         help="leave the speech features to be computed in training",
     )
-    stats = commands.add_parser(
-        "stats",
-        help="durations, sizes, speech, loudness, faces and rejections of a data set",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    stats.add_argument("data", help="folder of raw or encoded clips")
-    stats.add_argument("--sample", type=int, default=2000, help="clips to open, evenly spread")
-    stats.add_argument(
-        "--out", default="", help="JSON file to write; DATA/statistics.json if empty"
-    )
-    return parser.parse_args(argv)
 
 
-def check_places(arguments: argparse.Namespace) -> None:
-    """Refuses what would write over its own input, and counts that are none."""
+def stats_flags(add: Callable) -> None:
+    add("data", help="folder of raw or encoded clips")
+    add("--sample", type=int, default=2000, help="clips to open, evenly spread")
+    add("--out", default="", help="JSON file to write; DATA/statistics.json if empty")
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuses outputs that are inputs, and counts and sizes that make no data; reads sizes."""
     if arguments.command in ("videos", "encode"):
-        from launch.common import refuse_input_as_output
-
-        given = {name: getattr(arguments, name, None) for name in ("src", "data", "model")}
-        refuse_input_as_output("out", arguments.out, **given)
+        given = {name: getattr(arguments, name, None) for name in ("src", "data", "checkpoint")}
+        cli.refuse_input_as_output("out", arguments.out, **given)
     if getattr(arguments, "workers", 1) < 1:
         raise ValueError(f"--workers {arguments.workers}: expected at least 1.")
-    if arguments.command == "portraits" and not 16 <= arguments.size <= 4096:
-        raise ValueError(f"--size {arguments.size}: expected 16 to 4096 pixels.")
+    if not hasattr(arguments, "size"):
+        return
+    height, width = cli.parse_size(arguments.size)
+    if arguments.command == "videos":
+        arguments.size = (height, width)
+        return
+    if height != width:
+        raise ValueError(f"--size {height}*{width}: expected a square, such as {height}*{height}.")
+    if arguments.command == "portraits" and not 16 <= height <= 4096:
+        raise ValueError(f"--size {height}*{height}: expected 16 to 4096 pixels a side.")
+    arguments.size = height
 
 
 def check_programs(arguments: argparse.Namespace) -> None:
@@ -267,7 +248,7 @@ def encode_clips(arguments: argparse.Namespace) -> None:
     from jax_avatar.weights.encoders import Encoders
     from jax_avatar.weights.folder import has_text_encoder
 
-    config, model = config_of(EncodeConfig, arguments), arguments.model
+    config, model = config_of(EncodeConfig, arguments), arguments.checkpoint
     folders = {"vae": arguments.vae or model, "speech": arguments.speech or model, "text": model}
     states = prompt_encoder(model) if has_text_encoder(model) else None
     text = (lambda prompt: states(prompt)[0]) if states else None
@@ -311,27 +292,41 @@ def draw_portraits(arguments: argparse.Namespace) -> None:
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
+COMMANDS = {
+    "people": (
+        people_flags,
+        prepare_people,
+        "synthetic talking people, rendered and voiced on this machine",
+    ),
+    "portraits": (portraits_flags, draw_portraits, "the portraits that come with the package"),
+    "videos": (
+        videos_flags,
+        cut_videos,
+        "clips of one talking person, cut from a folder of videos with sound",
+    ),
+    "encode": (
+        encode_flags,
+        encode_clips,
+        "raw clips -> latents, text rows and speech features, as the transformer trains on",
+    ),
+    "stats": (
+        stats_flags,
+        print_statistics,
+        "durations, sizes, speech, loudness, faces and rejections of a data set",
+    ),
+}
+"""Name -> definition of its flags, command, description."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    outlive_readers()
     arguments = parse_arguments(argv)
-    try:
+
+    def run() -> None:
         check_programs(arguments)
-        check_places(arguments)
-        commands = {
-            "people": prepare_people,
-            "portraits": draw_portraits,
-            "videos": cut_videos,
-            "encode": encode_clips,
-            "stats": print_statistics,
-        }
-        commands[arguments.command](arguments)
-    except (ValueError, OSError) as error:
-        print(f"prepare_data.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("prepare_data.py: stopped; repeat the command to go on.", file=sys.stderr)
-        return 130
-    return 0
+        check_arguments(arguments)
+        COMMANDS[arguments.command][1](arguments)
+
+    return cli.exit_code(run, hint="repeat the command to go on")
 
 
 if __name__ == "__main__":

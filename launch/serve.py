@@ -14,35 +14,34 @@ from pathlib import Path
 os.environ.setdefault("NPROC", "16")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from absl import app, flags
+from absl import flags
 
-from jax_avatar.io.faces import face_missing
-from jax_avatar.io.image import load_image, prepare_reference
+from jax_avatar.io.image import load_image
 from jax_avatar.live.session import LiveSettings
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.prompts import prompt_encoder, prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from jax_avatar.weights.folder import SMALL, has_text_encoder, load_model, load_settings
-from launch.common import frame_size, log_warnings, prepare_jax
-from launch.console import check_finite, outlive_readers
+from launch import cli
+from launch.cli import say
+from launch.common import log_warnings, prepare_jax, prepare_portrait
 
-try:
+with cli.needs_extra("serve"):
     from jax_avatar.dialogue.tts import find_speech
     from jax_avatar.serving.pool import SessionPool
     from jax_avatar.serving.server import serve
     from jax_avatar.serving.server_state import ServerState
-except ModuleNotFoundError as missing:
-    sys.exit(f'serve.py: {missing.name} is not installed; the server needs: pip install ".[serve]"')
 
-flags.DEFINE_string("mesh", "1", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
-flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
-flags.DEFINE_enum("weights", "", ["", "int8", "fp8"], "round the transformer's large kernels")
+flags.DEFINE_string("mesh", "1", cli.MESH)
+flags.DEFINE_string("checkpoint", str(SMALL), cli.CHECKPOINT)
+flags.DEFINE_enum("dtype", "", ["", "int8", "fp8"], cli.DTYPE)
+flags.DEFINE_alias("weights", "dtype")  # its name until 0.1
 flags.DEFINE_string(
     "image",
     str(SMALL.parent / "portraits" / "amara.png"),
     "portrait of clients that bring none; its shape is that of all, where the model leaves it free",
 )
-flags.DEFINE_string("size", None, "HEIGHT*WIDTH; only the area counts for models of any size")
+flags.DEFINE_string("size", None, f"{cli.SIZE}; only the area counts for models of any size")
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for everybody")
 flags.DEFINE_integer("port", 8000, "to listen on", lower_bound=1, upper_bound=65535)
 flags.DEFINE_string("token", None, "that clients must know; made up for a public --host")
@@ -70,20 +69,13 @@ FLAGS = flags.FLAGS
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def make_pool(image) -> SessionPool:
     """Sessions that are built when the server starts; what cannot be is refused here."""
     settings = load_settings(FLAGS.checkpoint)
     layout = stream_layout(settings, FLAGS.mesh)
-    height, width = frame_size(settings, image.shape, FLAGS.size)
-    portrait = prepare_reference(image, height, width, cover=True)
-    if missing := face_missing(FLAGS.image, image, portrait):
-        say(f"warning: {missing}")
+    portrait = prepare_portrait(FLAGS.image, image, settings, FLAGS.size)
     prepare_jax(num_slices(layout))
-    model = load_model(FLAGS.checkpoint, weights=FLAGS.weights)
+    model = load_model(FLAGS.checkpoint, weights=FLAGS.dtype)
 
     def build(shared) -> AvatarSession:
         return AvatarSession(shared or model, portrait, layout)
@@ -104,7 +96,8 @@ def ice_servers() -> tuple[str, ...]:
 
 
 def run() -> None:
-    check_finite(FLAGS)
+    log_warnings()
+    cli.check_finite(FLAGS)
     for name in ("idle_s", "drain_s"):
         if FLAGS[name].value < 0:
             raise ValueError(f"--{name} {FLAGS[name].value}: expected seconds, at least 0.")
@@ -133,19 +126,5 @@ def run() -> None:
     serve(state, FLAGS.host, FLAGS.port, drain_s=FLAGS.drain_s)
 
 
-def main(argv: list[str]) -> int:
-    outlive_readers()
-    if len(argv) > 1:
-        say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
-        return 2
-    log_warnings()
-    try:
-        run()
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    app.run(main)
+    cli.run_with_flags(run)

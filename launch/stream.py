@@ -8,7 +8,6 @@ arecord -q -t raw -f S16_LE -r 16000 | python launch/stream.py --audio - --out l
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,13 +17,12 @@ os.environ.setdefault("NPROC", "16")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
 from jax_avatar.io.audio import AudioReader, open_pipe
-from jax_avatar.io.faces import face_missing
-from jax_avatar.io.image import load_image, prepare_reference
+from jax_avatar.io.image import load_image
 from jax_avatar.io.provenance import can_sign, make_signer, sign_video
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.streaming.file import StreamReport, for_duration, stream_to_file
@@ -32,11 +30,12 @@ from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from jax_avatar.weights.folder import SMALL, has_text_encoder, load_model, load_settings
-from launch.common import frame_size, prepare_jax, refuse_input_as_output
-from launch.console import check_finite, outlive_readers
+from launch import cli
+from launch.cli import say, warn
+from launch.common import prepare_jax, prepare_portrait
 
 ASSETS = SMALL.parent
-flags.DEFINE_string("mesh", "5", "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ...")
+flags.DEFINE_string("mesh", "5", cli.MESH)
 flags.DEFINE_string("image", str(ASSETS / "portraits" / "amara.png"), "portrait")
 flags.DEFINE_string(
     "audio", str(ASSETS / "demo.flac"), 'speech, any format; "-": standard input, a file or raw PCM'
@@ -50,10 +49,11 @@ flags.DEFINE_string(
 flags.DEFINE_string("out", "avatar.mp4", "video to write: .mp4, .mov or .mkv")
 flags.DEFINE_float("duration", None, "seconds: cuts the audio, or goes on in silence")
 flags.DEFINE_integer("seed", 420, "of the noise", lower_bound=0, upper_bound=2**32 - 1)
-flags.DEFINE_string("checkpoint", str(SMALL), "model folder")
-flags.DEFINE_enum("weights", "", ["", "int8", "fp8"], "round the transformer's large kernels")
+flags.DEFINE_string("checkpoint", str(SMALL), cli.CHECKPOINT)
+flags.DEFINE_enum("dtype", "", ["", "int8", "fp8"], cli.DTYPE)
+flags.DEFINE_alias("weights", "dtype")  # its name until 0.1
 flags.DEFINE_bool("force_sampler", False, "other levels, sampler or history than trained with")
-flags.DEFINE_string("size", None, "HEIGHT*WIDTH; only the area counts for models of any size")
+flags.DEFINE_string("size", None, f"{cli.SIZE}; only the area counts for models of any size")
 flags.DEFINE_integer("pcm_rate", 16000, "samples per second of raw PCM", lower_bound=1000)
 flags.DEFINE_enum("pcm_format", "s16le", ["s16le", "f32le"], "of raw PCM")
 flags.DEFINE_integer("pcm_channels", 1, "of raw PCM", lower_bound=1)
@@ -65,14 +65,6 @@ flags.DEFINE_string("c2pa_key", None, "PEM file: private key of the first certif
 config_flags.DEFINE_config_file("config", str(Path(__file__).parents[1] / "configs" / "stream.py"))
 FLAGS = flags.FLAGS
 _SHORTEST_S, _LONGEST_S = 0.001, 1e9
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def warn(text: str) -> None:
-    say(f"warning: {text}")
 
 
 def open_audio(sample_rate: int, chunk: int):
@@ -115,7 +107,7 @@ def open_signer():
 
 def check_numbers_and_output() -> None:
     """Checks that need no file opened."""
-    check_finite(FLAGS)
+    cli.check_finite(FLAGS)
     if FLAGS.duration is not None and not _SHORTEST_S <= FLAGS.duration <= _LONGEST_S:
         raise ValueError(
             f"--duration {FLAGS.duration}: expected {_SHORTEST_S:g} to {_LONGEST_S:g} seconds."
@@ -123,7 +115,7 @@ def check_numbers_and_output() -> None:
     if FLAGS.config.in_flight < 1:
         raise ValueError(f"--config.in_flight={FLAGS.config.in_flight}: expected at least 1.")
     inputs = {name: FLAGS[name].value for name in ("audio", "image", "c2pa_cert", "c2pa_key")}
-    refuse_input_as_output("out", FLAGS.out, **inputs, checkpoint=FLAGS.checkpoint)
+    cli.refuse_input_as_output("out", FLAGS.out, **inputs, checkpoint=FLAGS.checkpoint)
 
 
 @contextlib.contextmanager
@@ -155,6 +147,7 @@ def tell(report: StreamReport, model_name: str, compile_s: float) -> None:
 
 
 def run() -> int:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every restore
     check_numbers_and_output()
     changes = {k: v for k, v in FLAGS.config.stream.to_dict().items() if v is not None}
     changes["force_sampler"] = FLAGS.force_sampler
@@ -162,14 +155,14 @@ def run() -> int:
     layout = stream_layout(settings, FLAGS.mesh)
     signer = open_signer()
     image = load_image(FLAGS.image)
-    height, width = frame_size(settings, image.shape, FLAGS.size)
-    portrait = prepare_reference(image, height, width, cover=settings.size is not None)
-    if missing := face_missing(FLAGS.image, image, portrait):
-        warn(missing)
+    portrait = prepare_portrait(
+        FLAGS.image, image, settings, FLAGS.size, cover=settings.size is not None
+    )
+    height, width = portrait.shape[-3:-1]
 
     prepare_jax(num_slices(layout))
     text = read_prompt()  # first: its encoder is gone before the model comes
-    model = load_model(FLAGS.checkpoint, weights=FLAGS.weights, **changes)
+    model = load_model(FLAGS.checkpoint, weights=FLAGS.dtype, **changes)
     speech = model.speech.config
     chunk = 4 * model.dit.config.frames_per_block * speech.samples_per_frame
     audio = open_audio(speech.sample_rate, chunk)
@@ -203,25 +196,9 @@ def run() -> int:
     if signer is not None and writer.num_frames:
         sign_video(FLAGS.out, signer)
     tell(report, model.name, compile_s)
-    return 0 if report.is_complete else 130
-
-
-def main(argv: list[str]) -> int:
-    outlive_readers()
-    if len(argv) > 1:
-        say(f"error: {argv[1:]} not understood; every argument is a --flag, see --help.")
-        return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every restore
-    try:
-        return run()
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("stopped before the first frame")
-        return 130
+    return cli.DONE if report.is_complete else cli.INTERRUPTED
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.end_by_sigterm()
+    cli.run_with_flags(run, hint="no frame was made")

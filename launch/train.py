@@ -6,16 +6,15 @@ plans the memory and prints the schedule without training. On several hosts the 
 each, with `--multihost`, or with `--coordinator`, `--hosts` and `--host`.
 """
 
-import functools
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from launch.console import outlive_readers
+from launch import cli
 from launch.hosts import join_hosts
 from launch.overrides import read_config, split_arguments
 
@@ -72,62 +71,58 @@ def check_workdir() -> None:
         )
 
 
-def run(overrides: dict[str, str]) -> None:
+def run(overrides: dict[str, str]) -> int:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint
+    # What its threads raise is raised here again, and told in one line.
+    logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
     # Late, so that --help and misspelt flags answer at once.
-    from launch.common import check_devices, keep_compiled
+    from launch.common import keep_compiled
 
     keep_compiled()
     join_hosts(MULTIHOST.value, COORDINATOR.value, HOSTS.value, HOST.value)
+    from jax_avatar.training.run.guards import RunError
     from jax_avatar.training.run.loop import train
     from jax_avatar.training.stages.build import build_stage
 
     settings = read_config(CONFIG.value or "", overrides)
     build_task, loop = build_stage(settings, small_batch=SMALL_BATCH.value)
-    check_devices()
+    cli.check_devices()
     if DRY_RUN.value:
         from jax_avatar.planning.run import plan_run
 
         print(json.dumps(settings, indent=2))
         for line in plan_run(settings, compiled=COMPILE.value):
             print(line)
-        return
+        return cli.DONE
     check_workdir()
     task = build_task()
-    state = train(
-        task,
-        loop,
-        WORKDIR.value,
-        evaluations=evaluations_of(task, settings, loop),
-        settings=settings,
-        work=work_of(task, settings),
-        force=FORCE.value,
-    )
-    print(f"{WORKDIR.value}: step {int(state.step)} of {loop.num_steps}")
-
-
-def main(argv: list[str], overrides: dict[str, str]) -> int:
-    outlive_readers()
-    if len(argv) > 1:
-        print(f"train.py: {argv[1:]} not understood; every argument is a --flag", file=sys.stderr)
-        return 2
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every checkpoint
-    # What its threads raise is raised here again, and told in one line.
-    logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
     try:
-        run(overrides)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # outside of the loop, which saves first
-        print("train.py: stopped; repeat the command to go on.", file=sys.stderr)
-        return 130
-    return 0
+        state = train(
+            task,
+            loop,
+            WORKDIR.value,
+            evaluations=evaluations_of(task, settings, loop),
+            settings=settings,
+            work=work_of(task, settings),
+            force=FORCE.value,
+        )
+    except RunError as error:
+        cli.say(f"error: {error}")
+        return cli.FAILED
+    print(f"{WORKDIR.value}: step {int(state.step)} of {loop.num_steps}")
+    return cli.DONE
 
 
-if __name__ == "__main__":
+def main() -> None:
     try:
         config, changes, others = split_arguments(sys.argv)
     except ValueError as error:
-        sys.exit(f"train.py: {error}")
+        cli.say(f"error: {error}")
+        sys.exit(cli.BAD_INPUT)
     argv = [*others, *([f"--config={config}"] if config else [])]
-    app.run(functools.partial(main, overrides=changes), argv=argv)
+    # Ctrl-C outside of the loop, which saves first.
+    cli.run_with_flags(lambda: run(changes), argv=argv, hint="repeat the command to go on")
+
+
+if __name__ == "__main__":
+    main()

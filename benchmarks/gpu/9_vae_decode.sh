@@ -9,5 +9,5 @@ step() { timeout "${LIMIT:-180}" python benchmarks/vae_decode.py "${@:2}" --out 
 failed=""
 step vae_decode
 step vae_decode_720x400 --size '720*400'
-step vae_decode_float32 --dtype float32
+step vae_decode_float32 --dtype f32
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

@@ -69,7 +69,7 @@ def test_the_command_prints_a_table_and_writes_json(raw, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 clips, raw, complete" in printed and "duration_s" in printed
     assert json.loads(out.read_text()) == json.loads(json.dumps(data_statistics(raw)))
-    assert main(["stats", str(tmp_path)]) == 1
+    assert main(["stats", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("prepare_data.py: ") and error.count("\n") == 1
-    assert main(["stats", str(raw), "--sample", "0"]) == 1
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert main(["stats", str(raw), "--sample", "0"]) == 2

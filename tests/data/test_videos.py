@@ -98,7 +98,7 @@ def made(footage, tmp_path_factory):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     out = tmp_path_factory.mktemp("clips")
-    options = "--size 64 64 --fps 16 --min_s 1.5 --max_s 4 --workers 1"
+    options = "--size 64*64 --fps 16 --min_s 1.5 --max_s 4 --workers 1"
     assert script.main(["videos", "--src", str(footage), "--out", str(out), *options.split()]) == 0
     return out
 

@@ -22,7 +22,7 @@ def test_a_converted_download_streams_over_five_slices(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     done = subprocess.run(
         [
-            *(sys.executable, str(ROOT / "launch" / "stream.py"), "--mesh=5", "--weights=int8"),
+            *(sys.executable, str(ROOT / "launch" / "stream.py"), "--mesh=5", "--dtype=int8"),
             *(f"--checkpoint={model}", "--size=64*64", "--duration=0.5", f"--out={video}"),
         ],
         capture_output=True,

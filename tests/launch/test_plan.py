@@ -32,7 +32,7 @@ def test_a_tiny_stream_is_planned(config):
     result = run(f"--model={config}", "--mesh=2x2+1", "--hardware=h200", "--json")
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
-    assert plan["model"] == "nano" and plan["size"] == "64x64" and plan["fits"]
+    assert plan["model"] == "nano" and plan["size"] == "64*64" and plan["fits"]
     assert [device["count"] for device in plan["devices"]] == [4, 1]
     sources = {f["source"] for device in plan["devices"] for f in device["bytes"].values()}
     assert sources == {"compiled", "computed"}
@@ -55,7 +55,7 @@ def test_a_table_says_where_numbers_are_from(config):
     [
         (["--mesh=7"], "--mesh 7: 4 timesteps"),
         (["--task=dmd", "--mesh=4by2"], "training mesh '4by2': expected DATAxMODEL"),
-        (["--size=384*704"], "--size 384*704: expected HEIGHTxWIDTH"),
+        (["--size=384:704"], "--size 384:704: expected HEIGHT*WIDTH"),
     ],
 )
 def test_what_cannot_be_planned_is_one_clear_error(flags, message):

@@ -35,9 +35,11 @@ def test_every_command_explains_itself(prepare, capsys, command):
         ("people --out {out} --seed -1", "seed -1: expected at least 0"),
         ("people --out {out} --movement -1", "movement -1.0: expected at least 0"),
         ("people --out {out} --fps 0", "fps 0: must divide"),
-        ("people --out {out} --size 0", "size 0: expected 16 to 4096"),
+        ("people --out {out} --size 8*8", "size 8: expected 16 to 4096"),
         ("people --out {out} --workers 0", "--workers 0: expected at least 1"),
-        ("portraits --out {out} --size 0", "--size 0: expected 16 to 4096"),
+        ("portraits --out {out} --size 8*8", "--size 8*8: expected 16 to 4096"),
+        ("people --out {out} --size 64*32", "--size 64*32: expected a square"),
+        ("videos --src {src} --out {out} --size 0", "--size 0: expected HEIGHT*WIDTH"),
         ("portraits --out {file}", "File exists"),
         ("videos --src {src} --out {src}", "--out {src} is what --src reads"),
         ("videos --src {src} --out {out} --face_zoom -1", "face_zoom -1.0"),
@@ -52,7 +54,7 @@ def test_what_cannot_be_made_is_one_line(prepare, tmp_path, capsys, command, mes
     (tmp_path / "file").touch()
     places = {name: str(tmp_path / name) for name in ("src", "file", "out")}
     places["long"] = "x" * 300
-    assert prepare([word.format(**places) for word in command.split()]) == 1
+    assert prepare([word.format(**places) for word in command.split()]) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and message.format(**places) in told[0], told
     assert not (tmp_path / "out").exists()
@@ -64,7 +66,7 @@ def test_an_interrupt_is_one_line(prepare, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("jax_avatar.data.statistics.data_statistics", interrupted)
     assert prepare(["stats", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "prepare_data.py: stopped; repeat the command to go on.\n"
+    assert capsys.readouterr().err == "stopped; repeat the command to go on.\n"
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_repeating_the_command_changes_nothing(encoded, prepare):
 
 def test_mistakes_are_one_line(encoded, prepare, capsys):
     folder, command = encoded
-    assert prepare([*command, "--phases", "3"]) == 1
-    assert prepare(["encode", "--data", str(folder), "--model", "x", "--out", "y"]) == 1
+    assert prepare([*command, "--phases", "3"]) == 2
+    assert prepare(["encode", "--data", str(folder), "--model", "x", "--out", "y"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert "phases 2 there, 3 now" in lines[0] and "config.json" in lines[-1]

@@ -144,10 +144,11 @@ TRY = """
 import json, sys
 from absl.testing import flagsaver
 import launch.stream as stream
+from launch import cli
 for argv in json.loads(sys.argv[1]):
     with flagsaver.flagsaver():
         stream.FLAGS(["stream.py", *argv])
-        print("code", stream.main(["stream.py"]), file=sys.stderr)
+        print("code", cli.exit_code(stream.run), file=sys.stderr)
 """
 
 

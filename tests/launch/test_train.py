@@ -16,7 +16,7 @@ from benchmarks.loader import write_noise
 from jax_avatar.evaluation import in_training
 from jax_avatar.io.video import read_video
 from jax_avatar.planning.run import plan_run
-from launch import train
+from launch import cli, train
 from launch.overrides import read_config, split_arguments
 from tests.training.run.test_loop import CONFIG, LineTask
 
@@ -97,7 +97,7 @@ def compiled():
 def test_training_keeps_what_it_compiles(tmp_path, monkeypatch, compiled):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "kept"))
     flags.FLAGS(["train.py", "--config=nowhere.py"])
-    assert train.main(["train.py"], {}) == 1
+    assert cli.exit_code(lambda: train.run({})) == 2
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept")
     assert jax.config.jax_persistent_cache_min_compile_time_secs < 1
 
@@ -113,7 +113,7 @@ def test_a_missing_shard_is_one_line_and_leaves_the_run_alone(
         ["train.py", "--config=configs/teacher.py:tiny", f"--config.latents={tmp_path / 'data'}"]
     )
     flags.FLAGS([*others, f"--config={file}", f"--workdir={tmp_path / 'run'}"])
-    assert train.main(others, changes) == 1
+    assert cli.exit_code(lambda: train.run(changes)) == 2
     said = capsys.readouterr().err
     assert f"shard {shard} is missing" in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -130,8 +130,8 @@ def test_mistakes_are_one_line_and_a_run_is_not_overwritten(tmp_path):
         ([workdir], "is no file"),
     ]:
         made = run(*arguments)
-        assert made.returncode == 1 and message in made.stderr
-        assert made.stderr.startswith("train.py: ") and made.stderr.count("\n") == 1
+        assert made.returncode == 2 and message in made.stderr
+        assert made.stderr.startswith("error: ") and made.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from jax_avatar.shapes import Array, IntScalar, Latent, PyTree, Scalar
 __all__ = [
     "CAUSES",
     "Guard",
+    "RunError",
     "TooManySkips",
     "after_rollback",
     "check_skips",
@@ -65,6 +66,10 @@ class Guard:
     def total(self) -> Array:
         """Updates that were not made, for whatever cause."""
         return self.skipped.sum()
+
+
+class RunError(ValueError):
+    """A run cannot go on, although its settings and its input were accepted."""
 
 
 class TooManySkips(Exception):
@@ -156,7 +161,7 @@ def check_skips(rows: Iterable[Mapping[str, Any]], step: int) -> None:
 
     Raises:
         TooManySkips: more than 20 in 100 steps.
-        ValueError: likewise, after the run went back twice.
+        RunError: likewise, after the run went back twice.
     """
     for row in rows:
         if row["recent_skips"] <= _MAX_SKIPS:
@@ -168,7 +173,7 @@ def check_skips(rows: Iterable[Mapping[str, Any]], step: int) -> None:
         )
         rollbacks = int(row["rollbacks"])
         if rollbacks >= _MAX_ROLLBACKS:
-            raise ValueError(
+            raise RunError(
                 f"{message}, for the third time, at a quarter of the learning rates; look for bad "
                 "clips, lower the learning rates, or give a larger batch."
             )

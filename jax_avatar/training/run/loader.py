@@ -16,12 +16,14 @@ import grain
 import jax
 import numpy as np
 
+from jax_avatar.training.run.guards import RunError
+
 __all__ = ["DataError", "load_batches"]
 
 _AHEAD = 2  # batches that each process, or the thread, has ready
 
 
-class DataError(ValueError):
+class DataError(RunError):
     """A batch could not be made; the steps before it are not concerned."""
 
 

@@ -36,6 +36,7 @@ from jax_avatar.training.run.checkpoints import (
 from jax_avatar.training.run.clock import StepClock, Work
 from jax_avatar.training.run.evaluation import Evaluation, try_out
 from jax_avatar.training.run.guards import (
+    RunError,
     TooManySkips,
     check_skips,
     find_strayed_replay,
@@ -253,7 +254,7 @@ class _Run:
                 self.journal.write(step, mean_of(rows))
             # All is told, so that the run that continues does not stop at the same rows again.
             save(self.manager, step, state, self.settings, [])
-            raise ValueError(trouble)
+            raise RunError(trouble)
 
 
 @contextlib.contextmanager
