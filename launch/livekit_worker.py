@@ -28,7 +28,8 @@ from launch.common import log_warnings, prepare_jax, prepare_portrait
 with cli.needs_extra("livekit"):
     from livekit import rtc
 
-    from jax_avatar.serving.links.livekit import avatar_token, serve_room
+    from jax_avatar.serving.links.livekit.access import avatar_token
+    from jax_avatar.serving.links.livekit.worker import serve_room
 
 flags.DEFINE_string("mesh", "1", cli.MESH)
 flags.DEFINE_string("checkpoint", str(SMALL), cli.CHECKPOINT)

@@ -97,10 +97,11 @@ DAMAGE = tuple(Mistake("input", *row) for row in (
     ("a limit ends a session without a word", "serving/conversation.py",
      "reason, last = str(closed), closed.error", "reason = str(closed)",
      server("limits_that_end_a_session_are_errors_first")),
-    ("only the first of several cleared segments is told", "serving/links/livekit.py",
+    ("only the first of several cleared segments is told",
+     "serving/links/livekit/segments.py",
      "for number in range(self._num_open):", "for number in range(min(1, self._num_open)):",
      room("a_clear_before_any_sound_is_answered_at_once")),
-    ("the runner's account of segments is taken", "serving/links/livekit.py",
+    ("the runner's account of segments is taken", "serving/links/livekit/video.py",
      "self._finish(length_s)\n", "pass\n", room("segments_in_quick_succession_are_finished_each")),
 ))
 # fmt: on

@@ -1,0 +1,1 @@
+"""The avatar of a LiveKit agent; needs the extra "livekit"."""
