@@ -1,12 +1,13 @@
-"""The server: a page, a WebSocket, WebRTC, and what operators ask for."""
+"""HTTP application: the page, WebSocket, WebRTC offers, health and metrics."""
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI, Request, Response, WebSocket
+from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.staticfiles import StaticFiles
@@ -29,10 +30,11 @@ _POLICY = (
 )
 _BODY_S = 30.0  # for the body of a request
 _log = logging.getLogger(__name__)
+_router = APIRouter()
 
 
 def make_app(state: ServerState) -> FastAPI:
-    """The application; it compiles the model when it starts, and answers meanwhile."""
+    """Application that compiles the model when it starts, and answers meanwhile."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -46,60 +48,68 @@ def make_app(state: ServerState) -> FastAPI:
 
     app = FastAPI(title="Avatar", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.avatar = state
-
-    @app.middleware("http")
-    async def secure(request: Request, call_next):
-        response = await call_next(request)
-        response.headers["Content-Security-Policy"] = _POLICY
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        return response
-
-    @app.get("/healthz")
-    async def healthz() -> PlainTextResponse:
-        return PlainTextResponse("ok")
-
-    @app.get("/readyz")
-    async def readyz() -> JSONResponse:
-        is_ready = state.pool.is_ready and not state.is_draining
-        content = {"ready": is_ready, "draining": state.is_draining, "free": state.pool.free}
-        return JSONResponse(content, 200 if is_ready else 503)
-
-    @app.get("/metrics")
-    async def metrics(request: Request) -> Response:
-        header = request.headers.get("authorization", "")
-        if not is_valid_token(state, header.removeprefix("Bearer ")):
-            return PlainTextResponse("the token is missing or wrong", 401)
-        live = ((c.protocol, c.live) for c in state.connections)
-        state.metrics.set_levels(live, state.pool.count)
-        return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.websocket("/v1/avatar")
-    async def avatar(socket: WebSocket) -> None:
-        if is_cross_origin(socket.headers):
-            await socket.close(1008, "foreign origin")
-            return
-        await serve_socket(socket, state)
-
-    @app.post("/v1/rtc")
-    async def rtc(request: Request) -> JSONResponse:
-        if is_cross_origin(request.headers):
-            return _refusal(403, "foreign", "a page of another site must not use this server.")
-        if serve_offer is None:
-            return _refusal(501, "no_webrtc", 'WebRTC needs: pip install ".[webrtc]"')
-        body, most = bytearray(), state.limits.message_bytes
-        try:
-            async with asyncio.timeout(_BODY_S):
-                async for part in request.stream():
-                    body += part
-                    if len(body) > most:
-                        return _refusal(413, "too_large", f"at most {most} bytes.")
-        except TimeoutError:
-            return _refusal(408, "too_slow", f"the offer took over {_BODY_S:.0f} s.")
-        status, content = await serve_offer(body.decode(errors="replace"), state)
-        return JSONResponse(content, status)
-
+    app.middleware("http")(_add_headers)
+    app.include_router(_router)
     app.mount("/", StaticFiles(directory=_STATIC, html=True), name="page")
     return app
+
+
+async def _add_headers(request: Request, call_next: Any) -> Response:
+    response = await call_next(request)
+    response.headers["Content-Security-Policy"] = _POLICY
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+@_router.get("/healthz")
+async def _healthz() -> PlainTextResponse:
+    return PlainTextResponse("ok")
+
+
+@_router.get("/readyz")
+async def _readyz(request: Request) -> JSONResponse:
+    state = request.app.state.avatar
+    is_ready = state.pool.is_ready and not state.is_draining
+    content = {"ready": is_ready, "draining": state.is_draining, "free": state.pool.free}
+    return JSONResponse(content, 200 if is_ready else 503)
+
+
+@_router.get("/metrics")
+async def _metrics(request: Request) -> Response:
+    state, header = request.app.state.avatar, request.headers.get("authorization", "")
+    if not is_valid_token(state, header.removeprefix("Bearer ")):
+        return PlainTextResponse("the token is missing or wrong", 401)
+    sessions = ((c.protocol, c.live) for c in state.connections)
+    state.metrics.set_levels(sessions, state.pool.count)
+    return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@_router.websocket("/v1/avatar")
+async def _avatar(socket: WebSocket) -> None:
+    if is_cross_origin(socket.headers):
+        await socket.close(1008, "foreign origin")
+        return
+    await serve_socket(socket, socket.app.state.avatar)
+
+
+@_router.post("/v1/rtc")
+async def _rtc(request: Request) -> JSONResponse:
+    state = request.app.state.avatar
+    if is_cross_origin(request.headers):
+        return _refusal(403, "foreign", "a page of another site must not use this server.")
+    if serve_offer is None:
+        return _refusal(501, "no_webrtc", 'WebRTC needs: pip install ".[webrtc]"')
+    body, most = bytearray(), state.limits.message_bytes
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    return _refusal(413, "too_large", f"at most {most} bytes.")
+    except TimeoutError:
+        return _refusal(408, "too_slow", f"the offer took over {_BODY_S:.0f} s.")
+    status, content = await serve_offer(body.decode(errors="replace"), state)
+    return JSONResponse(content, status)
 
 
 def _refusal(status: int, code: str, message: str) -> JSONResponse:
@@ -108,6 +118,7 @@ def _refusal(status: int, code: str, message: str) -> JSONResponse:
 
 
 async def _open(state: ServerState) -> None:
+    """Compiles and warms up the pool, beside the first requests."""
     try:
         if not state.pool.is_ready:
             await asyncio.to_thread(state.pool.open)
@@ -126,7 +137,7 @@ async def _open(state: ServerState) -> None:
 
 
 async def drain(state: ServerState, seconds: float) -> None:
-    """Lets sessions end: none begins any more; returns when none is left or time is up."""
+    """Admits no more sessions; returns when none is left, or after so many seconds."""
     state.is_draining = True
     await asyncio.gather(*(c.warn_of_drain(seconds) for c in state.connections))
     with contextlib.suppress(TimeoutError):

@@ -1,5 +1,6 @@
 """Server metrics for Prometheus."""
 
+import functools
 from collections import Counter as Counts
 from collections.abc import Iterable, Mapping
 
@@ -10,71 +11,73 @@ from jax_avatar.live.session import LiveSession
 
 __all__ = ["PROTOCOLS", "Metrics"]
 
-PROTOCOLS = ("websocket", "webrtc")  # by which sessions are counted
+PROTOCOLS = ("websocket", "webrtc")
+"""Transports by which sessions are counted."""
 
 _SECONDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+_OFFSETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 1.0)
 
 
 class Metrics:
-    """One registry per server, so that several may live in a process."""
+    """Metrics in a registry of their own, so that several servers may live in a process."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
         ours = {"namespace": "avatar", "registry": self.registry}
-        self.sessions = Gauge("sessions", "Sessions under way", ["protocol"], **ours)
-        self.seats = Gauge("seats", "Sessions that fit", **ours)
-        self.started = Counter("sessions_started", "Sessions begun", ["protocol"], **ours)
-        self.ended = Counter("sessions_ended", "Sessions ended", ["reason"], **ours)
-        self.refused = Counter("sessions_refused", "Sessions refused", ["code"], **ours)
-        self.errors = Counter("client_errors", "Bad messages", ["code"], **ours)
-        self.frames = Counter("frames", "Frames delivered", **ours)
-        self.dropped = Counter("frames_dropped", "Frames made but not delivered", **ours)
-        self.late = Counter("chunks_late", "Chunks that were not ready in time", **ours)
-        self.late_s = Counter("late_seconds", "Seconds by which video was put off", **ours)
-        self.missing_s = Counter("starved_seconds", "Silence in the midst of speech", **ours)
-        self.sent_bytes = Counter("sent_bytes", "Bytes of video", **ours)
-        self.step_s = Histogram(
-            "block_seconds", "A block, from hand-over to frames", buckets=_SECONDS, **ours
+        counter, gauge = functools.partial(Counter, **ours), functools.partial(Gauge, **ours)
+        seconds = functools.partial(Histogram, buckets=_SECONDS, **ours)
+        self.started = counter("sessions_started", "Sessions begun", ["protocol"])
+        self.ended = counter("sessions_ended", "Sessions ended", ["reason"])
+        self.refused = counter("sessions_refused", "Sessions refused", ["code"])
+        self.errors = counter("client_errors", "Invalid messages", ["code"])
+        self.sent_bytes = counter("sent_bytes", "Bytes of video")
+        self.encode_s = seconds(
+            "encode_seconds", "Encoding of a chunk", buckets=(0.002, 0.005, *_SECONDS)
         )
-        self.encode_s = Histogram(
-            "encode_seconds", "Encoding of a chunk", buckets=(0.002, 0.005, *_SECONDS), **ours
+        self.first_frame_s = seconds("first_frame_seconds", "From session.create to video")
+        self.reaction_s = seconds("reaction_seconds", "From audio in silence to its frames")
+        self.av_offset_s = seconds(
+            "av_offset_seconds", "Difference in length of sent picture and sound", buckets=_OFFSETS
         )
-        self.first_frame_s = Histogram(
-            "first_frame_seconds", "From session.create to video", buckets=_SECONDS, **ours
-        )
-        self.reaction_s = Histogram(
-            "reaction_seconds", "From audio in silence to its frames", buckets=_SECONDS, **ours
-        )
-        self.part_s = Gauge(
-            "part_seconds", "A block in each part, measured before the start", ["part"], **ours
-        )
-        self.av_offset_s = Histogram(
-            "av_offset_seconds",
-            "By how much sent picture and sound differ in length",
-            buckets=(0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 1.0),
-            **ours,
-        )
-        self.ready_frames = Gauge("ready_frames", "Frames that wait, all sessions", **ours)
-        self.queued_s = Gauge("queued_seconds", "Speech that waits, all sessions", **ours)
+        self._block_s = seconds("block_seconds", "A block, from hand-over to frames")
+        self._part_s = gauge("part_seconds", "A block in each part, before the start", ["part"])
+        self._counts = {  # by fields of `LiveStats`
+            "frames": counter("frames", "Frames delivered"),
+            "dropped": counter("frames_dropped", "Frames made but not delivered"),
+            "late": counter("chunks_late", "Chunks that were not ready in time"),
+            "late_s": counter("late_seconds", "Seconds by which video was put off"),
+            "missing_s": counter("starved_seconds", "Silence inserted into speech"),
+        }
+        self._sessions = gauge("sessions", "Sessions under way", ["protocol"])
+        self._levels = {  # by arguments of `set_levels`, and attributes of `LiveSession`
+            "seats": gauge("seats", "Sessions that fit"),
+            "ready_frames": gauge("ready_frames", "Frames that wait, all sessions"),
+            "queued_s": gauge("queued_seconds", "Speech that waits, all sessions"),
+        }
 
     def set_levels(self, sessions: Iterable[tuple[str, LiveSession]], seats: int) -> None:
-        """Notes what is now: sessions with their protocols, what waits in them, how many fit."""
+        """Sets all gauges.
+
+        Args:
+            sessions: under way, each with its protocol.
+            seats: number of sessions that fit.
+        """
         sessions = list(sessions)
         counts = Counts(protocol for protocol, _ in sessions)
         for protocol in PROTOCOLS:
-            self.sessions.labels(protocol).set(counts[protocol])
-        self.ready_frames.set(sum(live.ready_frames for _, live in sessions))
-        self.queued_s.set(sum(live.queued_s for _, live in sessions))
-        self.seats.set(seats)
+            self._sessions.labels(protocol).set(counts[protocol])
+        self._levels["seats"].set(seats)
+        for name in ("ready_frames", "queued_s"):
+            self._levels[name].set(sum(getattr(live, name) for _, live in sessions))
 
     def set_parts(self, parts: Mapping[str, float]) -> None:
-        """Notes how long a block takes in each part."""
+        """Sets the seconds of a block in each part."""
         for name, seconds in parts.items():
-            self.part_s.labels(name).set(seconds)
+            self._part_s.labels(name).set(seconds)
 
     def add(self, before: LiveStats, now: LiveStats) -> None:
-        """Counts what a session has done since `before`."""
-        for name in ("frames", "dropped", "late", "late_s", "missing_s"):
-            getattr(self, name).inc(getattr(now, name) - getattr(before, name))
+        """Adds the difference between two moments of a session."""
+        for name, counter in self._counts.items():
+            counter.inc(getattr(now, name) - getattr(before, name))
         if now.frames and now.step_s != before.step_s:
-            self.step_s.observe(now.step_s)
+            self._block_s.observe(now.step_s)
