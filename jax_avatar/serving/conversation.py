@@ -40,7 +40,6 @@ from jax_avatar.streaming.session import NotFinite
 
 __all__ = ["Closed", "Conversation", "Gone", "Incoming", "Link", "MicrophoneAudio"]
 
-_FIRST_MESSAGE_S = 10.0
 _TEXTS = 4  # most that wait for the synthesiser
 _STATES = {"idle": LiveSession.idle, "listening": LiveSession.listen, "thinking": LiveSession.think}
 _log = logging.getLogger(__name__)
@@ -126,8 +125,9 @@ class Conversation:
         """Serves until the client leaves or is disconnected."""
         state = self._state
         reason, code, last = "client gone", 1000, None
+        limit_s = state.limits.first_message_s
         try:
-            async with asyncio.timeout(_FIRST_MESSAGE_S):
+            async with asyncio.timeout(limit_s):
                 create = await self._receive()
             if not isinstance(create, SessionCreate):
                 raise ProtocolError("bad_message", "the first message must be session.create.")
@@ -139,7 +139,7 @@ class Conversation:
                 await self._fail(error, is_fatal=True)
         except TimeoutError:
             reason, code = "no session.create", 1008
-            last = ProtocolError("timeout", f"no session.create within {_FIRST_MESSAGE_S:.0f} s.")
+            last = ProtocolError("timeout", f"no session.create within {limit_s:g} s.")
         except Closed as closed:
             reason, last = str(closed), closed.error
         except Gone:

@@ -48,6 +48,9 @@ class Limits:
         sdp_chars: of a WebRTC offer.
         messages_per_s: sustained rate; bursts of ten seconds' worth are allowed.
         errors: invalid messages before the connection is closed.
+        first_message_s: seconds until `session.create` must come.
+        connect_s: seconds from the answer to a WebRTC offer until the data channel must be open.
+        vanished_s: seconds without a WebRTC packet until a client counts as gone.
     """
 
     portrait_bytes: int = 8_000_000
@@ -59,6 +62,9 @@ class Limits:
     sdp_chars: int = 50_000
     messages_per_s: float = 200.0
     errors: int = 20
+    first_message_s: float = 10.0
+    connect_s: float = 10.0
+    vanished_s: float = 15.0
 
     @property
     def message_bytes(self) -> int:

@@ -39,17 +39,17 @@ class Client:
         ends = time.monotonic() + seconds
         with contextlib.suppress(TimeoutError):
             while (left := ends - time.monotonic()) > 0:
-                self._take(self.socket.recv(timeout=left))
+                self.take(self.socket.recv(timeout=left))
 
     def until(self, kind, limit_s=30.0):
         """Takes what comes until an event of a kind, which is returned."""
         ends = time.monotonic() + limit_s
         while True:
-            event = self._take(self.socket.recv(timeout=ends - time.monotonic()))
+            event = self.take(self.socket.recv(timeout=ends - time.monotonic()))
             if event and event["type"] == kind:
                 return event
 
-    def _take(self, message):
+    def take(self, message):
         if isinstance(message, bytes):
             self.video += message
             return None

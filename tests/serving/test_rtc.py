@@ -8,7 +8,9 @@ import pytest
 
 from jax_avatar.live.session import LiveChunk
 from jax_avatar.serving import app
-from jax_avatar.serving.links import webrtc as rtc
+from jax_avatar.serving.links.webrtc import ice_server
+from jax_avatar.serving.links.webrtc_tracks import ChunkPlayer
+from jax_avatar.serving.messages import Limits
 from jax_avatar.streaming.format import StreamFormat
 from tests.live.helpers import voice
 from tests.serving.rtc_client import Peer, post
@@ -80,14 +82,14 @@ def test_seats_are_shared_with_the_other_protocol_and_freed_when_a_peer_leaves(s
                 levels = served.get("/metrics", Authorization="Bearer open sesame")[1]
                 assert 'avatar_sessions{protocol="webrtc"} 1.0' in levels
                 assert 'avatar_sessions{protocol="websocket"} 1.0' in levels
-            await asyncio.to_thread(served.wait_until_free, 1)
-        await asyncio.to_thread(served.wait_until_free, 2)
+            assert await asyncio.to_thread(served.wait_until_free, 1) == 1
+        assert await asyncio.to_thread(served.wait_until_free, 2) == 2
 
     asyncio.run(visit())
 
 
 def test_a_peer_that_vanishes_leaves_nothing_behind(served, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(rtc, "_VANISHED_S", 3.0)
+    monkeypatch.setattr(served.state, "limits", Limits(vanished_s=3.0))
 
     async def vanish():
         async with Peer(served.port) as peer:
@@ -99,13 +101,13 @@ def test_a_peer_that_vanishes_leaves_nothing_behind(served, monkeypatch):  # noq
                 ice = transceiver.receiver.transport.transport._connection
                 for protocol in ice._protocols:
                     protocol.transport.abort()
-            await asyncio.to_thread(served.wait_until_free)
+            assert await asyncio.to_thread(served.wait_until_free) == 2
 
     asyncio.run(vanish())
 
 
 def test_who_answers_no_checks_frees_the_seat(served, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(rtc, "_CONNECT_S", 1.0)
+    monkeypatch.setattr(served.state, "limits", Limits(connect_s=1.0))
 
     async def offer_only():
         async with Peer(served.port) as peer:
@@ -115,21 +117,21 @@ def test_who_answers_no_checks_frees_the_seat(served, monkeypatch):  # noqa: F81
                 post, served.port, "session.create", version=1, token="open sesame", sdp=sdp
             )
             assert (await post_it)[0] == 200
-            await asyncio.to_thread(served.wait_until_free)
+            assert served.wait_until_free(1, limit_s=0) == 1  # it holds a session until then
+            assert await asyncio.to_thread(served.wait_until_free) == 2
 
     asyncio.run(offer_only())
 
 
 def test_picture_and_sound_are_stamped_by_one_clock():
-    player = rtc._Player(StreamFormat(16, 16_000, 16, 16, 12, 4))
+    player = ChunkPlayer(StreamFormat(16, 16_000, 16, 16, 12, 4))
     for k in range(8):  # each chunk shows and sounds its number
         frames = np.full((2, 16, 16, 3), 10 * k, np.uint8)
         sound = np.full(2000, k / 10, np.float32)
         player.play(LiveChunk(frames, sound, np.ones_like(sound), k / 8, ()))
 
     def taken(track):
-        queue = track._frames
-        return [(queue.get_nowait()) for _ in range(queue.qsize())]
+        return [track.waiting.get_nowait() for _ in range(track.waiting.qsize())]
 
     pictures, sounds = taken(player.picture), taken(player.sound)
     assert len(pictures) == 16 and len(sounds) >= 48
@@ -166,8 +168,8 @@ def test_what_is_no_offer_is_refused_as_on_the_websocket(served, fields, status,
 
 
 def test_servers_for_ice_are_understood_or_refused():
-    assert rtc.ice_server("stun:stun.example.org:3478").username is None
-    turn = rtc.ice_server("turn:me:se:cret@example.org:3478?transport=tcp")
+    assert ice_server("stun:stun.example.org:3478").username is None
+    turn = ice_server("turn:me:se:cret@example.org:3478?transport=tcp")
     assert (turn.urls, turn.username, turn.credential) == (
         "turn:example.org:3478?transport=tcp", "me", "se:cret"
     )  # fmt: skip
@@ -179,7 +181,7 @@ def test_servers_for_ice_are_understood_or_refused():
         "stun:",
     ):
         with pytest.raises(ValueError, match="expected stun:HOST"):
-            rtc.ice_server(url)
+            ice_server(url)
 
 
 def test_without_the_extra_the_answer_says_what_to_install(served, monkeypatch):  # noqa: F811

@@ -39,7 +39,7 @@ def free_port():
 
 
 class Served:
-    """A server in a thread of its own, with two seats."""
+    """A server in a thread of its own, with two sessions."""
 
     def __init__(self, folder):
         model = load_model(folder)
@@ -70,11 +70,12 @@ class Served:
     def client(self, **fields):
         return Client(self.url, **({"token": TOKEN} | fields))
 
-    def wait_until_free(self, seats=2, limit_s=20):
+    def wait_until_free(self, sessions=2, limit_s=20):
+        """Waits until so many sessions are free; returns how many are when that ends."""
         ends = time.monotonic() + limit_s
-        while self.state.pool.free != seats:
-            assert time.monotonic() < ends, "a session was not given back"
+        while self.state.pool.free != sessions and time.monotonic() < ends:
             time.sleep(0.05)
+        return self.state.pool.free
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def served(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nothing_leaks(served):
     yield
-    served.wait_until_free()
+    assert served.wait_until_free() == 2, "a session was not given back"
     assert not served.state.connections
 
 
@@ -229,7 +230,8 @@ def test_clients_that_vanish_leave_nothing_behind(served):
         client.until("session.created")
         client.speak(voice(1.0))
         client.socket.socket.shutdown(socket.SHUT_RDWR)  # as if killed
-        served.wait_until_free()
+        assert served.wait_until_free() == 2
+        assert not served.state.connections
 
 
 def held():
@@ -250,7 +252,7 @@ def test_twenty_who_come_and_go_leave_nothing_behind(served):
                 client.until("session.created")
                 client.speak(voice(0.3))
                 client.read(0.1)
-            served.wait_until_free()
+            assert served.wait_until_free() == 2
 
     come_and_go(3)
     before = held()
@@ -263,8 +265,8 @@ def test_a_client_that_takes_nothing_is_let_go(served):
     """Its pongs are stuck behind what it does not read, so it seems dead."""
     with connect(served.url, max_queue=1, max_size=None) as client:
         client.send(json.dumps({"type": "session.create", "version": 1, "token": TOKEN}))
-        served.wait_until_free(1)
-        served.wait_until_free(2, limit_s=60)
+        assert served.wait_until_free(1) == 1  # it is admitted
+        assert served.wait_until_free(2, limit_s=60) == 2
 
 
 def rubbish(rng):
@@ -357,13 +359,13 @@ def test_a_thousand_bad_messages_harm_nobody(served):
                         client.socket.send(rubbish(rng))
                         sent += 1
                     while True:
-                        client._take(client.socket.recv(timeout=5))
+                        client.take(client.socket.recv(timeout=5))
                 except ConnectionClosed:
                     pass
                 codes |= {e["code"] for e in client.events if e["type"] == "error"}
                 reasons = [e["reason"] for e in client.events if e["type"] == "session.closed"]
                 assert reasons in (["too many errors"], []), reasons
-            served.wait_until_free(1)
+            assert served.wait_until_free(1) == 1
             neighbour.read(0.05)  # or it would count as too slow
         neighbour.send("audio.commit")
         neighbour.read(0.5)
@@ -472,7 +474,7 @@ def test_limits_that_end_a_session_are_errors_first(served, monkeypatch):
             client.send("nonsense")
         assert last_words(client)[0]["code"] == "too_many_errors"
     monkeypatch.undo()
-    monkeypatch.setattr("jax_avatar.serving.conversation._FIRST_MESSAGE_S", 0.2)
+    monkeypatch.setattr(served.state, "limits", Limits(first_message_s=0.2))
     with connect(served.url) as client:
         error, closed = (json.loads(client.recv(timeout=10)) for _ in range(2))
         assert error["code"] == "timeout" and closed["reason"] == "no session.create"
@@ -485,7 +487,7 @@ def test_a_client_that_breaks_off_causes_no_traceback(served, caplog):
             client.until("session.created")
             client.speak(voice(1.0))
         client.socket.socket.close()  # no farewell
-        served.wait_until_free()
+        assert served.wait_until_free() == 2
     assert not [r for r in caplog.records if r.exc_info or r.levelname == "ERROR"]
 
 

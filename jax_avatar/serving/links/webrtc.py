@@ -1,7 +1,7 @@
-"""A client on WebRTC: messages on a data channel, its voice and the avatar on media tracks.
+"""Client on WebRTC: messages on a data channel, its voice and the avatar on media tracks.
 
 POST offer --> answer; then   microphone --SpeechGate--> messages --> Conversation
-                              chunks --_Player--> picture and sound, on one clock
+                              chunks --ChunkPlayer--> picture and sound, on one clock
 """
 
 import asyncio
@@ -9,11 +9,8 @@ import contextlib
 import json
 import logging
 import time
-from fractions import Fraction
 from typing import Any
 
-import av
-import numpy as np
 from aiortc import (
     MediaStreamTrack,
     RTCBundlePolicy,
@@ -28,7 +25,6 @@ from aiortc.mediastreams import MediaStreamError
 from aiortc.rtcicetransport import parse_stun_turn_uri
 from aiortc.sdp import SessionDescription
 
-from jax_avatar.io.audio import LowLatencyResampler
 from jax_avatar.io.mixing import Mixer
 from jax_avatar.live.session import LiveChunk, LiveSession
 from jax_avatar.live.speech_gate import SpeechGate
@@ -40,29 +36,24 @@ from jax_avatar.serving.conversation import (
     Link,
     MicrophoneAudio,
 )
+from jax_avatar.serving.links.webrtc_tracks import SOUND_RATE, ChunkPlayer
 from jax_avatar.serving.messages import AudioCommit, ProtocolError, SessionCreate
 from jax_avatar.serving.server_state import ServerState
-from jax_avatar.streaming.format import StreamFormat
-from jax_avatar.streaming.sample_queue import SampleQueue
 
 __all__ = ["ice_server", "serve_offer"]
 
 _log = logging.getLogger(__name__)
-_CONNECT_S = 10.0  # from the answer until the data channel is there
-_VANISHED_S = 15.0  # without a packet, a report included, nobody is there
-_DELAY_S = 0.04  # so that a piece of sound is whole when its time comes
-_MOST_MESSAGES, _MOST_BUFFERED = 1000, 256_000  # waiting to be read; bytes waiting to be taken
+_MOST_MESSAGES = 1000  # received and not yet handled
+_MOST_BUFFERED = 256_000  # bytes sent and not yet taken
 _MOST_CANDIDATES = 100
-_SOUND_RATE, _PIECE = 48_000, 960  # Opus, 20 ms
-_VIDEO_CLOCK = 90_000
 _STATUS = {"unauthorised": 401, "too_large": 413, "busy": 503, "starting": 503, "draining": 503}
 
 
 def ice_server(url: str) -> RTCIceServer:
-    """A server that helps to find a way: `stun:HOST:PORT` or `turn:USER:PASSWORD@HOST:PORT`.
+    """STUN or TURN server of a URL: `stun:HOST:PORT` or `turn:USER:PASSWORD@HOST:PORT`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the URL is neither.
     """
     kind, _, rest = url.partition(":")
     login, _, address = rest.rpartition("@")
@@ -79,7 +70,7 @@ def ice_server(url: str) -> RTCIceServer:
 
 
 async def serve_offer(body: str, state: ServerState) -> tuple[int, dict[str, Any]]:
-    """Begins a session; returns when there is an answer, and serves on.
+    """Starts a session that outlives this call.
 
     Args:
         body: `session.create` with an `sdp`.
@@ -110,15 +101,15 @@ class _RtcLink(Link):
         self._opened = asyncio.Event()
         self._close_reason: Exception | None = None
         self._is_slow = False
-        self._player: _Player | None = None
+        self._player: ChunkPlayer | None = None
         self._tasks: list[asyncio.Task] = []
 
     def answer_with(self, status: int, content: dict[str, Any]) -> None:
-        """Answers the request, unless that was done."""
+        """Answers the request, unless it has been answered."""
         if not self.answer.done():
             self.answer.set_result((status, content))
 
-    # ---- as of any link ----------------------------------------
+    # ---- methods of `Link` -------------------------------------
 
     def check(self, create: SessionCreate) -> None:
         # mDNS candidates (.local) cannot be resolved here; ICE learns the peer's address from its
@@ -127,8 +118,8 @@ class _RtcLink(Link):
         self._offer = "".join(f"{line}\r\n" for line in lines if ".local " not in line)
         try:
             media = SessionDescription.parse(self._offer).media
-        except Exception:  # aiortc's reader raises nearly anything
-            raise ProtocolError("bad_message", "sdp is no offer that can be read.") from None
+        except Exception:  # aiortc's parser raises exceptions of many types
+            raise ProtocolError("bad_message", "sdp is not a readable offer.") from None
         kinds = sorted(part.kind for part in media)
         if kinds != ["application", "audio", "video"]:
             raise ProtocolError(
@@ -139,7 +130,7 @@ class _RtcLink(Link):
             raise ProtocolError("bad_message", f"sdp has over {_MOST_CANDIDATES} candidates.")
 
     async def open(self, live: LiveSession) -> dict[str, Any]:
-        self._player = _Player(live.session.format)
+        self._player = ChunkPlayer(live.session.format)
         servers = [ice_server(url) for url in self._state.ice_servers]
         self._peer = peer = RTCPeerConnection(
             RTCConfiguration(servers, bundlePolicy=RTCBundlePolicy.MAX_BUNDLE)
@@ -155,12 +146,13 @@ class _RtcLink(Link):
         except Exception as error:
             raise ProtocolError("bad_message", f"sdp cannot be answered: {error}") from None
         self.answer_with(200, {"type": "answer", "sdp": peer.localDescription.sdp})
+        limit_s = self._state.limits.connect_s
         try:
-            async with asyncio.timeout(_CONNECT_S):
+            async with asyncio.timeout(limit_s):
                 await self._opened.wait()
         except TimeoutError:
-            told = f"no connection within {_CONNECT_S:g} s of the answer."
-            raise Closed("no connection", told) from None
+            message = f"no connection within {limit_s:g} s of the answer."
+            raise Closed("no connection", message) from None
         self._tasks.append(asyncio.create_task(self._watch()))
         return {"delay_s": 0.0}
 
@@ -178,7 +170,7 @@ class _RtcLink(Link):
                 self.answer_with(_STATUS.get(content.get("code"), known), content)
             return
         if self._channel.bufferedAmount > _MOST_BUFFERED and not self._is_slow:
-            self._is_slow = True  # and is told so
+            self._is_slow = True  # the error itself is still sent
             raise Closed("too slow", f"{_MOST_BUFFERED} bytes wait to be taken; the session ends.")
         try:
             self._channel.send(text)
@@ -202,12 +194,12 @@ class _RtcLink(Link):
         finally:
             await self._peer.close()
 
-    # ---- what the peer does ------------------------------------
+    # ---- callbacks of the peer ---------------------------------
 
-    def _finish(self, why: Exception) -> None:
-        """Notifies the receiver at once."""
+    def _finish(self, reason: Exception) -> None:
+        """Ends the session; messages not yet handled are dropped."""
         if self._close_reason is None:
-            self._close_reason = why
+            self._close_reason = reason
             while not self._messages.empty():
                 self._messages.get_nowait()
             self._messages.put_nowait(None)
@@ -232,16 +224,16 @@ class _RtcLink(Link):
         try:
             self._messages.put_nowait(message)
         except asyncio.QueueFull:
-            told = f"{_MOST_MESSAGES} messages wait to be read; the session ends."
-            self._finish(Closed("too many messages", told))
+            message = f"{_MOST_MESSAGES} messages wait to be read; the session ends."
+            self._finish(Closed("too many messages", message))
 
     def _take_track(self, track: MediaStreamTrack) -> None:
         if track.kind == "audio":
             self._tasks.append(asyncio.create_task(self._listen(track)))
 
     async def _listen(self, track: MediaStreamTrack) -> None:
-        """The microphone: what is said in it becomes messages."""
-        began, heard_s, gate = time.monotonic(), 0.0, SpeechGate(_SOUND_RATE)
+        """Turns utterances of the microphone into messages."""
+        began, heard_s, gate = time.monotonic(), 0.0, SpeechGate(SOUND_RATE)
         mixer = Mixer("a microphone", _log.warning)
         while True:
             try:
@@ -250,8 +242,8 @@ class _RtcLink(Link):
                 return
             heard_s += frame.samples / frame.sample_rate
             if heard_s > 10 + 1.5 * (time.monotonic() - began):
-                told = "the microphone sends more sound than time passes; the session ends."
-                self._finish(Closed("more audio than time", told))
+                message = "the microphone sends more sound than time passes; the session ends."
+                self._finish(Closed("more audio than time", message))
                 return
             if frame.sample_rate != gate.rate:
                 gate = SpeechGate(frame.sample_rate)
@@ -263,9 +255,9 @@ class _RtcLink(Link):
                 )
 
     async def _watch(self) -> None:
-        """Notices a peer that has vanished without a word; counts what was sent."""
+        """Detects a peer that sends no packets, not even reports; counts bytes sent."""
         packets, sent, heard_at = -1, 0, time.monotonic()
-        while time.monotonic() - heard_at < _VANISHED_S:
+        while time.monotonic() - heard_at < self._state.limits.vanished_s:
             report = list((await self._peer.getStats()).values())
             received = sum(part.packetsReceived for part in report if part.type == "transport")
             if received != packets:
@@ -275,55 +267,3 @@ class _RtcLink(Link):
             sent = total
             await asyncio.sleep(1)
         self._finish(Gone())
-
-
-class _Track(MediaStreamTrack):
-    """Frames, each of which leaves when its time has come."""
-
-    def __init__(self, kind: str, most: int):
-        super().__init__()
-        self.kind = kind
-        self._frames: asyncio.Queue[tuple[float, Any]] = asyncio.Queue(most)
-
-    def put(self, due: float, frame: Any) -> None:
-        """Adds a frame; where too many wait, the oldest is dropped."""
-        if self._frames.full():
-            self._frames.get_nowait()
-        self._frames.put_nowait((due, frame))
-
-    async def recv(self) -> Any:
-        due, frame = await self._frames.get()
-        await asyncio.sleep(max(0.0, due - time.monotonic()))
-        return frame
-
-
-class _Player:
-    """Cuts chunks into frames and pieces of sound, stamped by the clock of the video.
-
-    A receiver pairs picture and sound by when they were sent, too: each leaves at its own time,
-    not with its chunk.
-    """
-
-    def __init__(self, form: StreamFormat):
-        self.picture, self.sound = _Track("video", 2 * form.fps), _Track("audio", 100)
-        self._fps, self._rate = form.fps, form.sample_rate
-        self._resample, self._waiting = LowLatencyResampler(_SOUND_RATE), SampleQueue()
-        self._frames = self._samples = 0
-
-    def play(self, chunk: LiveChunk) -> None:
-        """Puts a chunk that is due now on the tracks."""
-        start = time.monotonic() + _DELAY_S - chunk.start_s
-        for pixels in chunk.frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame.pts = round(self._frames * _VIDEO_CLOCK / self._fps)
-            frame.time_base = Fraction(1, _VIDEO_CLOCK)
-            self.picture.put(start + self._frames / self._fps, frame)
-            self._frames += 1
-        self._waiting.append(self._resample(chunk.sound, self._rate))
-        while len(self._waiting) >= _PIECE:
-            samples = (np.clip(self._waiting.take(_PIECE), -1, 1) * 32767).astype(np.int16)
-            piece = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-            piece.sample_rate = _SOUND_RATE
-            piece.pts, piece.time_base = self._samples, Fraction(1, _SOUND_RATE)
-            self.sound.put(start + self._samples / _SOUND_RATE, piece)
-            self._samples += _PIECE

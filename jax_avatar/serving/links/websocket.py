@@ -1,4 +1,4 @@
-"""A client on a WebSocket: JSON and PCM come in, JSON and fragmented MP4 go out."""
+"""Client on a WebSocket: JSON and PCM come in, JSON and fragmented MP4 go out."""
 
 import asyncio
 import time
@@ -14,11 +14,11 @@ from jax_avatar.serving.server_state import ServerState
 
 __all__ = ["serve_socket"]
 
-_SLOW_CLIENT_S = 5.0  # how long a message may wait until it is taken
+_SLOW_CLIENT_S = 5.0  # until a message must be taken
 
 
 async def serve_socket(socket: WebSocket, state: ServerState) -> None:
-    """Serves one client; returns when it has gone or has been sent away."""
+    """Serves one client; returns when it has left or was disconnected."""
     await socket.accept()
     await Conversation(_SocketLink(socket, state), state).run()
 
@@ -63,14 +63,14 @@ class _SocketLink(Link):
         await self._socket.close(code, reason)
 
     async def _sent(self, sending: Any) -> None:
-        """Sends, unless the client does not take it."""
+        """Sends; raises Gone or Closed if the client does not take it."""
         async with self._sending:
             try:
                 async with asyncio.timeout(_SLOW_CLIENT_S):
                     await sending
             except TimeoutError:
-                told = f"a message was not taken for {_SLOW_CLIENT_S:g} s; the session ends."
-                raise Closed("too slow", told) from None
+                message = f"a message was not taken for {_SLOW_CLIENT_S:g} s; the session ends."
+                raise Closed("too slow", message) from None
             except WebSocketDisconnect:
                 raise Gone from None
             except Exception:
