@@ -15,6 +15,7 @@ from typing import Any
 __all__ = ["read_config", "split_arguments"]
 
 _FLAG = "--config"
+_ROOT = Path(__file__).parents[1]
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
@@ -40,21 +41,23 @@ def read_config(file: str, overrides: dict[str, str]) -> dict[str, Any]:
     """Settings of a config file, with some changed.
 
     Args:
-        file: path, and after a colon what `get_config` is given.
+        file: path, here or in the package, and after a colon what `get_config` is given.
         overrides: dotted name -> value as written.
 
     Raises:
         ValueError: there is no such file or section, or the file refuses its argument.
     """
-    path, colon, argument = file.partition(":")
-    if not Path(path).is_file():
-        known = sorted(str(p) for p in Path("configs").glob("*.py"))
-        near = difflib.get_close_matches(path, known, n=1)
+    name, colon, argument = file.partition(":")
+    # Where there is no such file, that of the package.
+    path = next((p for p in (Path(name), _ROOT / name) if p.is_file()), None)
+    if path is None:
+        known = sorted(f"configs/{p.name}" for p in (_ROOT / "configs").glob("*.py"))
+        near = difflib.get_close_matches(name, known, n=1)
         raise ValueError(
-            f"--config={file}: {path or 'nothing'} is no file; give one of configs/"
+            f"--config={file}: {name or 'nothing'} is no file; give one of configs/"
             + (f", perhaps {near[0]}." if near else ".")
         )
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     settings = module.get_config(*([argument] if colon else [])).to_dict()
