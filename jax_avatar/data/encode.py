@@ -116,7 +116,7 @@ def encode_data(
         out,
         {
             "data_hash": manifest["data_hash"],
-            "weights": dict(encoders.weights),
+            "weights": dict(encoders.hashes),
             "splits": splits,
             **dataclasses.asdict(config),
         },

@@ -25,8 +25,8 @@ import numpy as np
 
 from jax_avatar.data.shards import RecordSource
 from jax_avatar.weights.checksums import file_sha256
-from jax_avatar.weights.content_hash import content_hash
 from jax_avatar.weights.files import load_json, load_weights, save_json
+from jax_avatar.weights.hashes import content_hash
 
 __all__ = [
     "INDEX",

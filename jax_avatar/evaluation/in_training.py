@@ -20,12 +20,11 @@ from jax_avatar.evaluation.scores import Truth, fit_probe, has_lips, score
 from jax_avatar.io.video import VideoWriter
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.batch import BatchStream
-from jax_avatar.training.model_folder import fitting
 from jax_avatar.training.run.placement import on_first_host
 from jax_avatar.training.stages.build import HELD_OUT, load_clips
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
-from jax_avatar.weights.files import load_json
-from jax_avatar.weights.folder import AvatarModel, Network, load_network, load_settings
+from jax_avatar.weights.folder import AvatarModel, fitting_stream, load_settings
+from jax_avatar.weights.networks import Network, load_network
 
 __all__ = ["ClipEvaluation", "make_evaluation", "write_clip"]
 
@@ -182,13 +181,9 @@ def _model(settings, graphdef, config, changes) -> AvatarModel:
     """The transformer in training among the networks of the model that will be exported."""
     weights = settings["weights"]
     folders = {n: weights.get(n) or weights["model"] for n in ("vae", "speech")}
-    kinds = load_json(Path(weights["model"]) / "config.json")
     # As this network is trained, whatever that of the folder was.
-    stream = load_settings(weights["model"], force_sampler=True, **fitting(changes, config))
-    networks = {
-        name: load_network(path, name, kinds[name], fps=stream.fps)
-        for name, path in folders.items()
-    }
+    stream = load_settings(weights["model"], force_sampler=True, **fitting_stream(changes, config))
+    networks = {name: load_network(path, name, fps=stream.fps) for name, path in folders.items()}
     dit = Network(graphdef, {}, config, {})
     return AvatarModel(name=settings["stage"], dit=dit, settings=stream, **networks)
 

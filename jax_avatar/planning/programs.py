@@ -29,8 +29,8 @@ from jax_avatar.streaming.pipeline import make_tick, tick_arguments
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import make_step, step_arguments
 from jax_avatar.streaming.session import make_decode
-from jax_avatar.weights.folder import Network
 from jax_avatar.weights.kinds import KINDS, find_kind
+from jax_avatar.weights.networks import Network
 from jax_avatar.weights.settings import StreamSettings
 
 __all__ = [

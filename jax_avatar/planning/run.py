@@ -24,13 +24,12 @@ from jax_avatar.planning.training import still_clips
 from jax_avatar.shapes import PyTree
 from jax_avatar.training.distill_state import Told
 from jax_avatar.training.distillation import make_distiller
-from jax_avatar.training.model_folder import NETWORKS
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, compiled_step, learning_rate, make_optimiser
 from jax_avatar.training.stages.build import read_sections
 from jax_avatar.training.stages.flow import ForcingTask
-from jax_avatar.weights.files import load_json
-from jax_avatar.weights.settings import LIVE_AVATAR
+from jax_avatar.weights.kinds import KINDS
+from jax_avatar.weights.settings import LIVE_AVATAR, read_config
 
 __all__ = ["plan_run"]
 
@@ -139,7 +138,7 @@ class _Plan:
             return
         folder = sections["weights"].model
         kind, self.pose, self.grid = _of_model(folder, model)
-        self.kind = NETWORKS[kind]
+        self.kind = KINDS["dit"][kind].network
         self.graphdef, self.network = abstract(lambda: self.kind(model, rngs=nnx.Rngs(0)))
         task, rank = sections["task"], sections["task"].adapter_rank
         trained = task.trained(self.network)
@@ -199,7 +198,7 @@ class _Plan:
 def _of_model(folder: str, model: DiTConfig) -> tuple[str, str, tuple[int, int]]:
     """Kind of transformer, pose input and latent grid: the model folder's, or the official ones."""
     try:
-        content = load_json(f"{folder}/config.json")
+        content = read_config(folder)
         stream = content["stream"]
     except ValueError:
         content, stream = {"dit": "wan_s2v"}, {}

@@ -5,26 +5,53 @@ from that gives plausible losses and a wrong result.
 """
 
 import functools
-import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
-from jax_avatar.models.params import flatten
 from jax_avatar.training.run.journal import warn
-from jax_avatar.weights.files import (
-    StoredWeights,
-    load_header,
-    load_json,
-    open_leaf,
-    open_weights,
-)
+from jax_avatar.weights.files import load_header
+from jax_avatar.weights.settings import read_config
 
-__all__ = ["base_hash", "check_not_merged", "merge_record"]
+__all__ = ["StageWeights", "check_not_merged", "merge_record", "trained_fps"]
 
-_SAMPLED = 64  # numbers of every leaf that a base is known by
+
+@dataclass(frozen=True)
+class StageWeights:
+    """Folders with weights that a stage of flow matching starts from.
+
+    Attributes:
+        model: a whole model; its VAE, front ends and stream settings go with the transformer.
+        vae: has a VAE to use instead.
+        speech: has a speech encoder to use instead.
+        start: has the transformer to start from; "" starts from random weights.
+    """
+
+    model: str
+    vae: str = ""
+    speech: str = ""
+    start: str = ""
+
+    @property
+    def others(self) -> dict[str, str]:
+        """Networks that do not come from `model`, and their folders."""
+        named = {"vae": self.vae, "speech": self.speech}
+        return {name: folder for name, folder in named.items() if folder}
+
+    def folder(self, name: str) -> str:
+        """Source folder of a network."""
+        return self.others.get(name, self.model)
+
+
+def trained_fps(folder: str | Path) -> int | None:
+    """Frames per second that the transformer in a folder was trained at by an earlier stage.
+
+    None for others, as converted ones, and where there is nothing to read.
+    """
+    try:
+        return load_header(folder, "dit")[1].get("fps")
+    except ValueError:
+        return None
 
 
 def merge_record(folder: str | Path) -> dict[str, Any]:
@@ -40,8 +67,8 @@ def merge_record(folder: str | Path) -> dict[str, Any]:
         return {"merged": metadata["merged"]}
     if "lora" in metadata:  # an older conversion's record of one
         return {"merged": [{"file": metadata["lora"]}]}
-    settings = Path(folder) / "config.json"
-    kind = load_json(settings).get("dit") if settings.is_file() else None
+    has_config = (Path(folder) / "config.json").is_file()
+    kind = read_config(folder, ()).get("dit") if has_config else None
     return {"merged": []} if kind == "portrait" else {}  # for which there is no adapter
 
 
@@ -77,29 +104,3 @@ def _say_unknown(folder: str) -> None:
         f"{folder}: its history does not tell whether an adapter was merged into the transformer; "
         "a distilled one must not be a teacher or base. Convert it again to have it recorded."
     )
-
-
-def base_hash(folder: str | Path) -> str:
-    """A hash that tells two bases apart, from some numbers of every weight.
-
-    It does not depend on the kind of file. The motion packer, which training may drop, is left out.
-
-    Args:
-        folder: that holds the transformer `dit`.
-    """
-    params, _, _ = open_weights(folder, "dit")
-    is_stored = isinstance(params, StoredWeights)
-    leaves = params.leaves if is_stored else flatten(params)
-    digest = hashlib.sha256()
-    for path in sorted(path for path in leaves if not path.startswith("motion_")):
-        shape = leaves[path].shape
-        corner = (*(0,) * (len(shape) - 1), slice(min(shape[-1], _SAMPLED))) if shape else ()
-        some = (
-            open_leaf(params.folder, path)[corner].read().result()
-            if is_stored
-            else leaves[path][corner]
-        )
-        some = np.asarray(some)
-        wide = some.astype(np.float32) if some.dtype in (np.float16, ml_dtypes.bfloat16) else some
-        digest.update(f"{path} {tuple(shape)}".encode() + wide.tobytes())
-    return digest.hexdigest()

@@ -8,38 +8,34 @@ text_tokenizer/    its tokenizer's files
 """
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 
+from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.lora import adapter_leaves, add_adapter
 from jax_avatar.models.params import flatten
 from jax_avatar.models.quantise import quantise_params
-from jax_avatar.models.speech.mel import SpeechConfig
-from jax_avatar.models.speech.wav2vec2 import Wav2Vec2Config
 from jax_avatar.shapes import PyTree
-from jax_avatar.weights.fields import fill_fields
-from jax_avatar.weights.files import (
-    StoredWeights,
-    load_json,
-    load_weights,
-    on_host,
-    open_weights,
-    tree_of,
-)
-from jax_avatar.weights.kinds import KINDS, find_kind
-from jax_avatar.weights.settings import StreamSettings
+from jax_avatar.weights.checksums import keep_checksums, rewriting
+from jax_avatar.weights.fields import fill_fields, plain_fields
+from jax_avatar.weights.files import StoredWeights, on_host, save_json, save_weights, tree_of
+from jax_avatar.weights.hashes import base_hash
+from jax_avatar.weights.kinds import KINDS
+from jax_avatar.weights.networks import Network, check_fit, kind_of, load_adapter, load_network
+from jax_avatar.weights.settings import StreamSettings, read_config
 
 __all__ = [
     "SMALL",
     "AvatarModel",
-    "Network",
+    "export_model",
+    "fitting_stream",
     "has_text_encoder",
     "load_model",
-    "load_network",
     "load_settings",
     "load_text_encoder",
 ]
@@ -48,16 +44,6 @@ SMALL = Path(__file__).parents[1] / "assets" / "small"
 """Folder of the small model that ships with the package."""
 
 _STREAMED = ("dit", "vae", "speech")  # the prompt encoder is loaded apart, and only if needed
-
-
-@dataclass(frozen=True)
-class Network:
-    """Structure, weights and size of one network; large weights are still on disk."""
-
-    graphdef: Any
-    params: PyTree | StoredWeights
-    config: Any
-    metadata: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,22 +72,9 @@ def load_settings(
 
     Arguments and errors as in `load_model`.
     """
-    folder = Path(folder)
-    content = load_json(folder / "config.json")
-    missing = [key for key in ("name", *_STREAMED, "stream") if key not in content]
-    if missing:
-        raise ValueError(
-            f"{folder / 'config.json'} lacks {missing}; convert the missing networks "
-            "into it (python -m conversion.convert --help), or name another folder."
-        )
-    strings = [key for key in ("name", *_STREAMED, "text", "lora") if key in content]
-    wrong = [key for key in strings if not isinstance(content[key], str)]
-    if wrong or not isinstance(content["stream"], dict):
-        raise ValueError(
-            f"{folder / 'config.json'}: {wrong or 'stream'} is no "
-            f"{'string' if wrong else 'object'}; copy it again, or restore it."
-        )
-    stored = fill_fields(StreamSettings, content["stream"], f"{folder / 'config.json'}: stream")
+    content = read_config(folder)
+    place = f"{Path(folder) / 'config.json'}: stream"
+    stored = fill_fields(StreamSettings, content["stream"], place)
     told = fill_fields(StreamSettings, {**dataclasses.asdict(stored), **changes}, "stream")
     if not force_sampler:
         stored.check_training(told)
@@ -125,7 +98,7 @@ def load_model(
     """
     folder = Path(folder)
     settings = load_settings(folder, force_sampler=force_sampler, **changes)
-    content = load_json(folder / "config.json")
+    content = read_config(folder)
     networks = {
         name: load_network(folder, name, content[name], fps=settings.fps) for name in _STREAMED
     }
@@ -141,7 +114,7 @@ def load_model(
 
 def has_text_encoder(folder: str | Path) -> bool:
     """True if the model in a folder comes with a prompt encoder."""
-    return "text" in load_json(Path(folder) / "config.json")
+    return "text" in read_config(folder, ())
 
 
 def load_text_encoder(folder: str | Path) -> Network:
@@ -152,81 +125,81 @@ def load_text_encoder(folder: str | Path) -> Network:
     Raises:
         ValueError: there is none, or as in `load_model`.
     """
-    folder = Path(folder)
-    if not has_text_encoder(folder):
+    kind = read_config(folder, ()).get("text")
+    if kind is None:
         raise ValueError(
             f"the model in {folder} has no prompt encoder: its config.json names no 'text'. "
             "Convert one into the folder, or stream without a prompt."
         )
-    kind = load_json(folder / "config.json")["text"]
     return load_network(folder, "text", kind, widen=False)
 
 
-def load_network(
-    folder: str | Path, name: str, kind: str, *, fps: int | None = None, widen: bool = True
-) -> Network:
-    """Reads one network.
+def export_model(
+    folder: str | Path,
+    source: str,
+    params: PyTree,
+    config: DiTConfig,
+    metadata: Mapping[str, Any],
+    *,
+    stream: Mapping[str, Any],
+    name: str = "",
+    others: Mapping[str, str] | None = None,
+    adapter: tuple[PyTree, Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes a model folder around a trained transformer: `config.json` and all its networks.
 
     Args:
-        folder: that holds it.
-        name: "dit", "vae", "speech" or "text".
-        kind: of the network, as in `config.json`.
-        fps: video frames per second that a speech encoder is to make features for; those it is
-            stored with if not given.
-        widen: see `load_weights`.
-
-    Raises:
-        ValueError: as in `load_model`.
+        folder: where to.
+        source: the model folder that everything else comes from.
+        params: of the transformer.
+        config: its size.
+        metadata: of its training.
+        stream: stream settings to use instead of the model's.
+        name: of the model, for messages; the source's if not given.
+        others: networks that come from other folders.
+        adapter: kept beside the transformer, with its rank and scaling, if there is one.
     """
-    folder = Path(folder)
-    found = find_kind(name, kind, folder / "config.json")
-    if name == "dit":  # large: it goes from disk to its devices
-        params, fields, metadata = open_weights(folder, name)
-    else:
-        params, fields, metadata = load_weights(folder, name, widen=widen)
-    try:
-        config = fill_fields(found.config, fields, "config")
-        # Sizes that are none are refused by whatever meets them first.
-        graphdef, expected = found.abstract(config)
-    except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
-        raise ValueError(
-            f"weights of '{name}' in {folder} are not those of a {kind} {name} ({error}); pass the "
-            "folder of a whole model."
-        ) from error
-    if name == "speech" and fps:
-        config = _at_fps(config, fps, folder)
-        graphdef, _ = found.abstract(config)
-    got = {path: _shape_and_kind(leaf) for path, leaf in flatten(tree_of(params)).items()}
-    want = {path: _shape_and_kind(leaf) for path, leaf in flatten(expected).items()}
-    wrong = [path for path in got | want if got.get(path) != want.get(path)]
-    if wrong:
-        lines = [f"{p}: {got.get(p, 'missing')}, expected {want.get(p, 'nothing')}" for p in wrong]
-        raise ValueError(
-            f"weights of '{name}' in {folder} do not fit their config; convert or train them "
-            "again:\n  " + "\n  ".join(lines)
-        )
-    return Network(graphdef, params, config, metadata)
+    folder, content, others = Path(folder), read_config(source), others or {}
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_checksums(folder)
+    left = {"config", "dit", "lora", "checksums", *others}
+    taken = {path.name.split(".")[0]: source for path in sorted(Path(source).iterdir())}
+    taken = {network: where for network, where in taken.items() if network not in left}
+    for network, where in {**taken, **others}.items():
+        with rewriting(folder, network, source=where):
+            for path in sorted(Path(where).glob(f"{network}*")):
+                if path.name.split(".")[0] == network:
+                    _copy(path, folder)
+    save_weights(folder, "dit", jax.device_get(params), plain_fields(config), dict(metadata))
+    content.pop("lora", None)
+    if adapter:
+        factors, fields = adapter
+        history = {**metadata, "base": base_hash(folder)}
+        save_weights(folder, "lora", jax.device_get(factors), fields, history)
+        content["lora"] = "lora"
+    content |= {"name": name} if name else {}
+    content |= {part: kind_of(where, part) for part, where in others.items()}
+    content["stream"] = {**content["stream"], **fitting_stream(stream, config)}
+    save_json(folder / "config.json", content)
 
 
-def _at_fps(config: SpeechConfig | Wav2Vec2Config, fps: int, folder: Path):
-    try:
-        return config.at_fps(fps)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+def fitting_stream(stream: Mapping[str, Any], config: DiTConfig) -> dict[str, Any]:
+    """Stream settings that fit a transformer: one without the motion packer is told no motion."""
+    return {**stream, **({} if config.framepack else {"motion": "none"})}
 
 
-def _shape_and_kind(leaf: Any) -> str:
-    """Shape and type of a weight; floating-point types of two bytes and more are one."""
-    dtype = jnp.dtype(leaf.dtype)
-    is_wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
-    return f"{tuple(leaf.shape)} {'float' if is_wide else dtype}"
+def _copy(path: Path, folder: Path) -> None:
+    target = folder / path.name
+    if path.exists() and path.resolve() != target.resolve():
+        if path.is_dir():
+            shutil.copytree(path, target, dirs_exist_ok=True)
+        else:
+            shutil.copy(path, target)
 
 
 def _with_adapter(dit: Network, folder: Path) -> Network:
     """The transformer with the folder's LoRA added, on the host."""
-    adapter, fields, _ = load_weights(folder, "lora")
-    if not isinstance(fields.get("scaling"), int | float):
-        raise ValueError(f"{folder}: 'lora' has no scaling in its config, so it is no adapter.")
+    adapter, scaling, _ = load_adapter(folder)
     if dit.config.weights:
         raise ValueError(
             f"{folder}: an adapter cannot be added to {dit.config.weights} weights; convert the "
@@ -234,15 +207,11 @@ def _with_adapter(dit: Network, folder: Path) -> Network:
         )
     factors = flatten(adapter)
     rank = next((leaf.shape[-1] for path, leaf in factors.items() if path.endswith("/a")), 0)
-    fitting = adapter_leaves(tree_of(dit.params), rank)
-    wrong = [p for p, leaf in factors.items() if p in fitting and fitting[p].shape != leaf.shape]
-    if wrong:
-        raise ValueError(
-            f"{folder}: the adapter's {wrong[0]} is {factors[wrong[0]].shape}, expected "
-            f"{fitting[wrong[0]].shape}; it is for another transformer."
-        )
+    whole = adapter_leaves(tree_of(dit.params), rank)
+    expected = {path: leaf for path, leaf in whole.items() if path in factors}
+    check_fit(factors, expected, f"of 'lora' in {folder}", "it is for another transformer.")
     with on_host():
-        params = add_adapter(_in_memory(dit.params), adapter, fields["scaling"])
+        params = add_adapter(_in_memory(dit.params), adapter, scaling)
     return dataclasses.replace(dit, params=params)
 
 

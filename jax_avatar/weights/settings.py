@@ -1,12 +1,17 @@
-"""Streaming settings of a model: section "stream" of its folder's `config.json`."""
+"""`config.json` of a model folder: kinds of its networks, settings of its stream."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import euler_schedule
+from jax_avatar.weights.files import load_json
+from jax_avatar.weights.kinds import KINDS, find_kind
 
-__all__ = ["LIVE_AVATAR", "StreamSettings"]
+__all__ = ["LIVE_AVATAR", "StreamSettings", "read_config"]
 
+_WHOLE = ("name", "dit", "vae", "speech", "stream")
 # As in training, or forced.
 _TRAINED = ("sigmas", "sampler", "cache", "refresh", "refresh_sigma", "audio_context")
 
@@ -115,3 +120,34 @@ LIVE_AVATAR = StreamSettings(
 
 Source: github.com/Alibaba-Quark/LiveAvatar, its multi-GPU script.
 """
+
+
+def read_config(folder: str | Path, needed: tuple[str, ...] = _WHOLE) -> dict[str, Any]:
+    """`config.json` of a model folder: name, kinds of the networks, settings of the stream.
+
+    Args:
+        folder: of the model.
+        needed: keys that must be there; those of a whole model by default.
+
+    Raises:
+        ValueError: it cannot be read, lacks a key, or a value is none that a model can have.
+    """
+    path = Path(folder) / "config.json"
+    content = load_json(path)
+    missing = [key for key in needed if key not in content]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {missing}; convert the missing networks into it (python -m "
+            "conversion.convert --help), or name another folder."
+        )
+    strings = [key for key in ("name", *KINDS, "lora") if key in content]
+    wrong = [key for key in strings if not isinstance(content[key], str)]
+    if wrong or not isinstance(content.get("stream", {}), dict):
+        raise ValueError(
+            f"{path}: {wrong or 'stream'} is no {'string' if wrong else 'object'}; copy it again, "
+            "or restore it."
+        )
+    for part in KINDS:
+        if part in content:
+            find_kind(part, content[part], path)
+    return content

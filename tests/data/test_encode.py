@@ -174,7 +174,7 @@ def test_an_interrupted_encoding_goes_on_to_the_same_set(tmp_path, monkeypatch):
 def test_other_settings_or_weights_do_not_go_into_the_same_folder(tmp_path):
     data = write_data(tmp_path / "raw", [make_clip()])
     encode_data(data, tmp_path / "set", ENCODERS, CONFIG, progress=False)
-    other = dataclasses.replace(ENCODERS, weights={"vae": "bb"})
+    other = dataclasses.replace(ENCODERS, hashes={"vae": "bb"})
     with pytest.raises(ValueError, match="holds data encoded with other settings: weights"):
         encode_data(data, tmp_path / "set", other, CONFIG, progress=False)
 

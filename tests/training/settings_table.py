@@ -23,7 +23,7 @@ FILES = {
     "SamplerConfig": "training/teacher.py",
     "SpeechConfig": "models/speech/mel.py",
     "SpeechTaskConfig": "training/stages/speech.py",
-    "StageWeights": "training/model_folder.py",
+    "StageWeights": "training/base_weights.py",
     "VAELossConfig": "training/stages/light_vae.py",
 }
 """Where each config is, in `jax_avatar`."""

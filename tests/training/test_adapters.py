@@ -12,7 +12,6 @@ from jax_avatar.data.latents import random_clips
 from jax_avatar.models.lora import add_adapter
 from jax_avatar.models.params import flatten
 from jax_avatar.training.distill_state import DistillConfig
-from jax_avatar.training.model_folder import export_model, read_dit
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.placement import make_training_mesh, place_batch, place_state
@@ -21,7 +20,8 @@ from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingFiles, ForcingTask
 from jax_avatar.weights.files import load_weights, save_orbax
-from jax_avatar.weights.folder import load_model
+from jax_avatar.weights.folder import export_model, load_model
+from jax_avatar.weights.networks import read_dit
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)
@@ -110,7 +110,7 @@ def test_an_adapter_of_another_size_is_named(stage1):
     folder, _ = stage1
     with pytest.raises(ValueError, match=r"is scaled by 2\.0, here by 4\.0 .*adapter_alpha"):
         distil(folder, adapter_alpha=8.0).start(LOOP, KEY)
-    with pytest.raises(ValueError, match=r"\(2, 24, 2\), expected \(2, 24, 3\); .*adapter_rank"):
+    with pytest.raises(ValueError, match=r"\(2, 24, 2\) .*expected \(2, 24, 3\).*; .*adapter_rank"):
         distil(folder, adapter_rank=3).start(LOOP, KEY)
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from configs import diffusion_forcing, dmd, teacher
-from jax_avatar.training.base_weights import check_not_merged, merge_record
-from jax_avatar.training.model_folder import StageWeights
+from jax_avatar.training.base_weights import StageWeights, check_not_merged, merge_record
 from jax_avatar.training.stages.build import build_stage
 from jax_avatar.weights.files import save_json, save_weights
 

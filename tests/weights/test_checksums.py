@@ -212,7 +212,7 @@ def test_an_adapter_of_another_size_is_named(tmp_path):
     save_json(folder / "config.json", content | {"lora": "lora"})
     factors = {"a": np.ones((6, 5, 1), np.float32), "b": np.ones((6, 1, 768), np.float32)}
     save_weights(folder, "lora", {"blocks": {"ffn_in": {"kernel": factors}}}, {"scaling": 1.0})
-    with pytest.raises(ValueError, match=r"ffn_in/kernel/a is \(6, 5, 1\), expected \(6, 192, 1\)"):
+    with pytest.raises(ValueError, match=r"kernel/a is \(6, 5, 1\) float, expected \(6, 192, 1\)"):
         load_model(folder)
     save_weights(folder, "lora", {"blocks": {"ffn_in": {"kernel": factors}}}, {"rank": 1})
     with pytest.raises(ValueError, match="no scaling"):

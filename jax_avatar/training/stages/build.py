@@ -9,8 +9,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flax import nnx
-
 from jax_avatar.data.encode import EncodeConfig, encode_clips, encode_data
 from jax_avatar.data.encoded import is_complete, read_index
 from jax_avatar.data.latents import StoredClips, load_encoded
@@ -18,19 +16,15 @@ from jax_avatar.data.records import ClipRecord, read_clips
 from jax_avatar.data.toy import toy_clips
 from jax_avatar.data.windows import check_fit
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.params import abstract
 from jax_avatar.models.speech.mel import SpeechConfig
 from jax_avatar.models.vae.light import LightVAEConfig
-from jax_avatar.training.base_weights import check_not_merged, merge_record
-from jax_avatar.training.distill_state import DistillConfig
-from jax_avatar.training.model_folder import (
-    NETWORKS,
+from jax_avatar.training.base_weights import (
     StageWeights,
-    export_model,
-    model_content,
-    read_dit,
+    check_not_merged,
+    merge_record,
     trained_fps,
 )
+from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.run.state import build_section
 from jax_avatar.training.run.step import LoopConfig, OwnStepTask, Task
@@ -41,6 +35,10 @@ from jax_avatar.training.stages.speech import SpeechTask, SpeechTaskConfig
 from jax_avatar.training.teacher import SamplerConfig
 from jax_avatar.weights.encoders import Encoders
 from jax_avatar.weights.files import load_header
+from jax_avatar.weights.folder import export_model, load_settings
+from jax_avatar.weights.kinds import KINDS
+from jax_avatar.weights.networks import read_dit
+from jax_avatar.weights.settings import read_config
 
 __all__ = ["HELD_OUT", "build_stage", "load_clips", "load_latents", "read_sections"]
 
@@ -157,7 +155,7 @@ def load_latents(settings: Mapping[str, Any], split: str) -> StoredClips:
     return load_encoded(
         folder,
         split,
-        weights=encoders.weights,
+        weights=encoders.hashes,
         encode_speech=encoders.features,
         states=encoders.states,
     )
@@ -238,10 +236,10 @@ def _vae(settings, model, task) -> Task:
 
 def _flow(settings, weights, model, task, sampler=None) -> Task:
     del sampler  # of evaluation
-    content = model_content(weights.model)
-    network = NETWORKS[content["dit"]]
+    kind = KINDS["dit"][read_config(weights.model)["dit"]]
+    streamed = load_settings(weights.model)
     encoders = {**settings, "weights": {n: weights.folder(n) for n in ("vae", "speech")}}
-    _, expected = abstract(lambda: network(model, rngs=nnx.Rngs(0)))
+    _, expected = kind.abstract(model)
     start = functools.partial(read_dit, weights.start, expected) if weights.start else None
 
     clips = load_latents(encoders, "train")
@@ -249,7 +247,7 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
     sides = {"size": [_STRIDE * side for side in clips.grid]}
     stream = {
         "fps": settings["fps"],
-        **(sides if content["stream"].get("size") else {}),
+        **(sides if streamed.size else {}),
         **task.sampling(),
     }
     if task.motion_latents:
@@ -272,8 +270,8 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
         model,
         task,
         clips,
-        network=network,
-        pose=content["stream"].get("pose", "zeros"),
+        network=kind.network,
+        pose=streamed.pose,
         seed=settings["seed"],
         name=settings["stage"],
         files=ForcingFiles(start, functools.partial(_held_out, encoders), stream, export),

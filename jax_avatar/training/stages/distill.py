@@ -20,24 +20,21 @@ from jax_avatar.data.latents import Clips
 from jax_avatar.data.windows import Windows, check_fit
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.lora import init_adapter
-from jax_avatar.models.params import abstract, split
+from jax_avatar.models.params import split
 from jax_avatar.models.sharding import on_mesh
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.adapters import FrozenBase
 from jax_avatar.training.base_weights import check_not_merged, merge_record
 from jax_avatar.training.distill_state import DistillConfig, DistillState, Told
 from jax_avatar.training.distillation import Distiller, check_levels
-from jax_avatar.training.model_folder import (
-    NETWORKS,
-    export_model,
-    model_content,
-    read_adapter,
-    read_dit,
-)
 from jax_avatar.training.rollout import Generator, RolloutConfig
 from jax_avatar.training.run.monitors import ClipFigures, measure_data
 from jax_avatar.training.run.step import LoopConfig, mesh_of
 from jax_avatar.training.stages.validation import LEVELS_SEED, FlowValidation
+from jax_avatar.weights.folder import export_model, load_settings
+from jax_avatar.weights.kinds import KINDS
+from jax_avatar.weights.networks import read_adapter, read_dit
+from jax_avatar.weights.settings import read_config
 
 __all__ = ["DistillTask", "DistillWeights"]
 
@@ -123,14 +120,14 @@ class DistillTask:
             held_out: reads clips to validate on, if there are any.
         """
         check_not_merged(weights)
-        content = model_content(weights.model)
-        stream = content["stream"]
-        size = stream.get("size")
+        kind = KINDS["dit"][read_config(weights.model)["dit"]]
+        streamed = load_settings(weights.model)
+        size, fps = streamed.size, fps or streamed.fps
         check_fit(
             clips,
             model,
             settings.latents,
-            fps=fps or stream.get("fps"),
+            fps=fps,
             grid=(size[0] // 8, size[1] // 8) if size else None,
         )
         if model.weights:
@@ -139,18 +136,17 @@ class DistillTask:
                 "('') and round the student afterwards."
             )
         self.model, self.settings, self.weights = model, settings, weights
-        self.clips, self.seed, self._content = clips, seed, content
-        self._held_out, self._fps = held_out, fps or stream.get("fps")
+        self.clips, self.seed, self._held_out = clips, seed, held_out
+        self._fps = fps
         self.batch_size, self.content_hash = settings.batch_size, clips.content_hash
         self.replay_limit = settings.replay_limit_for(model.dtype)
         windows = {role: self._windows_of(clips, number) for role, number in _ROLES.items()}
-        pose = content["stream"].get("pose", "zeros")
-        self.source = _Batches(windows, settings, pose, model.pose_channels)
-        network, adapted = NETWORKS[content["dit"]], settings.adapted(model)
-        check_levels(network, rollout, settings)
-        self._build = functools.partial(network, model)
-        self.graphdef, self._expected = abstract(lambda: self._build(rngs=nnx.Rngs(0)))
-        structure, _ = abstract(lambda: network(adapted, rngs=nnx.Rngs(0)))
+        self.source = _Batches(windows, settings, streamed.pose, model.pose_channels)
+        adapted = settings.adapted(model)
+        check_levels(kind.network, rollout, settings)
+        self._build = functools.partial(kind.network, model)
+        self.graphdef, self._expected = kind.abstract(model)
+        structure, _ = kind.abstract(adapted)
         self.generator = Generator(structure, adapted, rollout)
         self._base = FrozenBase(self._read_or_draw)
 
@@ -234,8 +230,7 @@ class DistillTask:
     @property
     def stream_settings(self) -> dict[str, Any]:
         """Streaming settings of the student, as it was trained."""
-        rate = {"fps": self._fps} if self._fps else {}
-        return {**self.generator.settings.sampling(), **rate}
+        return {**self.generator.settings.sampling(), "fps": self._fps}
 
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder that can be streamed: `config.json` and all its networks."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.data.latents import random_clips
-from jax_avatar.training.model_folder import trained_fps
+from jax_avatar.training.base_weights import trained_fps
 from jax_avatar.training.stages import build as stages
 from jax_avatar.weights.encoders import Encoders
 from jax_avatar.weights.files import load_json
