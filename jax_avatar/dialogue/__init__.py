@@ -1,1 +1,1 @@
-"""Speech for a conversation."""
+"""Parts of a conversation: text to speech."""

@@ -1,4 +1,4 @@
-"""Text -> speech, for clients that type: Flite where it is installed, or a function by its name."""
+"""Text to speech: Flite if installed, or a function by its name."""
 
 import importlib
 import shutil
@@ -14,24 +14,30 @@ import numpy as np
 __all__ = ["Speak", "find_speech", "flite"]
 
 Speak = Callable[[str], tuple[Any, int]]
-"""Text -> mono samples (floats in [-1, 1] or int16) and samples per second; may take its time. A
-text that it cannot speak is a ValueError, whose message the client is told."""
+"""Text -> mono samples (floats in [-1, 1] or int16) and samples per second; called in a thread. It
+raises ValueError for a text that it cannot speak; the client gets the message."""
 
 _LONGEST_S = 30.0
 
 
 def flite(text: str) -> tuple[np.ndarray, int]:
-    """Speaks English with the program Flite, in its voice slt.
+    """English speech of the program Flite, voice slt.
+
+    Args:
+        text: unprintable characters are read as spaces.
+
+    Returns:
+        Mono int16 samples, and samples per second.
 
     Raises:
-        ValueError: there is nothing to say, or Flite is missing or fails.
+        ValueError: the text has no words, or Flite is missing or fails.
     """
     program = shutil.which("flite")
     if program is None:
-        raise ValueError("no speech: install the package flite (apt-get install flite).")
+        raise ValueError("Flite is not installed; install it with: apt-get install flite.")
     words = "".join(x if x.isprintable() else " " for x in text)
     if not any(x.isalnum() for x in words):
-        raise ValueError(f"text {text[:40]!r}: nothing in it can be spoken; give words.")
+        raise ValueError(f"text {text[:40]!r} cannot be spoken; give words.")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speech.wav"
         command = [program, "-voice", "slt", "-t", words, "-o", str(path)]
@@ -45,16 +51,16 @@ def flite(text: str) -> tuple[np.ndarray, int]:
 
 
 def find_speech(name: str) -> Speak | None:
-    """The function that `--tts` names.
+    """Function for a value of `--tts`.
 
     Args:
         name: "flite", MODULE:NAME of a function as `Speak`, or empty for none.
 
     Returns:
-        The function; None where none is wanted, or Flite is not installed.
+        The function; None for an empty name, or if Flite is not installed.
 
     Raises:
-        ValueError: there is no such module or function.
+        ValueError: the module or function does not exist.
     """
     if name in ("", "flite"):
         return flite if name and shutil.which("flite") else None

@@ -99,7 +99,7 @@ class StepTimes:
     usual_s: float = 0.0
 
     def add(self, seconds: float) -> "StepTimes":
-        """With one more block."""
+        """Durations with one more block."""
         recent = (*self.recent, seconds)[-_RECENT_BLOCKS:]
         return StepTimes(recent, *np.quantile(recent, (0.5, 0.9)).tolist())
 
@@ -136,11 +136,11 @@ class Progress:
         return self.takeover is not None and self.fetched >= self.takeover
 
     def clear(self) -> "Progress":
-        """Speech is interrupted."""
+        """Progress after an interrupt."""
         return replace(self, is_cleared=True)
 
     def begin(self, form: StreamFormat, speech: SpeechStatus, missing_s: float) -> "Progress":
-        """A block begins, with so many seconds of speech missing."""
+        """Progress after a block has begun, with so many seconds of speech missing."""
         is_new = takes_over(self, speech)
         return replace(
             self,
@@ -151,11 +151,11 @@ class Progress:
         )
 
     def promise(self, pieces: int) -> "Progress":
-        """So many more pieces can be fetched."""
+        """Progress after the devices have promised so many more pieces."""
         return replace(self, promised=self.promised + pieces)
 
     def receive(self, form: StreamFormat, frames: int, seconds: float) -> "Progress":
-        """The next piece comes, so many seconds after the hand-over of its block."""
+        """Progress after the next piece has come, so many seconds after its block's hand-over."""
         place, is_overtaken = self.fetched % form.pieces_per_block, self.is_overtaken
         stats = self.stats
         if is_overtaken:
@@ -172,11 +172,11 @@ class Progress:
         )
 
     def start_at(self, now: float) -> "Progress":
-        """The video starts now if its first frames are ready."""
+        """Progress of a video that starts now if its first frames are ready."""
         return replace(self, start=now) if self.start is None and self.ready else self
 
     def deliver(self, form: StreamFormat, frames: int, late_s: float) -> "Progress":
-        """Frames leave, so many seconds after their due time; if late, all others are put off."""
+        """Progress after frames have left, so many seconds late; all others are put off by that."""
         stats = replace(self.stats, frames=self.stats.frames + frames)
         if late_s <= 1 / form.fps:
             return replace(self, ready=self.ready - frames, stats=stats)
@@ -194,8 +194,8 @@ def reserve_s(
 ) -> float:
     """Seconds before frames run out at which the next block begins.
 
-    A microphone always has a block that waits for speech, which begins when that is complete: the
-    reserve is what its delay has beyond a block.
+    Speech of a microphone waits until its block is complete, so there the reserve is the part of
+    the delay that exceeds a block.
     """
     if speech.is_enough:
         return steps.usual_s + settings.lead_s

@@ -1,4 +1,4 @@
-"""A microphone that is always on -> utterances: what is said passes, silence does not."""
+"""Voice activity detection by loudness: open microphone -> utterances."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _WINDOW_S = 0.02
 
 
 class SpeechGate:
-    """Opens where it becomes loud, closes after a while of quiet."""
+    """Noise gate with hysteresis: opens on loud audio, closes after some quiet."""
 
     def __init__(
         self,
@@ -29,10 +29,10 @@ class SpeechGate:
 
         Args:
             rate: samples per second.
-            opens_at: root mean square of 20 ms that begins an utterance; 1 is full scale.
-            closes_at: what is below is quiet.
-            before_s: of what came before that belongs to the utterance, since words begin softly.
-            after_s: of quiet that ends the utterance, and still belongs to it.
+            opens_at: RMS of 20 ms that opens the gate; 1 is full scale.
+            closes_at: RMS below which audio is quiet.
+            before_s: seconds before the opening that belong to the utterance; words begin softly.
+            after_s: seconds of quiet that close the gate; they belong to the utterance.
         """
         self.rate, self._opens_at, self._closes_at = rate, opens_at, closes_at
         self._window = round(_WINDOW_S * rate)
@@ -42,7 +42,7 @@ class SpeechGate:
         self._is_open, self._quiet = False, 0
 
     def __call__(self, samples: Float[np.ndarray, " N"]) -> Iterator[np.ndarray | None]:
-        """Yields pieces of speech, and None where an utterance ends."""
+        """Yields pieces of utterances, and None at the end of each."""
         self._waiting.append(samples)
         while len(self._waiting) >= self._window:
             window = self._waiting.take(self._window)

@@ -1,4 +1,4 @@
-"""TurnState-taking: the states of a conversation.
+"""Turn-taking: the states of a conversation.
 
             audio is played                    clear
     IDLE ---------------------> SPEAKING ---------------> INTERRUPTED
@@ -6,8 +6,8 @@
      |      end of speech          |  |                        | silence is shown
      +--> LISTENING --> THINKING --+  +------------------------+--> IDLE
 
-A session moves to SPEAKING, IDLE and INTERRUPTED by itself. LISTENING and THINKING are for whoever
-knows that a person talks, or that an answer is being made.
+A session moves to SPEAKING, IDLE and INTERRUPTED by itself. The application sets LISTENING (the
+user talks) and THINKING (an answer is being made).
 """
 
 import enum
@@ -36,7 +36,7 @@ _NEXT = {
 
 
 class TurnState:
-    """The current state, and which may follow it."""
+    """Current state, and the transitions from it."""
 
     def __init__(self):
         self.state = State.IDLE
@@ -45,8 +45,7 @@ class TurnState:
         """Moves to a state; returns True if it changed.
 
         Raises:
-            ValueError: that state does not follow; an avatar that speaks must be interrupted
-                before it listens.
+            ValueError: no transition leads there. Speech must be interrupted before listening.
         """
         if state not in _NEXT[self.state]:
             possible = ", ".join(sorted(s.value for s in _NEXT[self.state] - {self.state}))

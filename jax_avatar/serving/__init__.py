@@ -1,1 +1,1 @@
-"""Public names of `jax_avatar.serving`."""
+"""Server of live sessions: admission, conversations, transports, metrics."""

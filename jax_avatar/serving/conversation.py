@@ -48,6 +48,9 @@ _log = logging.getLogger(__name__)
 class Gone(Exception):
     """The client has left."""
 
+    def __init__(self):
+        super().__init__("client gone")
+
 
 class Closed(Exception):
     """The session is over, without a failure.
@@ -193,11 +196,8 @@ class Conversation:
                 await state.pool.prepare(session, portrait, text)
                 async with live:
                     await self._converse(live, began, warnings)
-        except Closed as closed:
-            reason = str(closed)
-            raise
-        except Gone:
-            reason = "client gone"
+        except (Closed, Gone) as end:
+            reason = str(end)
             raise
         except ProtocolError as error:
             reason = error.code

@@ -1,4 +1,4 @@
-"""Pool of sessions: capacity, and the free ones."""
+"""Pool of compiled sessions: its capacity, measured, and the free ones."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ from jax_avatar.weights.folder import AvatarModel
 
 __all__ = ["Budget", "SessionPool", "measure"]
 
-_SPEED_SHARE, _MEMORY_SHARE = 0.85, 0.8  # of what there is; the rest is for bursts
+_SPEED_SHARE, _MEMORY_SHARE = 0.85, 0.8  # of the total; the rest is for bursts
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,11 @@ class Budget:
     """Cost of one session, and how many fit.
 
     Attributes:
-        block_s: seconds that a block of `video_s` seconds takes.
-        video_s: of a block.
-        session_bytes: of device memory that each further session takes.
-        free_bytes: there were, after the first.
-        parts: seconds that a block takes in each part, see `AvatarSession.part_seconds`.
-        by_speed: sessions in real time.
-        by_memory: sessions in memory.
+        block_s: compute time of a block in seconds.
+        video_s: video of a block in seconds.
+        session_bytes: device memory of each further session.
+        free_bytes: free memory after the first session.
+        parts: compute time of a block in each part, see `AvatarSession.part_seconds`.
     """
 
     block_s: float
@@ -41,23 +39,23 @@ class Budget:
 
     @property
     def by_speed(self) -> int:
-        """Sessions that keep up with speech."""
+        """Number of sessions in real time."""
         return int(_SPEED_SHARE * self.video_s / self.block_s)
 
     @property
     def by_memory(self) -> int:
-        """Sessions that have room."""
+        """Number of sessions in memory."""
         return 1 + int(_MEMORY_SHARE * self.free_bytes / max(1, self.session_bytes))
 
 
 def measure(session: AvatarSession, weights_bytes: int, blocks: int = 5, rounds: int = 3) -> Budget:
-    """Streams silence through a warm session: what a session costs.
+    """Cost of a session, measured by streaming silence through a warm one.
 
     Args:
-        session: the session.
-        weights_bytes: of its networks, which further sessions share.
-        blocks: of a round.
-        rounds: whose median counts, since machines stumble.
+        session: warm.
+        weights_bytes: size of its networks, which further sessions share.
+        blocks: number in a round.
+        rounds: number of rounds; their median counts.
     """
     samples = np.zeros(session.format.block_frames * session.format.samples_per_frame, np.float32)
     block_s = []
@@ -79,7 +77,14 @@ def measure(session: AvatarSession, weights_bytes: int, blocks: int = 5, rounds:
 
 
 class SessionPool:
-    """Sessions that are compiled and warm, each for one client at a time."""
+    """Compiled and warm sessions, each for one client at a time.
+
+    Attributes:
+        dispatch: thread that hands blocks of all sessions to the devices.
+        budget: cost of a session; None until `open` is done.
+        count: number of sessions.
+        size: height and width of frames.
+    """
 
     def __init__(
         self,
@@ -87,11 +92,11 @@ class SessionPool:
         *,
         most: int,
     ):
-        """Remembers how to build a session; `open` does it.
+        """Builds nothing yet; see `open`.
 
         Args:
-            build: makes a session, with the weights of an earlier one if there is one.
-            most: sessions at once, whatever would fit.
+            build: makes a session; the first from None, others from the first's model on devices.
+            most: largest number of sessions, even if more would fit.
         """
         self._build, self._most = build, most
         self.dispatch = ThreadPoolExecutor(1, thread_name_prefix="dispatch")
@@ -99,16 +104,16 @@ class SessionPool:
         self.budget: Budget | None = None
         self.count = 0
         self.model: AvatarModel | None = None
-        self.size: tuple[int, int] | None = None  # height and width of frames
+        self.size: tuple[int, int] | None = None
 
     @property
     def is_ready(self) -> bool:
-        """True if sessions can begin."""
+        """True if sessions can start."""
         return self.budget is not None and self.count > 0
 
     @property
     def free(self) -> int:
-        """Number of free seats."""
+        """Number of free sessions."""
         return len(self._free)
 
     def open(self) -> None:
@@ -129,25 +134,25 @@ class SessionPool:
         self._free, self.count, self.budget = sessions, len(sessions), budget
 
     def take(self) -> AvatarSession | None:
-        """A free seat, or None."""
+        """A free session, or None."""
         return self._free.pop() if self._free else None
 
     def give_back(self, session: AvatarSession) -> None:
-        """Frees a seat; the session must not be used afterwards."""
+        """Returns a session; the caller must not use it any more."""
         self._free.append(session)
 
     async def prepare(self, session: AvatarSession, portrait: np.ndarray, text: Any) -> None:
-        """SessionPool a portrait."""
+        """Starts a session anew with a portrait and prompt states."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.dispatch, lambda: session.reset(portrait, text=text))
 
     def close(self) -> None:
-        """Ends the worker."""
+        """Stops the thread."""
         self.dispatch.shutdown(wait=False, cancel_futures=True)
 
 
 def _free_bytes() -> int:
-    """Free memory where streams live."""
+    """Free memory of the first device, or of the host if it does not report its own."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

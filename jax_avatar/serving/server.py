@@ -1,4 +1,4 @@
-"""Runs the server until a signal, then lets sessions end."""
+"""Server process: runs until a signal, then drains."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ class _Server(uvicorn.Server):
         self._draining: asyncio.Task | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by a signal."""
+        """Handles a signal: drains at the first SIGTERM, else stops."""
         if self._draining is not None or sig == signal.SIGINT:
             super().handle_exit(sig, frame)
             return
@@ -36,13 +36,13 @@ class _Server(uvicorn.Server):
         self._draining = asyncio.ensure_future(drained())
 
     async def serve(self, sockets: list | None = None) -> None:
-        """Serves; remembers the loop for signals."""
+        """Serves, and keeps the event loop for signals."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
 
 def make_config(state: ServerState, host: str, port: int) -> uvicorn.Config:
-    """Settings of the HTTP server: limits of the transport."""
+    """Settings of the HTTP server."""
     return uvicorn.Config(
         make_app(state),
         host=host,
@@ -57,15 +57,15 @@ def make_config(state: ServerState, host: str, port: int) -> uvicorn.Config:
 
 
 def serve(state: ServerState, host: str, port: int, *, drain_s: float = 30.0) -> None:
-    """Serves until SIGTERM (sessions may end first) or SIGINT.
+    """Serves until SIGTERM, which lets sessions end first, or SIGINT.
 
     Args:
-        state: what connections share.
+        state: shared by all connections.
         host: address to listen on.
-        port: to listen on.
-        drain_s: how long sessions may go on after SIGTERM.
+        port: port to listen on.
+        drain_s: seconds that sessions may continue after SIGTERM.
     """
-    # uvicorn repeats the signal that stopped it: by then everything is done.
+    # uvicorn raises the signal that stopped it again; by then everything is done.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(KeyboardInterrupt):
         _Server(make_config(state, host, port), state, drain_s).run()

@@ -1,4 +1,4 @@
-"""Tasks that end together."""
+"""Concurrent tasks that end together."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -8,7 +8,7 @@ __all__ = ["until_first_ends"]
 
 
 async def until_first_ends(*coroutines: Coroutine[Any, Any, Any]) -> None:
-    """Runs all at the same time until one ends, then cancels the others; raises what it raised."""
+    """Runs coroutines until the first ends, then cancels the others; raises its exception."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

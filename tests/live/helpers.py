@@ -1,4 +1,4 @@
-"""What tests of live sessions share."""
+"""Helpers for tests of live sessions."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ class FastClock(Clock):
 
 @contextlib.contextmanager
 def recording(session):
-    """Yields a list that fills with what a session hears, and with prompts between."""
+    """Yields a list that fills with the audio of a session, and with its prompts."""
     heard, feed, set_text = [], session.feed, session.set_text
     session.feed = lambda samples: heard.append(samples) or feed(samples)
     session.set_text = lambda text: heard.append("prompt") or set_text(text)
@@ -68,5 +68,5 @@ def sound_of(chunks):
 
 
 def seconds(count):
-    """Until so much video has come."""
+    """Condition for `watch`: so much video has come."""
     return lambda chunks: sum(len(chunk.frames) for chunk in chunks) >= count * FPS

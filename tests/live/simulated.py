@@ -1,4 +1,4 @@
-"""A live session without devices and without waiting: time passes when all else is done."""
+"""Live session in simulated time, without devices: time passes when all tasks wait."""
 
 import asyncio
 import concurrent.futures
@@ -41,7 +41,7 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 def simulate(coroutine):
-    """Runs a coroutine for which no real time passes."""
+    """Runs a coroutine in simulated time."""
     with asyncio.Runner(loop_factory=_Loop) as runner:
         return runner.run(coroutine)
 
@@ -52,7 +52,7 @@ class SimulatedClock(Clock):
 
 
 class _Worker(concurrent.futures.Executor):
-    """Does at once what it is given, and says so when `delay()` seconds have passed."""
+    """Executor whose results come after `delay()` seconds of simulated time."""
 
     def __init__(self, delay=lambda: 0.0):
         self._delay = delay
@@ -68,7 +68,7 @@ class _Worker(concurrent.futures.Executor):
 
 
 def _session():
-    """A session that hears blocks of sound and makes black frames, a piece after the other."""
+    """Session that makes black frames."""
     session = create_autospec(AvatarSession, instance=True)
     session.model = SimpleNamespace(name="none", settings=SimpleNamespace(audio_window="rolling"))
     session.format = StreamFormat(FPS, RATE, 2, 2, BLOCK, PIECE)
@@ -88,7 +88,7 @@ def _session():
 
 
 def simulated_session(block_seconds, **settings):
-    """A session that waits `block_seconds()` for the first piece of each block."""
+    """Live session whose blocks take `block_seconds()` until their first piece."""
     session = _session()
     is_first = lambda: session.fetch.call_count % (BLOCK // PIECE) == 1  # noqa: E731
     fetching = _Worker(lambda: block_seconds() if is_first() else DECODE_S)

@@ -1,4 +1,4 @@
-"""How long a microphone waits for its picture, in time that is simulated."""
+"""Delay from a microphone to its picture, in simulated time."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ def block_times(least, most, seed=0):
 
 
 async def watch_timed(live, until):
-    """Chunks, and when each came."""
+    """Chunks, and the times of their delivery."""
     times = []
 
     def note(chunks):
@@ -28,7 +28,7 @@ async def watch_timed(live, until):
 
 
 async def talk(live, samples, lateness=lambda: 0.0):
-    """A microphone; returns when it began. Pieces keep their order however late they are."""
+    """Microphone; returns its start time. Late pieces keep their order."""
     clock, piece = SimulatedClock(), round(PIECE_S * RATE)
     began = clock.now()
     for start in range(0, len(samples), piece):
@@ -41,7 +41,7 @@ async def talk(live, samples, lateness=lambda: 0.0):
 
 
 def converse(live, pauses, samples, lateness=lambda: 0.0):
-    """Says the same after each pause; tells of each the delay and the gaps, and all sound."""
+    """Repeats an utterance after each pause; returns delays, gaps and all sound."""
 
     async def run():
         delays, gaps = [], []
@@ -79,7 +79,7 @@ def test_a_microphone_waits_for_a_block_and_little_more_whenever_it_begins():
 
 
 def test_blocks_that_begin_to_take_longer_are_begun_sooner():
-    """Of the frames of slow blocks only the first come late."""
+    """Only the first frames of slow blocks are late."""
     took = 0.14
     live = simulated_session(lambda: took)
 
@@ -105,7 +105,7 @@ def test_speech_that_comes_a_little_late_leaves_no_gap():
 
 
 def test_a_bad_network_leaves_gaps_only_until_it_is_known():
-    """Now and then a piece, and what is behind it, comes a fifth of a second late."""
+    """One piece in ten, and those behind it, come 0.2 s late."""
     live, rng = simulated_session(lambda: 0.14), np.random.default_rng(0)
     _, gaps, sound = converse(
         live, np.tile(PAUSES, 2), voice(2.0), lambda: 0.2 * (rng.uniform() < 0.1)

@@ -1,4 +1,4 @@
-"""When the next block begins, what it replaces, and what is late: without a device or a clock."""
+"""Pacing without a device or a clock: beginnings of blocks, takeovers, lateness."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,7 @@ def wait(progress, speech=SILENCE, now=10.0, settings=SETTINGS):
 
 
 def after_blocks(count, *, seconds=0.2, start=10.0):
-    """Progress after blocks whose frames all came, and none of which was delivered."""
+    """Progress after blocks whose frames have come, but were not delivered."""
     progress = Progress()
     for _ in range(count):
         progress = progress.begin(FORM, SILENCE, 0.0).promise(3)

@@ -65,13 +65,13 @@ def live_on(session, encode_prompt=None, **settings):
 
 
 def replay(session, heard):
-    """The video of everything that a live session heard, in one piece."""
+    """Video of all audio of a live session, streamed at once."""
     session.reset()
     return np.concatenate([*session.push(np.concatenate(heard)), *session.finish()])
 
 
 def jumps_of(whole, got):
-    """Where frames were left out: `(frame of what was shown, frame of the whole)` per jump."""
+    """Jumps over dropped frames: `(index in what was shown, index in the whole)` of each."""
     jumps, at = [], 0
     for n, frame in enumerate(got):
         skipped = next(k for k in range(len(whole) - at) if (whole[at + k] == frame).all())
@@ -148,7 +148,7 @@ def test_an_interrupt_drops_speech_and_goes_on_in_silence(session):
 
 
 def test_a_microphone_is_heard_without_a_gap(alone):
-    """Pieces of 20 ms as they are spoken, starting at any moment."""
+    """Pieces of 20 ms, in real time."""
     live, samples = live_on(alone, target_delay_s=0.25), voice(3.0)
 
     async def speak():

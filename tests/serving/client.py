@@ -1,4 +1,4 @@
-"""A client of a live server, for tests: what a browser does, without one."""
+"""Client of a live server for tests, in place of a browser."""
 
 import base64
 import contextlib
@@ -12,7 +12,7 @@ from websockets.sync.client import connect
 
 
 class Client:
-    """Talks to a server; remembers what it says."""
+    """Sends messages to a server, and keeps its answers."""
 
     def __init__(self, url, **fields):
         self.socket = connect(url, max_size=None, open_timeout=30)
@@ -35,14 +35,14 @@ class Client:
             self.socket.send((samples[start : start + 8000] * 32767).astype("<i2").tobytes())
 
     def read(self, seconds):
-        """Takes what comes within some seconds."""
+        """Takes messages for some seconds."""
         ends = time.monotonic() + seconds
         with contextlib.suppress(TimeoutError):
             while (left := ends - time.monotonic()) > 0:
                 self.take(self.socket.recv(timeout=left))
 
     def until(self, kind, limit_s=30.0):
-        """Takes what comes until an event of a kind, which is returned."""
+        """Takes messages until an event of a kind, which is returned."""
         ends = time.monotonic() + limit_s
         while True:
             event = self.take(self.socket.recv(timeout=ends - time.monotonic()))

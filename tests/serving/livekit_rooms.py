@@ -1,4 +1,4 @@
-"""Two rooms that are one, for tests of LiveKit without a server: data streams and calls cross."""
+"""Two connected rooms for tests of LiveKit without a server; streams and calls cross."""
 
 import asyncio
 import types
@@ -7,7 +7,7 @@ from livekit import rtc
 
 
 class Room(rtc.EventEmitter):
-    """What the package asks of a room; `meet` puts two participants into one."""
+    """Interface of a room that the package uses; `meet` connects two."""
 
     def __init__(self, identity, kind):
         super().__init__()
@@ -73,7 +73,7 @@ class Stream:
 
 
 def meet():
-    """The agent's room and the avatar's."""
+    """Room of the agent, and room of the avatar."""
     kind = rtc.ParticipantKind.PARTICIPANT_KIND_AGENT
     agent, avatar = Room("agent", kind), Room("avatar", kind)
     for one, two in ((agent, avatar), (avatar, agent)):

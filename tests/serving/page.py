@@ -1,4 +1,4 @@
-"""The page in headless Chromium, for tests: what it shows and hears, moment by moment."""
+"""The page in headless Chromium, for tests."""
 
 import shutil
 import time
@@ -37,10 +37,10 @@ WATCH = """
 
 
 class Page:
-    """A page that is open; closes its browser at the end of a `with`."""
+    """An open page; a context manager that closes its browser."""
 
     def __init__(self, url, folder, voice, size=(420, 800)):
-        """Opens it, with `voice` (samples at 48 kHz) before the microphone, again and again."""
+        """Opens the page; its microphone repeats `voice` (samples at 48 kHz)."""
         write_wav(folder / "microphone.wav", voice, 48_000)
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
@@ -82,7 +82,7 @@ class Page:
         return value
 
     def hold(self, name):
-        """Presses the mouse on something; `release` ends it."""
+        """Presses the mouse on an element, until `release`."""
         webdriver.ActionChains(self.browser).click_and_hold(self[name]).perform()
 
     def key_down(self, key):
@@ -95,27 +95,27 @@ class Page:
         webdriver.ActionChains(self.browser).release().perform()
 
     def resize(self, width, height):
-        """Shows it on a phone, which may be smaller than a window can be."""
+        """Shows the page at the size of a phone, which may be below that of a window."""
         size = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": True}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def event(self, kind, count=1, such="true"):
-        """The event of a kind (and such) that is the `count`-th; waits for it."""
+        """Waits for the `count`-th event of a kind with such fields."""
         return self.until(f"events.filter((e) => e.type === '{kind}' && {such})[{count - 1}]")
 
     def clock(self, event):
-        """When something that happened is shown, on the clock of the player."""
+        """Time of an event on the clock of the player."""
         return event["at_s"] + self.event("session.created")["delay_s"]
 
     def motion(self, start, stop):
-        """How much the mouth moves from frame to frame in a part of the video, 0 to 255."""
+        """Mean motion of the mouth between frames in a part of the video, 0 to 255."""
         self.until(f"document.querySelector('video').currentTime > {stop}")
         seen = np.array(self.js(f"seen.filter((s) => s[0] >= {start} && s[0] < {stop})"))
         assert len(seen) >= 4, f"{len(seen)} frames in {stop - start} s"
         return np.abs(np.diff(seen[:, 1:], axis=0)).mean()
 
     def complaints(self):
-        """What the browser's console holds against the page."""
+        """Warnings and errors in the browser's console."""
         return [entry for entry in self.browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 

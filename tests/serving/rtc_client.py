@@ -1,4 +1,4 @@
-"""A WebRTC client of a live server, for tests: a real peer in this process."""
+"""WebRTC client of a live server for tests: a real peer in this process."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ RATE = 48_000
 
 
 class Microphone(MediaStreamTrack):
-    """Silence in real time, and what is put into `speech` (samples at 48 kHz)."""
+    """Silence in real time, interrupted by the samples in `speech` (48 kHz)."""
 
     kind = "audio"
 
@@ -38,7 +38,7 @@ class Microphone(MediaStreamTrack):
 
 
 class Peer:
-    """Offers, and remembers what comes: events, frames, sound, and when they are shown."""
+    """Peer that keeps all events, frames and sound, with their times."""
 
     def __init__(self, port):
         self.port, self.events, self.answer = port, [], None
@@ -81,7 +81,7 @@ class Peer:
         self.channel.send(json.dumps({"type": kind, **fields}))
 
     def speak(self, samples):
-        """Sends samples at 16 kHz, as fast as it goes."""
+        """Sends samples at 16 kHz, as fast as possible."""
         for start in range(0, len(samples), 8000):
             self.channel.send((samples[start : start + 8000] * 32767).astype("<i2").tobytes())
 
@@ -123,7 +123,7 @@ class Peer:
 
     @property
     def loud_s(self):
-        """Seconds of the sound track at which something is heard."""
+        """Seconds of the sound track that are not silent."""
         return np.concatenate(
             [at + np.flatnonzero(np.abs(samples) > 0.02) / RATE for at, samples in self.sound]
         )

@@ -1,4 +1,4 @@
-"""The avatar of a LiveKit agent, with everything of the real package but the server between."""
+"""The avatar of a LiveKit agent, with the real package; only the server is replaced."""
 
 import asyncio
 import contextlib
@@ -72,7 +72,7 @@ def test_the_contract_is_the_packages():
 
 
 async def take(generator, until, limit_s=180):
-    """What comes, until `until(everything so far)`."""
+    """Items until `until(all items so far)`."""
     got = []
     async with asyncio.timeout(limit_s):
         async for item in generator:
@@ -207,7 +207,7 @@ def test_an_agent_speaks_is_interrupted_and_leaves(session):
 
 @contextlib.asynccontextmanager
 async def agent_with(session, **settings):
-    """An agent's output, whose events come in a queue, beside an avatar that serves it."""
+    """Output of an agent with a queue of its events, served by an avatar."""
     agent, avatar = meet()
     speech = DataStreamAudioOutput(agent, destination_identity="avatar", sample_rate=RATE,
                                    wait_playback_start=True)  # fmt: skip

@@ -71,7 +71,7 @@ class Served:
         return Client(self.url, **({"token": TOKEN} | fields))
 
     def wait_until_free(self, sessions=2, limit_s=20):
-        """Waits until so many sessions are free; returns how many are when that ends."""
+        """Waits until so many sessions are free; returns how many are free in the end."""
         ends = time.monotonic() + limit_s
         while self.state.pool.free != sessions and time.monotonic() < ends:
             time.sleep(0.05)
@@ -235,7 +235,7 @@ def test_clients_that_vanish_leave_nothing_behind(served):
 
 
 def held():
-    """What sessions could leave behind: arrays on devices, threads, open files."""
+    """Numbers of arrays on devices, threads and open files."""
     gc.collect()
     files = Path("/proc/self/fd")
     return {
@@ -262,7 +262,7 @@ def test_twenty_who_come_and_go_leave_nothing_behind(served):
 
 
 def test_a_client_that_takes_nothing_is_let_go(served):
-    """Its pongs are stuck behind what it does not read, so it seems dead."""
+    """Its pongs are stuck behind unread messages, so it seems dead."""
     with connect(served.url, max_queue=1, max_size=None) as client:
         client.send(json.dumps({"type": "session.create", "version": 1, "token": TOKEN}))
         assert served.wait_until_free(1) == 1  # it is admitted
@@ -270,7 +270,7 @@ def test_a_client_that_takes_nothing_is_let_go(served):
 
 
 def rubbish(rng):
-    """A message that is none, or nearly one."""
+    """An invalid message, or nearly a valid one."""
     good = [
         '{"type": "audio.append", "audio": "AAAA"}', '{"type": "clear"}',
         '{"type": "prompt.update", "text": "x"}', '{"type": "state.update", "state": "idle"}',
@@ -294,7 +294,7 @@ def rubbish(rng):
 
 @pytest.fixture
 def speaking(served):
-    """The server with a function that speaks; "slow" takes until `go` is set, "bad" fails."""
+    """The server with a synthesiser; "slow" waits until `go` is set, "bad" fails."""
     begun, go = threading.Event(), threading.Event()
 
     def speak(text):
@@ -387,7 +387,7 @@ def test_the_page_is_served_and_asks_for_nothing_from_elsewhere(served):
 
 
 def last_words(client):
-    """Types of the last two messages, and what the first of them says."""
+    """The last two messages: a fatal error, and the end of the session."""
     with pytest.raises(ConnectionClosed):
         client.read(20)
     error, closed = client.events[-2:]
