@@ -1,9 +1,14 @@
 """Imports point one way: shapes <- models, diffusion <- weights <- streaming, training <- live."""
 
 import ast
+import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import jax_avatar
 
 ROOT = Path(__file__).parents[1]
 # What a part may import of the project; everything may import itself and shapes.
@@ -65,3 +70,12 @@ def test_the_package_does_not_print():
 def test_shard_map_stays_in_the_pipeline_and_around_kernels():
     users = [p.name for p in files("jax_avatar") if ".shard_map(" in p.read_text()]
     assert users == ["attention.py", "pipeline.py"]
+
+
+def test_the_package_exports_its_public_names_and_imports_them_late():
+    for name in jax_avatar.__all__:
+        assert inspect.getdoc(getattr(jax_avatar, name))
+    with pytest.raises(AttributeError, match="no attribute 'load_modell'"):
+        jax_avatar.load_modell  # noqa: B018
+    code = "import sys, jax_avatar; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
