@@ -32,7 +32,7 @@ from jax_avatar.models.cache import empty_cache
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import flatten, merge
-from jax_avatar.streaming.plan import make_prefill
+from jax_avatar.streaming.sampler import make_prefill
 from launch import cli
 
 MIDDLE = DiTConfig(
@@ -92,7 +92,7 @@ def step_pair(torch, config: DiTConfig, grid: tuple[int, int]) -> tuple[Callable
     from benchmarks.torch_dit import TorchStep
 
     inputs = random_inputs(DiT, config, grid, spread=0.08)
-    sink = jax.jit(make_prefill(inputs.graphdef))(inputs.params, inputs.conditions)
+    sink = make_prefill(inputs.graphdef, jax.devices()[0])(inputs.params, inputs.conditions)
     empty = empty_cache(config, 1, *grid)
     window = jax.tree.map(
         lambda x: jnp.asarray(np.random.default_rng(1).standard_normal(x.shape, np.float32)), empty

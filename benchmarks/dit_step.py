@@ -44,8 +44,8 @@ from jax_avatar.models.params import abstract
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.planning.stream import compute_bound, step_flops
 from jax_avatar.streaming.mesh import cache_place
-from jax_avatar.streaming.plan import StreamPlan, make_prefill
-from jax_avatar.streaming.sampler import make_step
+from jax_avatar.streaming.plan import StreamPlan
+from jax_avatar.streaming.sampler import make_prefill, make_step
 from launch import cli
 
 CONFIGS: dict[str, tuple[Callable, Callable[[], DiTConfig], str]] = {
@@ -145,8 +145,8 @@ class Step:
 
     def __init__(self, inputs: Inputs, cache: KVCache, sink: Sink):
         device = jax.devices()[0]
-        self._before = (inputs.audio, inputs.conditions.pose)
-        self._after = (sink, inputs.position, *inputs.sigmas, None)
+        self._block = Conditions(pose=inputs.conditions.pose, audio=inputs.audio)
+        self._after = (sink, inputs.position, inputs.sigmas, None)
         self._params = inputs.params
         self.latent, self.cache = (
             jnp.copy(inputs.latent),
@@ -158,7 +158,7 @@ class Step:
         self.compile_s = time.perf_counter() - began
 
     def _arguments(self):
-        return (self._params, self.latent, *self._before, self.cache, *self._after)
+        return (self._params, self.latent, self._block, self.cache, *self._after)
 
     def __call__(self) -> jax.Array:
         """The latent after the step."""
@@ -195,8 +195,7 @@ def run(build: Callable, config: DiTConfig, size: str, repeats: int) -> dict:
     began = time.perf_counter()
     inputs = random_inputs(build, config, grid)
     made = time.perf_counter() - began
-    place = cache_place(jax.devices()[0])
-    prefill = jax.jit(make_prefill(inputs.graphdef), out_shardings=place)
+    prefill = make_prefill(inputs.graphdef, jax.devices()[0])
     began = time.perf_counter()
     sink = jax.block_until_ready(prefill(inputs.params, inputs.conditions))
     prefill_first = time.perf_counter() - began

@@ -142,7 +142,7 @@ def run(session, features, seconds: float, window: float, decode_all: bool, prog
         progress: show a bar.
     """
     model, stream = session.model, session.stream
-    block_s = session.block_frames / model.settings.fps
+    block_s = session.format.block_s
     blocks = max(20, round(seconds / block_s))
     size = max(1, min(round(window / block_s), blocks // 4))
     starts = window_starts(blocks, size)
@@ -242,7 +242,7 @@ def main(argv=None) -> dict:
     else:
         portrait = random_portrait(model)
     session = AvatarSession(model, portrait, layout, seed=arguments.seed)
-    features = speech_features(model, read_voice(arguments.audio, session.speech.sample_rate))
+    features = speech_features(model, read_voice(arguments.audio, session.format.sample_rate))
     began = time.perf_counter()
     for _ in range(max(model.settings.aas_after_blocks, layout.stages) + 2):
         jax.block_until_ready(session.stream.push(next(features)))

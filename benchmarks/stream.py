@@ -34,10 +34,11 @@ from benchmarks.common import (
     read_voice,
 )
 from jax_avatar.models.params import merge
+from jax_avatar.streaming.decode import make_decode
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.sampler import SequentialStream
-from jax_avatar.streaming.session import AvatarSession, make_decode, num_slices
+from jax_avatar.streaming.session import AvatarSession, num_slices
 from jax_avatar.weights.folder import SMALL
 from launch import cli
 
@@ -79,7 +80,7 @@ def time_steps(model, session, features: np.ndarray, repeats: int) -> dict:
         began = time.perf_counter()
         stream.push(audio)
         if plan.refresh != "none":  # history is refreshed after the block has left
-            tap(0, plan.num_steps, stream.caches)
+            tap(0, plan.num_steps, stream.state.windows)
     steady = [of_step[skipped:] for of_step in times]
     return {
         "step": quantiles([t for of_step in steady for t in of_step]),
@@ -98,9 +99,9 @@ def stream_device(stream: SequentialStream) -> jax.Device:
 
 def time_vae(model, session, repeats: int) -> dict:
     """A block's latents -> pixels on the host."""
-    vae, pieces = model.vae, session.pieces_per_block
+    vae, pieces = model.vae, session.format.pieces_per_block
     params = jax.tree.map(jnp.asarray, vae.params)
-    latent = jnp.repeat(jnp.asarray(session.reference), session.piece_frames // 4, 1)
+    latent = jnp.repeat(jnp.asarray(session.still[:, :1]), session.format.piece_frames // 4, 1)
     first, following = make_decode(vae.graphdef)
     *_, state = first(params, latent[:, :1])
 
@@ -117,7 +118,7 @@ def time_vae(model, session, repeats: int) -> dict:
 def time_speech(model, session, voice: np.ndarray, repeats: int) -> tuple[dict, np.ndarray]:
     """A block's samples -> features on the host; and those features."""
     speech = model.speech
-    start, stop = speech.config.sample_range(0, session.block_frames)
+    start, stop = speech.config.sample_range(0, session.format.block_frames)
     params = jax.tree.map(jnp.asarray, speech.params)
     head = jnp.zeros((1, 1, max(0, start)))
     state = merge(speech.graphdef, params).start(head)
@@ -130,8 +131,8 @@ def time_speech(model, session, voice: np.ndarray, repeats: int) -> tuple[dict, 
 
 def time_stream(session, voice: np.ndarray, seconds: float, progress: bool = True) -> dict:
     """Streams and fetches all frames, as the launcher does but for writing a file."""
-    rate, fps = session.speech.sample_rate, session.model.settings.fps
-    block = session.block_frames * session.speech.samples_per_frame
+    rate, fps = session.format.sample_rate, session.format.fps
+    block = session.format.block_frames * session.format.samples_per_frame
     blocks = max(session.layout.stages + 2, round(seconds * rate / block))
     samples = np.resize(voice, blocks * block)
     dispatches, pushes, arrivals = [], [], []
@@ -150,7 +151,9 @@ def time_stream(session, voice: np.ndarray, seconds: float, progress: bool = Tru
     session.stream.push = timed_push
     frames = 0
     try:
-        with tqdm(total=blocks * session.block_frames, unit="frame", disable=not progress) as bar:
+        with tqdm(
+            total=blocks * session.format.block_frames, unit="frame", disable=not progress
+        ) as bar:
             for at in range(0, len(samples), block):
                 given = at + block
                 began = time.perf_counter()
@@ -212,8 +215,8 @@ def run(model, mesh: str, voice, seconds: float, repeats: int = 20, progress: bo
         "mesh": mesh,
         "dtype": str(config.dtype),
         "shapes": {
-            "frame": [session.block_frames, *(model.settings.size or (384, 704)), 3],
-            "latent": [1, config.frames_per_block, *session.reference.shape[2:]],
+            "frame": [session.format.block_frames, *(model.settings.size or (384, 704)), 3],
+            "latent": [1, config.frames_per_block, *session.still.shape[2:]],
             "dit": {"width": config.width, "layers": config.num_layers, "heads": config.num_heads},
         },
         "video_fps": model.settings.fps,

@@ -34,7 +34,7 @@ from jax_avatar.models.config import WanVAEConfig
 from jax_avatar.models.params import abstract
 from jax_avatar.models.vae.wan import WanVAE
 from jax_avatar.planning.stream import decode_flops
-from jax_avatar.streaming.session import make_decode
+from jax_avatar.streaming.decode import make_decode
 from launch import cli
 
 _BLOCK = 3  # latents

@@ -450,7 +450,7 @@ class _Golden:
             if found:
                 step, slot = map(int, found.groups())
                 size = self.t[name].shape[1]
-                key = stream.caches[step].key[-1]
+                key = stream.state.windows[step].key[-1]
                 start = self.config.cond_tokens(*self._reference.shape[2:4]) + slot * size
                 yield name, key[:, start : start + size]
             found = re.fullmatch(r"rollout\.latents_(aas_block|no_aas)_from(\d+)", name)

@@ -15,20 +15,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.params import abstract, merge
+from jax_avatar.models.sharding import param_shardings
 from jax_avatar.models.speech.tokens import AudioInjector
 from jax_avatar.shapes import PyTree
+from jax_avatar.streaming.decode import make_decode
 from jax_avatar.streaming.mesh import Layout, make_mesh
-from jax_avatar.streaming.pipeline import make_tick, tick_arguments
+from jax_avatar.streaming.pipeline import (
+    check_mesh,
+    make_empty_slices,
+    make_slice_prefill,
+    make_tick,
+    slice_inputs,
+)
 from jax_avatar.streaming.plan import StreamPlan
-from jax_avatar.streaming.sampler import make_step, step_arguments
-from jax_avatar.streaming.session import make_decode
+from jax_avatar.streaming.sampler import make_prefill, make_step, make_windows
 from jax_avatar.weights.kinds import KINDS, find_kind
 from jax_avatar.weights.networks import Network
 from jax_avatar.weights.settings import StreamSettings
@@ -164,21 +172,59 @@ def step_program(
     config = model.dit.config.replace(attention=attention, weights=weights)
     graphdef, params = _build(model, config)
     plan = StreamPlan.from_settings(model.settings, 0)
-    parts = (graphdef, params, config, plan, *_inputs(model, config, grid))
     mesh, _ = make_mesh(layout, devices)
-    platform = mesh.devices.flat[0].platform
-    if layout.is_sequential:
-        device = mesh.devices[0, 0]
-        arguments = step_arguments(*parts, device)
-        params, _, _, _, cache, sink, *_ = arguments
-        windows = [cache] * plan.num_windows
-        held = {"weights": params, "windows": windows, "sink": sink}
-        return Program("denoising step", make_step(graphdef, device), arguments, platform, held)
-    tick = make_tick(graphdef, mesh, plan)
-    arguments = tick_arguments(*parts, mesh)
-    params, _, _, _, _, windows, sink, *_ = arguments
+    make = _step_of_one_device if layout.is_sequential else _tick_of_slices
+    return make(graphdef, params, config, plan, _conditions(model, config, grid), mesh)
+
+
+def _step_of_one_device(graphdef, params, config, plan, conditions, mesh) -> Program:
+    device = mesh.devices[0, 0]
+    here = SingleDeviceSharding(device)
+    params, conditions = _placed((params, conditions), here)
+    b, _, h, w, c = conditions.reference.shape
+    windows = jax.eval_shape(make_windows(config, plan, (b, h, w), device))
+    sink = jax.eval_shape(make_prefill(graphdef, device), params, conditions)
+    x = jax.ShapeDtypeStruct((b, config.frames_per_block, h, w, c), config.dtype)
+    noise = x if plan.sampler == "renoise" else None
+    levels = (np.float32(1), np.float32(0))
+    x, *inputs = _placed((x, plan.position(config, 0, 0), levels, noise), here)
+    block = Conditions(pose=conditions.pose, audio=conditions.audio)
+    arguments = (params, x, block, windows[0], sink, *inputs)
     held = {"weights": params, "windows": windows, "sink": sink}
-    return Program("tick of all slices", tick, arguments, platform, held)
+    function = make_step(graphdef, device)
+    return Program("denoising step", function, arguments, device.platform, held)
+
+
+def _tick_of_slices(graphdef, params, config, plan, conditions, mesh) -> Program:
+    check_mesh(config, plan, mesh)
+    everywhere, by_stage = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("stage",)))
+    b, _, h, w, c = conditions.reference.shape
+    shape = (b, config.frames_per_block, h, w, c)
+
+    def inputs():
+        audio = {0: np.zeros(conditions.audio.shape, conditions.audio.dtype)}
+        noise = plan.make_new_noise(shape, config.dtype)
+        return slice_inputs(plan, config, (0,) * mesh.shape["stage"], audio, noise)
+
+    params = jax.tree.map(_placed, params, param_shardings(params, mesh))
+    conditions, noise = _placed((conditions, jax.ShapeDtypeStruct(shape, config.dtype)), everywhere)
+    incoming, windows = jax.eval_shape(make_empty_slices(config, plan, (b, h, w), mesh))
+    sink = jax.eval_shape(make_slice_prefill(graphdef, mesh), params, conditions)
+    tick = (
+        incoming,
+        windows,
+        sink,
+        Conditions(pose=conditions.pose),
+        _placed(jax.eval_shape(inputs), by_stage),
+    )
+    held = {"weights": params, "windows": windows, "sink": sink}
+    function, platform = make_tick(graphdef, mesh, plan), mesh.devices.flat[0].platform
+    return Program("tick of all slices", function, (params, noise, *tick), platform, held)
+
+
+def _placed(tree: PyTree, place: Any) -> PyTree:
+    """Shapes of arrays, with a place."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
 def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Device) -> Program:
@@ -194,10 +240,7 @@ def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Devi
     latents = model.settings.piece_latents(model.dit.config.frames_per_block)
     *_, state = jax.eval_shape(first, model.vae.params, latent(1))
     place = SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        (model.vae.params, state, latent(latents)),
-    )
+    arguments = _placed((model.vae.params, state, latent(latents)), place)
     held = {"VAE weights": arguments[0], "VAE state": arguments[1]}
     return Program(f"VAE, decoding {latents} latents", following, arguments, device.platform, held)
 
@@ -312,18 +355,16 @@ def _latent(model: AbstractModel, grid: tuple[int, int]) -> Callable:
     return latent
 
 
-def _inputs(
-    model: AbstractModel, config: DiTConfig, grid: tuple[int, int]
-) -> tuple[Conditions, jax.ShapeDtypeStruct]:
-    """Conditions of a stream, and the speech features of a block."""
+def _conditions(model: AbstractModel, config: DiTConfig, grid: tuple[int, int]) -> Conditions:
+    """Conditions of a stream, with the speech features of a block."""
     latent = _latent(model, grid)
     motion = config.framepack and model.settings.motion == "still"
-    conditions = Conditions(
+    frames = 4 * config.frames_per_block
+    audio = (1, 1, frames, config.audio_layers, config.audio_width)
+    return Conditions(
         text=jax.ShapeDtypeStruct((1, config.text_len, config.text_width), config.dtype),
         reference=latent(1),
         motion=latent(MOTION_LATENTS) if motion else None,
         pose=latent(1, config.pose_channels),
+        audio=jax.ShapeDtypeStruct(audio, jnp.float32),
     )
-    frames = 4 * config.frames_per_block
-    shape = (1, 1, frames, config.audio_layers, config.audio_width)
-    return conditions, jax.ShapeDtypeStruct(shape, jnp.float32)

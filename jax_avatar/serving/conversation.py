@@ -36,7 +36,7 @@ from jax_avatar.serving.messages import (
 )
 from jax_avatar.serving.server_state import Connection, ServerState
 from jax_avatar.serving.tasks import until_first_ends
-from jax_avatar.streaming.session import NotFinite
+from jax_avatar.streaming.decode import NotFinite
 
 __all__ = ["Closed", "Conversation", "Gone", "Incoming", "Link", "MicrophoneAudio"]
 

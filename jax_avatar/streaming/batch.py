@@ -7,15 +7,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 
-from jax_avatar.models.conditions import Conditions
-from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.params import merge
 from jax_avatar.models.sharding import put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
+from jax_avatar.streaming.decode import Decoder
+from jax_avatar.streaming.features import DROPPED_FRAMES
 from jax_avatar.streaming.mesh import batch_place
 from jax_avatar.streaming.plan import StreamPlan
+from jax_avatar.streaming.portrait import make_encode, still_conditions
 from jax_avatar.streaming.sampler import SequentialStream
-from jax_avatar.streaming.session import DROPPED_FRAMES, make_decode, make_encode
 from jax_avatar.weights.folder import AvatarModel
 
 __all__ = ["BatchStream"]
@@ -46,19 +46,16 @@ class BatchStream:
             mesh: of a training run: the transformer's weights lie on it, and portraits are spread
                 over its "data" axis. All hosts call, and get all frames. One device if not given.
         """
-        self.model, settings = model, model.settings
-        self.params = model.dit.params
-        self._plan = plan or StreamPlan.from_settings(settings, 420)
+        self.model, self.params = model, model.dit.params
+        self._plan = plan or StreamPlan.from_settings(model.settings, 420)
         self._sample, self._streams = sample, {}
         self._mesh, self._device = mesh, mesh or jax.devices()[0]
         whole = NamedSharding(mesh, PartitionSpec()) if mesh else batch_place(self._device)
-        self._vae, self._speech = (
-            put_on(network.params, whole) for network in (model.vae, model.speech)
-        )
+        self._decoder = Decoder(model, whole)
+        self._speech_params = put_on(model.speech.params, whole)
         self._fetch = jax.jit(lambda frames: frames, out_shardings=whole)
+        self._encode = make_encode(model.vae.graphdef, model.settings)
         speech = model.speech.graphdef
-        self._encode = make_encode(model.vae.graphdef, settings)
-        self._first, self._next = make_decode(model.vae.graphdef)
         self._features = jax.jit(
             lambda p, wave, frames: merge(speech, p).encode(wave, frames), static_argnums=2
         )
@@ -80,24 +77,21 @@ class BatchStream:
         block = 4 * model.dit.config.frames_per_block
         total = -(-(num_frames + DROPPED_FRAMES) // block) * block
         silence = DROPPED_FRAMES * model.speech.config.samples_per_frame
-        heard = np.pad(np.asarray(waves, np.float32), ((0, 0), (silence, 0)))[:, None]
-        features = self._features(self._speech, self._put(heard), total)
+        padded = np.pad(np.asarray(waves, np.float32), ((0, 0), (silence, 0)))[:, None]
+        features = self._features(self._speech_params, self._put(padded), total)
         video = self._put(portraits.astype(np.float32)[:, None] / 127.5 - 1)
-        still, _ = self._encode(self._vae, video)
-        warmup = still[:, : model.settings.warmup_latents]
-        *_, state = self._first(self._vae, warmup[:, :1])
-        if warmup.shape[1] > 1:
-            *_, state = self._next(self._vae, state, warmup[:, 1:])
+        still, _ = self._encode(self._decoder.params, video)
+        self._decoder.start(still[:, : model.settings.warmup_latents])
         parts = []
         for latent in self._latents(still, features):
-            frames, _, state = self._next(self._vae, state, latent)
+            frames, _ = self._decoder.decode(latent)
             parts.append(np.asarray(self._fetch(frames))[:count])
-        made = np.concatenate(parts, axis=1)
-        return made[:, DROPPED_FRAMES : DROPPED_FRAMES + num_frames]
+        frames = np.concatenate(parts, axis=1)
+        return frames[:, DROPPED_FRAMES : DROPPED_FRAMES + num_frames]
 
     def release(self) -> None:
         """Lets go of the transformer's weights and windows until `params` are given anew."""
-        self.params = None
+        self.params = self._decoder.state = None
         for stream in self._streams.values():
             stream.release()
 
@@ -113,11 +107,7 @@ class BatchStream:
         if self._sample:
             yield self._sample(self.params, reference, features)
             return
-        dit, settings = self.model.dit, self.model.settings
-        motion = still[:, -MOTION_LATENTS:] if settings.motion == "still" else None
-        conditions = Conditions.of_portrait(
-            dit.config, reference, pose=settings.pose, motion=motion
-        )
+        dit, conditions = self.model.dit, still_conditions(self.model, still)
         if reference.shape in self._streams:
             self._streams[reference.shape].restart(self.params, conditions)
         else:

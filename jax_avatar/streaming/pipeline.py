@@ -13,7 +13,8 @@ block that is to see it comes there.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -22,24 +23,308 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_avatar.diffusion.sampling import Sampling, noised
-from jax_avatar.models.cache import BlockPosition, KVCache, empty_cache
+from jax_avatar.models.cache import KVCache, Sink, empty_cache
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.sharding import param_shardings
+from jax_avatar.models.params import merge
+from jax_avatar.models.sharding import param_shardings, put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
 from jax_avatar.streaming.mesh import cache_place
-from jax_avatar.streaming.plan import (
-    StreamPlan,
-    check_slices,
-    denoise,
-    make_prefill,
-)
+from jax_avatar.streaming.plan import StreamPlan, check_slices
+from jax_avatar.streaming.sampler import denoise
+from jax_avatar.streaming.state import StreamState, add_context, change_prompt, renew
 from jax_avatar.weights.files import StoredWeights, place, tree_of
 
-__all__ = ["PipelinedStream", "check_mesh", "make_tick", "tick_arguments"]
+__all__ = [
+    "PipelineState",
+    "PipelinedStream",
+    "Register",
+    "SliceInputs",
+    "check_mesh",
+    "make_empty_slices",
+    "make_slice_prefill",
+    "make_tick",
+    "slice_inputs",
+]
 
 _STAGE = PartitionSpec("stage")
 _EVERYWHERE = PartitionSpec()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SliceInputs:
+    """Inputs of one tick; every leaf begins with the axis of the slices.
+
+    Attributes:
+        audio: speech features of the block in each slice.
+        positions: where it stands, per evaluation.
+        noise: to noise it with anew, `[stage evaluation b t h w c]`; None where none is taken.
+    """
+
+    audio: Any
+    positions: tuple[Any, ...]
+    noise: Any
+
+
+def make_tick(graphdef: Any, mesh: Mesh, sampling: Sampling) -> Callable[..., tuple]:
+    """The compiled tick: every slice denoises its block, latents move on.
+
+    Args:
+        graphdef: structure of the transformer, from `split`.
+        mesh: axes "stage" and "model"; its devices need not be here, to compile for them.
+        sampling: of the stream; its steps are spread evenly over the slices.
+
+    Returns:
+        `(params, noise, incoming, windows, sink, conditions, inputs) -> (x, incoming, windows)`;
+        incoming and windows are donated. `incoming` is what each slice has from the one before.
+    """
+    stages = mesh.shape["stage"]
+    steps, renoises = sampling.num_steps // stages, sampling.sampler == "renoise"
+    levels = np.array(sampling.levels, np.float32).reshape(stages, -1, 2)
+    onward = [(k, k + 1) for k in range(stages - 1)]
+
+    def tick(params, noise, incoming, windows, sink, conditions, inputs):
+        """Algorithm 4: what slice k does at a tick, its steps of the block that has come to it."""
+        dit, k = merge(graphdef, params), jax.lax.axis_index("stage")
+        conditions = conditions.with_audio(inputs.audio)
+        own_levels = jax.lax.dynamic_index_in_dim(levels, k, keepdims=False)
+        windows = list(windows)
+
+        def step(i, x):
+            w, new_noise = i % len(windows), inputs.noise[i] if renoises else None
+            position, sigmas = inputs.positions[i], own_levels[i]
+            x, windows[w] = denoise(
+                dit, x, conditions, windows[w], sink, position, sigmas, new_noise
+            )  # KV_i
+            return x
+
+        x = jnp.where(k == 0, noise, incoming)
+        for i in range(steps):
+            x = step(i, x)
+        if sampling.refresh != "none":  # the clean block writes the history
+            step(steps, noised(x, inputs.noise[steps], own_levels[steps, 0]))
+        return x, jax.lax.ppermute(x, "stage", onward), tuple(windows)
+
+    mapped = _on_slices(
+        mesh,
+        tick,
+        (_EVERYWHERE, _EVERYWHERE, _STAGE, _STAGE, _STAGE, _EVERYWHERE, _STAGE),
+        _STAGE,
+    )
+    by_stage = NamedSharding(mesh, _STAGE)
+    # Windows keep their place, so that a slice updates them where they are.
+    places = (by_stage, by_stage, cache_place(mesh))
+    return jax.jit(mapped, donate_argnums=(2, 3), out_shardings=places)
+
+
+@dataclass(frozen=True)
+class Register:
+    """Shift register on the host: which block is in which slice.
+
+    Attributes:
+        blocks: number of the block in each slice; None where there is none.
+        expected: number of the block that each slice gets next.
+    """
+
+    blocks: tuple[int | None, ...]
+    expected: tuple[int, ...]
+
+    @classmethod
+    def empty(cls, slices: int) -> "Register":
+        """No block in any slice."""
+        return cls((None,) * slices, (0,) * slices)
+
+    def advance(self, entering: int | None) -> tuple["Register", int | None]:
+        """One tick: blocks move on by one slice.
+
+        Args:
+            entering: block that comes into the first slice; None lets the others move on.
+
+        Returns:
+            The register during the tick, and the block that leaves the last slice after it.
+        """
+        blocks = (entering, *self.blocks[:-1])
+        expected = tuple(
+            old if block is None else block + 1
+            for block, old in zip(blocks, self.expected, strict=True)
+        )
+        return Register(blocks, expected), blocks[-1]
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Number of the block in whose place each slice works.
+
+        A slice without a block works on whatever it holds, in the place of the block that it gets
+        next: that block overwrites the slot before anything attends to it.
+        """
+        return tuple(
+            expected if block is None else block
+            for block, expected in zip(self.blocks, self.expected, strict=True)
+        )
+
+    @property
+    def is_drained(self) -> bool:
+        """True if no block has further slices before it."""
+        return all(block is None for block in self.blocks[:-1])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PipelineState(StreamState):
+    """State of a pipelined stream; sink and windows begin with the axis of the slices.
+
+    Attributes:
+        incoming: latents on their way, what each slice has from the one before.
+        register: which block is in which slice.
+        audio: speech features of the blocks under way.
+        sinks: block -> sink from that block on, until the last slice has it.
+    """
+
+    incoming: Any
+    register: Register = field(metadata={"static": True})
+    audio: Mapping[int, Any] = field(default_factory=dict)
+    sinks: Mapping[int, Any] = field(default_factory=dict)
+
+
+class PipelinedStream:
+    """Blocks of audio features in, blocks of clean latents out, a few blocks later.
+
+    The same latents as `SequentialStream`, for every layout.
+
+    Attributes:
+        state: all that the stream remembers.
+        params: weights of the transformer, on every slice.
+
+    Source: Live Avatar (arXiv 2512.04677), Algorithm 4.
+    """
+
+    def push(self, audio: AudioFeatures | np.ndarray) -> list[Latent]:
+        """Feeds the next block's audio; returns the blocks that have come out, oldest first.
+
+        Nothing waits for the devices: a returned latent is a promise on the last slice.
+
+        Args:
+            audio: speech features of the block's video frames.
+        """
+        finished = []
+        # The new sink is made of block 0, which must have left the last slice. After four blocks
+        # on four slices it has; sooner, the pipeline waits.
+        while self.plan.is_renewal(self.state.block) and self.state.first is None:
+            finished += self._tick(None)
+        state, g = renew(self.state, self.plan), self.state.block  # adaptive attention sink
+        if state.is_stale:
+            sinks = {**state.sinks, g: self.prefill(self.params, state.conditions)}
+            state = replace(state, sinks=sinks, is_stale=False)
+        heard, earlier = add_context(self.plan, np.asarray(audio), state.earlier)
+        audio = {**state.audio, g: heard}
+        self.state = replace(state, audio=audio, earlier=earlier, block=g + 1)
+        return finished + self._tick(g)
+
+    def _tick(self, entering: int | None) -> list[Latent]:
+        """One tick of all slices; returns the block that leaves the last one, if any."""
+        fixed = self.conditions
+        register, leaving = self.state.register.advance(entering)
+        state = self._swap_sinks(replace(self.state, register=register))
+        inputs = slice_inputs(self.plan, self.config, register.places, state.audio, self.new_noise)
+        x, incoming, windows = self.tick(
+            self.params,
+            self.put(self.noise(register.places[0]), _EVERYWHERE),
+            state.incoming,
+            state.windows,
+            state.sink,
+            Conditions(pose=fixed.pose, speaker_mask=fixed.speaker_mask),
+            self.put(inputs, _STAGE),
+        )
+        state = replace(state, incoming=incoming, windows=windows)
+        if leaving is None:
+            self.state = state
+            return []
+        clean = _last_stage(x)
+        audio = {g: heard for g, heard in state.audio.items() if g != leaving}
+        if leaving == 0 and self.plan.aas_after_blocks:
+            state = replace(state, first=self.first_latent(x))
+        self.state = replace(state.with_clean(clean), audio=audio)
+        return [clean]
+
+    def _swap_sinks(self, state: PipelineState) -> PipelineState:
+        """Gives a slice its new sink when the first block that is to see it has come there."""
+        sink, sinks = state.sink, dict(state.sinks)
+        for k, g in enumerate(state.register.blocks):
+            if g in sinks:
+                is_there = self.put(np.arange(len(state.register.blocks)) == k, _STAGE)
+                sink = self.swap(sink, sinks[g], is_there)
+        sinks.pop(state.register.blocks[-1], None)
+        return replace(state, sink=sink, sinks=sinks)
+
+    def finish(self) -> list[Latent]:
+        """Blocks still under way, oldest first."""
+        finished = []
+        while not self.state.register.is_drained:
+            finished += self._tick(None)
+        return finished
+
+    def set_text(self, text: TextStates | np.ndarray) -> None:
+        """Changes the prompt from the next block on, which keeps it through all slices."""
+        self.state = change_prompt(self.state, self.put(text, _EVERYWHERE))
+
+    # ---- start -----------------------------------------------------------------------------
+
+    def __init__(
+        self,
+        graphdef: Any,
+        params: PyTree | StoredWeights,
+        config: DiTConfig,
+        plan: StreamPlan,
+        conditions: Conditions,
+        mesh: Mesh,
+    ):
+        """Places weights, prefills every slice's sink.
+
+        Args:
+            graphdef: structure of the transformer, from `split`.
+            params: its parameters; from disk, every device reads only its own.
+            config: its size.
+            plan: settings of the stream; its steps are spread evenly over the slices.
+            conditions: portrait, prompt, pose.
+            mesh: axes "stage" and "model", from `make_mesh`.
+        """
+        check_mesh(config, plan, mesh)
+        self.config, self.plan, self.mesh = config, plan, mesh
+        self.params = place(params, param_shardings(tree_of(params), mesh))
+        b, _, h, w, c = conditions.reference.shape
+        shape = (b, config.frames_per_block, h, w, c)
+        self.noise = plan.make_noise(shape, config.dtype)
+        self.new_noise = plan.make_new_noise(shape, config.dtype)
+        self.tick = make_tick(graphdef, mesh, plan)
+        swap = _on_slices(mesh, _swap, (_STAGE, _STAGE, _STAGE), _STAGE)
+        self.swap = jax.jit(swap, donate_argnums=0)
+        self.prefill = make_slice_prefill(graphdef, mesh)
+        self.first_latent = jax.jit(_on_slices(mesh, _first_latent, (_STAGE,), _EVERYWHERE))
+        self.empty = make_empty_slices(config, plan, (b, h, w), mesh)
+        self.reset(conditions)
+
+    def reset(self, conditions: Conditions | None = None) -> None:
+        """Back to block 0: empty windows, the portrait in every slice's sink.
+
+        Args:
+            conditions: of the new stream, of the same shapes; those of the last if not given.
+        """
+        if conditions is not None:
+            self.conditions = self.put(conditions, _EVERYWHERE)
+        self.state = None
+        incoming, windows = self.empty()
+        self.state = PipelineState(
+            conditions=self.conditions,
+            sink=self.prefill(self.params, self.conditions),
+            windows=windows,
+            incoming=incoming,
+            register=Register.empty(self.mesh.shape["stage"]),
+        )
+
+    def put(self, tree: PyTree, spec: PartitionSpec) -> PyTree:
+        """Host or device values -> global arrays; every host passes the same values."""
+        return put_on(tree, NamedSharding(self.mesh, spec))
 
 
 def check_mesh(config: DiTConfig, sampling: Sampling, mesh: Mesh) -> int:
@@ -63,342 +348,85 @@ def check_mesh(config: DiTConfig, sampling: Sampling, mesh: Mesh) -> int:
     return sampling.num_evaluations // stages
 
 
-def make_tick(
-    graphdef: Any, mesh: Mesh, sampling: Sampling, speaker_mask: Array | None = None
-) -> Callable[..., tuple[Array, Array, list[KVCache]]]:
-    """The compiled function of one tick: every slice denoises its block, latents move on.
+def make_slice_prefill(graphdef: Any, mesh: Mesh) -> Callable[[PyTree, Conditions], Sink]:
+    """The compiled `(params, conditions) -> sink`, on every slice; arguments as for `make_tick`."""
+
+    def prefill(params, conditions):
+        return merge(graphdef, params).prefill(conditions)
+
+    mapped = _on_slices(mesh, prefill, (_EVERYWHERE, _EVERYWHERE), _STAGE)
+    return jax.jit(mapped, out_shardings=cache_place(mesh))
+
+
+def make_empty_slices(
+    config: DiTConfig, sampling: Sampling, grid: tuple[int, int, int], mesh: Mesh
+) -> Callable[[], tuple[Array, tuple[KVCache, ...]]]:
+    """The compiled `() -> (incoming, windows)` of slices that hold no block.
 
     Args:
-        graphdef: structure of the transformer, from `split`.
-        mesh: axes "stage" and "model"; its devices need not be here, to compile for them.
-        sampling: of the stream; its steps are spread evenly over the slices.
-        speaker_mask: routing mask of a block, for several speakers.
-
-    Returns:
-        `(params, noise, latents, audio, pose, caches, sinks, positions, levels, new noise) ->
-        (denoised, moved on, caches)`; latents and caches are donated. `tick_arguments` has their
-        shapes.
+        config: size of the transformer.
+        sampling: of the stream.
+        grid: batch, latent rows and columns.
+        mesh: as for `make_tick`.
     """
-    stages = mesh.shape["stage"]
-    steps, renoises = sampling.num_steps // stages, sampling.sampler == "renoise"
+    stages, (b, h, w) = mesh.shape["stage"], grid
 
-    def tick(params, noise, latents, audio, pose, caches, sinks, positions, levels, new_noise):
-        """Work of one slice; leading axes of one stage are stripped and put back."""
-        own = functools.partial(jax.tree.map, lambda leaf: leaf[0])
-        stage = jax.lax.axis_index("stage")
-        latent = jnp.where(stage == 0, noise, latents[0])
-        sink, windows = own(sinks), own(caches)
-        for step, position in enumerate(own(positions)):
-            sigma, next_sigma = levels[0, step]
-            is_refresh, window = step == steps, step % len(windows)
-            after, windows[window] = denoise(
-                graphdef,
-                params,
-                noised(latent, new_noise[0, step], sigma) if is_refresh else latent,
-                audio[0],
-                pose,
-                windows[window],
-                sink,
-                position,
-                sigma,
-                next_sigma,
-                new_noise[0, step] if renoises else None,
-                speaker_mask,
-            )
-            latent = latent if is_refresh else after
-        windows = jax.tree.map(lambda leaf: leaf[None], windows)
-        onward = [(i, i + 1) for i in range(stages - 1)]
-        moved = jax.lax.ppermute(latent, "stage", onward)
-        return latent[None], moved[None], windows
+    def empty():
+        latents = (stages, b, config.frames_per_block, h, w, config.latent_channels)
+        windows = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf[None], (stages, *leaf.shape)),
+            empty_cache(config, b, h, w),
+        )
+        return jnp.zeros(latents, config.dtype), (windows,) * (sampling.num_windows // stages)
 
-    mapped = _shard_map(
-        mesh,
-        tick,
-        (_EVERYWHERE, _EVERYWHERE, _STAGE, _STAGE, _EVERYWHERE, *[_STAGE] * 5),
-        (_STAGE, _STAGE, _STAGE),
-    )
-    by_stage = NamedSharding(mesh, _STAGE)
-    # Windows keep their place, so that a slice updates them where they are.
-    places = (by_stage, by_stage, cache_place(mesh))
-    return jax.jit(mapped, donate_argnums=(2, 5), out_shardings=places)
+    return jax.jit(empty, out_shardings=(NamedSharding(mesh, _STAGE), cache_place(mesh)))
 
 
-def tick_arguments(
-    graphdef: Any,
-    params: PyTree,
-    config: DiTConfig,
+def slice_inputs(
     plan: StreamPlan,
-    conditions: Conditions,
-    audio: jax.ShapeDtypeStruct,
-    mesh: Mesh,
-) -> tuple:
-    """Shapes and places of everything a tick is given, from those of a stream's parts.
+    config: DiTConfig,
+    places: Sequence[int],
+    audio: Mapping[int, np.ndarray],
+    new_noise: Callable[[int, int], Array],
+) -> SliceInputs:
+    """Inputs of one tick, on the host.
 
     Args:
-        graphdef: structure of the transformer.
-        params: its parameters, abstract.
-        config: its size.
-        plan: settings of the stream.
-        conditions: portrait, prompt, pose, abstract.
-        audio: speech features of a block, abstract.
-        mesh: from `make_mesh`.
+        plan: of the stream.
+        config: size of the transformer.
+        places: number of the block in whose place each slice works.
+        audio: block -> its speech features, at least one; others hear silence.
+        new_noise: from `StreamPlan.make_new_noise`.
     """
-    stages = mesh.shape["stage"]
-    evaluations = check_mesh(config, plan, mesh)
-    b, _, h, w, c = conditions.reference.shape
+    count = plan.num_evaluations // len(places)
+    silence = np.zeros_like(next(iter(audio.values())))
 
-    def at(tree, spec, lead=()):
-        sharding = NamedSharding(mesh, spec) if isinstance(spec, PartitionSpec) else spec
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=sharding), tree
-        )
+    def stacked(make, i, arrays):
+        of_slices = [make(g, k * count + i) for k, g in enumerate(places)]
+        return jax.tree.map(lambda *leaves: arrays.stack(leaves), *of_slices)
 
-    latent = jax.ShapeDtypeStruct((b, config.frames_per_block, h, w, c), config.dtype)
-    caches = jax.eval_shape(lambda: _caches(config, (b, h, w), stages, plan))
-    sink = jax.eval_shape(make_prefill(graphdef), params, conditions)
-    position = plan.position(config, 0, 0)
-    return (
-        jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            params,
-            param_shardings(params, mesh),
-        ),
-        at(latent, _EVERYWHERE),
-        at(latent, _STAGE, (stages,)),
-        at(audio, _STAGE, (stages,)),
-        at(conditions.pose, _EVERYWHERE),
-        at(caches, cache_place(mesh)),
-        at(sink, cache_place(mesh), (stages,)),
-        at([position] * evaluations, _STAGE, (stages,)),
-        at(_levels(plan, stages), _STAGE),
-        at(latent, _STAGE, (stages, evaluations)) if plan.takes_noise else None,
-    )
+    positions = [stacked(functools.partial(plan.position, config), i, np) for i in range(count)]
+    noise = None
+    if plan.takes_noise:
+        noise = jnp.stack([stacked(new_noise, i, jnp) for i in range(count)], axis=1)
+    heard = np.stack([audio.get(g, silence) for g in places])
+    return SliceInputs(heard, tuple(positions), noise)
 
 
-class PipelinedStream:
-    """Blocks of audio features in, blocks of clean latents out, a few blocks later.
+def _on_slices(mesh: Mesh, function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+    """The function on every slice, which sees its own part of `[stage ...]` without that axis."""
 
-    The same latents as `SequentialStream`, for every layout.
-
-    Source: Live Avatar (arXiv 2512.04677), Algorithm 4.
-    """
-
-    def __init__(
-        self,
-        graphdef: Any,
-        params: PyTree | StoredWeights,
-        config: DiTConfig,
-        plan: StreamPlan,
-        conditions: Conditions,
-        mesh: Mesh,
-        *,
-        speaker_mask: Array | None = None,
-    ):
-        """Places weights, prefills every slice's sink.
-
-        Args:
-            graphdef: structure of the transformer, from `split`.
-            params: its parameters; from disk, every device reads only its own.
-            config: its size.
-            plan: settings of the stream; its steps are spread evenly over the slices.
-            conditions: portrait, prompt, pose.
-            mesh: axes "stage" and "model", from `make_mesh`.
-            speaker_mask: routing mask of a block, for several speakers.
-        """
-        self.config, self.plan, self.mesh = config, plan, mesh
-        self.stages = mesh.shape["stage"]
-        self.evaluations = check_mesh(config, plan, mesh)
-        self.params = place(params, param_shardings(tree_of(params), mesh))
-        self.conditions = self._put(conditions, _EVERYWHERE)
-        b, _, h, w, c = conditions.reference.shape
-        self._shape = (b, config.frames_per_block, h, w, c)
-        self._noise = plan.make_noise(self._shape, config.dtype)
-        self._new_noise = plan.make_new_noise(self._shape, config.dtype)
-
-        self._swap = self._make_swap()
-        self._prefill = self._make_prefill(graphdef)
-        self._tick = make_tick(graphdef, mesh, plan, speaker_mask)
-        self._make_caches = jax.jit(
-            lambda: _caches(config, (b, h, w), self.stages, plan),
-            out_shardings=cache_place(mesh),
-        )
-        self._levels = self._put(_levels(plan, self.stages), _STAGE)
-
-        self.reset()
-
-    def reset(self, conditions: Conditions | None = None) -> None:
-        """Back to block 0: empty windows, the portrait in every slice's sink.
-
-        Args:
-            conditions: of the new stream, of the same shapes; those of the last if not given.
-        """
-        if conditions is not None:
-            self.conditions = self._put(conditions, _EVERYWHERE)
-        self._now = self.conditions
-        self._sinks = self._prefill(self.params, self._now)
-        self._hear = self.plan.make_hearing()
-        self._first_latent = None
-        self._is_stale = False
-        self._coming = {}  # block -> sinks from that block on, swapped in slice by slice
-        self._caches = self._make_caches()
-        latents = np.zeros((self.stages, *self._shape), self.config.dtype)
-        self._latents = self._put(latents, _STAGE)
-        self._audio = {}  # block -> features, kept until the last slice has used them
-        self._blocks = [None] * self.stages  # block in each slice
-        self._following = [0] * self.stages  # the block that each slice waits for
-        self._next_block = 0
-
-    def set_text(self, text: TextStates | np.ndarray) -> None:
-        """Changes the prompt from the next block on, which keeps it through all slices.
-
-        Args:
-            text: prompt states, of the shape and type of those before.
-        """
-        self._now = self._now.with_text(self._put(text, _EVERYWHERE))
-        self._is_stale = True
-
-    def push(self, audio: AudioFeatures | np.ndarray) -> list[Latent]:
-        """Feeds the next block's audio; returns the blocks that have come out, oldest first.
-
-        Nothing waits for the devices: a returned latent is a promise on the last slice.
-
-        Args:
-            audio: speech features of the block's video frames.
-        """
-        block = self._next_block
-        self._audio[block] = self._hear(np.asarray(audio))
-        self._next_block += 1
-        finished = []
-        if self.plan.is_renewal(block):
-            # The new sink is made of block 0, which must have left the last slice. After four
-            # blocks on four slices it has; sooner, the pipeline waits.
-            while self._first_latent is None:
-                finished += self._advance(None)
-            self._now = self._now.with_reference(self._first_latent)
-            self._is_stale = True
-        if self._is_stale:
-            self._coming[block] = self._prefill(self.params, self._now)
-            self._is_stale = False
-        return finished + self._advance(block)
-
-    def finish(self) -> list[Latent]:
-        """Blocks still under way, oldest first."""
-        finished = []
-        while any(block is not None for block in self._blocks[:-1]):
-            finished += self._advance(None)
-        return finished
-
-    def _advance(self, entering: int | None) -> list[Latent]:
-        """One tick: every slice denoises its block, latents move on."""
-        blocks = [entering, *self._blocks[:-1]]
-        for stage, block in enumerate(blocks):
-            if block is not None:
-                self._following[stage] = block + 1
-                if block in self._coming:
-                    self._swap_sink(stage, block)
-        # A slice without a block works on whatever it holds, in the place of the block it waits
-        # for: that block overwrites the slot before anything attends to it.
-        numbers = [
-            following if block is None else block
-            for block, following in zip(blocks, self._following, strict=True)
+    def on_slice(*arguments):
+        own = [
+            jax.tree.map(lambda leaf: leaf[0], argument) if spec == _STAGE else argument
+            for argument, spec in zip(arguments, in_specs, strict=True)
         ]
-        silence = np.zeros_like(next(iter(self._audio.values())))
-        audio = np.stack([self._audio.get(number, silence) for number in numbers])
-        done, self._latents, self._caches = self._tick(
-            self.params,
-            self._put(self._noise(numbers[0]), _EVERYWHERE),
-            self._latents,
-            self._put(audio, _STAGE),
-            self.conditions.pose,
-            self._caches,
-            self._sinks,
-            self._put(self._positions(numbers), _STAGE),
-            self._levels,
-            self._put(self._noise_between(numbers), _STAGE),
-        )
-        self._blocks = blocks
-        last = blocks[-1]
-        if last is None:
-            return []
-        self._audio.pop(last)
-        latent = _last_stage(done)
-        if last == 0 and self.plan.aas_after_blocks:
-            self._first_latent = self._spread_last(done)
-        return [latent]
+        made = function(*own)
+        return jax.tree.map(lambda leaf: leaf[None], made) if out_specs == _STAGE else made
 
-    def _positions(self, blocks: list[int]) -> list[BlockPosition]:
-        """Of every evaluation of a slice: where its block stands, `[stage ...]`."""
-
-        plan, count = self.plan, self.evaluations
-        made = [
-            [plan.position(self.config, b, s * count + step) for s, b in enumerate(blocks)]
-            for step in range(count)
-        ]
-        return [jax.tree.map(lambda *leaves: np.stack(leaves), *slices) for slices in made]
-
-    def _noise_between(self, blocks: list[int]) -> Array | None:
-        """Noise to noise blocks with anew, `[stage evaluation b t h w c]`, if any is taken."""
-        if not self.plan.takes_noise:
-            return None
-        count = self.evaluations
-        return jnp.stack(
-            [
-                jnp.stack([self._new_noise(b, s * count + step) for step in range(count)])
-                for s, b in enumerate(blocks)
-            ]
-        )
-
-    def _swap_sink(self, stage: int, block: int) -> None:
-        is_mine = self._put(np.arange(self.stages) == stage, _STAGE)
-        self._sinks = self._swap(self._sinks, self._coming[block], is_mine)
-        if stage == self.stages - 1:
-            del self._coming[block]
-
-    # ---- compiled functions ------------------------------------
-
-    def _make_prefill(self, graphdef) -> Callable:
-        prefill = make_prefill(graphdef)
-
-        def on_every_slice(params, conditions):
-            return jax.tree.map(lambda leaf: leaf[None], prefill(params, conditions))
-
-        mapped = _shard_map(self.mesh, on_every_slice, (_EVERYWHERE, _EVERYWHERE), _STAGE)
-        return jax.jit(mapped, out_shardings=cache_place(self.mesh))
-
-    def _make_swap(self) -> Callable:
-        def swap(old, new, is_mine):
-            return jax.tree.map(lambda a, b: jnp.where(is_mine[0], b, a), old, new)
-
-        mapped = _shard_map(self.mesh, swap, (_STAGE, _STAGE, _STAGE), _STAGE)
-        return jax.jit(mapped, donate_argnums=(0,))
-
-    @functools.cached_property
-    def _spread_last(self) -> Callable:
-        def first_latent(done):
-            is_last = jax.lax.axis_index("stage") == self.stages - 1
-            # A sum of one value and zeros; XLA's CPU compiler aborts on bfloat16 sums in here.
-            latent = jnp.where(is_last, done[0, :, :1].astype(jnp.float32), 0)
-            return jax.lax.psum(latent, "stage").astype(done.dtype)
-
-        return jax.jit(_shard_map(self.mesh, first_latent, (_STAGE,), _EVERYWHERE))
-
-    def _put(self, tree: PyTree, spec: PartitionSpec) -> PyTree:
-        """Host or device values -> global arrays; every host passes the same values."""
-        sharding = NamedSharding(self.mesh, spec)
-        if jax.process_count() == 1:
-            return jax.device_put(tree, sharding)
-
-        def place(leaf):
-            leaf = np.asarray(leaf)
-            return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-        return jax.tree.map(place, tree)
-
-
-def _shard_map(mesh: Mesh, function, in_specs, out_specs) -> Callable:
     # The "model" axis is left to the compiler: `param_shardings` says how it splits.
     return jax.shard_map(
-        function,
+        on_slice,
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
@@ -407,24 +435,19 @@ def _shard_map(mesh: Mesh, function, in_specs, out_specs) -> Callable:
     )
 
 
-def _levels(plan: StreamPlan, stages: int) -> np.ndarray:
-    """Noise levels before and after every evaluation, `[stage, evaluation, 2]`."""
-    return np.array(plan.levels, np.float32).reshape(stages, -1, 2)
+def _swap(old: PyTree, new: PyTree, is_there: Array) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(is_there, b, a), old, new)
 
 
-def _caches(
-    config: DiTConfig, grid: tuple[int, int, int], stages: int, sampling: Sampling
-) -> list[KVCache]:
-    """Empty windows of the steps of a slice; `grid` is batch, latent rows and columns."""
-    return [_stacked(empty_cache(config, *grid), stages)] * (sampling.num_windows // stages)
+def _first_latent(x: Array) -> Array:
+    is_last = jax.lax.axis_index("stage") == jax.lax.axis_size("stage") - 1
+    # A sum of one value and zeros; XLA's CPU compiler aborts on bfloat16 sums in here.
+    latent = jnp.where(is_last, x[:, :1].astype(jnp.float32), 0)
+    return jax.lax.psum(latent, "stage").astype(x.dtype)
 
 
-def _stacked(tree: PyTree, count: int) -> PyTree:
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (count, *leaf.shape)), tree)
-
-
-def _last_stage(done: Array) -> Array:
+def _last_stage(x: Array) -> Array:
     """The last slice's part of `[stage, ...]`, where it is, without a copy to the host."""
-    last = done.shape[0] - 1
-    shard = next(s for s in done.addressable_shards if s.index[0].start in (last, None))
+    last = x.shape[0] - 1
+    shard = next(s for s in x.addressable_shards if s.index[0].start in (last, None))
     return shard.data[0]

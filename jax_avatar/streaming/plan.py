@@ -13,17 +13,13 @@ import numpy as np
 
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import euler_schedule
-from jax_avatar.diffusion.step import move
-from jax_avatar.models.cache import BlockPosition, KVCache, Sink, block_position
-from jax_avatar.models.conditions import Conditions
+from jax_avatar.models.cache import BlockPosition, block_position
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.params import merge
-from jax_avatar.models.speech.tokens import EARLIER_FRAMES
-from jax_avatar.shapes import Array, AudioFeatures, PyTree, Scalar
+from jax_avatar.shapes import Array
 from jax_avatar.streaming.mesh import Layout, parse_layout
 from jax_avatar.weights.settings import StreamSettings
 
-__all__ = ["StreamPlan", "check_slices", "denoise", "make_prefill", "stream_layout"]
+__all__ = ["StreamPlan", "check_slices", "stream_layout"]
 
 _RENOISE = np.uint32(2**32 - 1)  # a number that no block has
 
@@ -78,24 +74,6 @@ class StreamPlan(Sampling):
     def is_renewal(self, block: int) -> bool:
         """True if the sink is renewed before this block."""
         return bool(self.aas_after_blocks) and block == self.aas_after_blocks
-
-    def make_hearing(self) -> Callable[[AudioFeatures], AudioFeatures]:
-        """Returns `features of a block -> what it hears`, to be called block by block."""
-        if self.audio_context == "block_reset":
-            return lambda features: features
-        earlier = None
-
-        def hear(features):
-            nonlocal earlier
-            # Host arrays stay on the host, where nothing waits for a device.
-            arrays = np if isinstance(features, np.ndarray) else jnp
-            if earlier is None:
-                earlier = arrays.repeat(features[:, :, :1], EARLIER_FRAMES, axis=2)
-            heard = arrays.concatenate([earlier, features], axis=2)
-            earlier = heard[:, :, -EARLIER_FRAMES:]
-            return heard
-
-        return hear
 
     def make_noise(self, shape: tuple[int, ...], dtype) -> Callable[[int], Array]:
         """Returns `block -> noise`; seeded by block, so that no layout changes it."""
@@ -155,52 +133,3 @@ def stream_layout(sampling: Sampling, mesh: str) -> Layout:
     layout = parse_layout(mesh, sampling.num_steps)
     check_slices(sampling, layout.stages)
     return layout
-
-
-def denoise(
-    graphdef,
-    params: PyTree,
-    latent: Array,
-    audio: Array,
-    pose: Array,
-    cache: KVCache,
-    sink: Sink,
-    position: BlockPosition,
-    sigma: Scalar,
-    next_sigma: Scalar,
-    noise: Array | None = None,
-    speaker_mask: Array | None = None,
-) -> tuple[Array, KVCache]:
-    """One denoising step of one block; the inner line of Algorithms 3 and 4.
-
-    Args:
-        graphdef: structure of the transformer, from `split`.
-        params: its parameters.
-        latent: the block at `sigma`.
-        audio: speech features of the block.
-        pose: pose latents of the block, or one frame that holds for all.
-        cache: window that this step reads and writes.
-        sink: current sink.
-        position: where the block stands.
-        sigma: noise level, scalar.
-        next_sigma: noise level to reach, scalar.
-        noise: to noise the clean prediction with anew; None takes Euler's step.
-        speaker_mask: routing mask, for several speakers.
-
-    Returns:
-        The block at `next_sigma`, and the window with the block in it.
-    """
-    dit = merge(graphdef, params)
-    timestep = jnp.broadcast_to(jnp.float32(1000) * sigma, latent.shape[:2])
-    conditions = Conditions(pose=pose, audio=audio, speaker_mask=speaker_mask)
-    velocity, cache = dit.stream_block(latent, timestep, conditions, cache, sink, position)
-    return move(latent, velocity, sigma, next_sigma, noise), cache
-
-
-def make_prefill(graphdef) -> Callable[[PyTree, Conditions], Sink]:
-    """Returns `(params, conditions) -> sink`."""
-
-    def prefill(params, conditions):
-        return merge(graphdef, params).prefill(conditions)
-
-    return prefill

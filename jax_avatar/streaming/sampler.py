@@ -1,17 +1,11 @@
 """Algorithm 3: a stream on one device, block after block, step after step.
 
-for block g:
-    sink <- prefill(first generated latent)        once, before block `aas_after_blocks`
-    sink <- prefill(new prompt)                    where one was given since the last block
-    x <- noise(g)
-    for step i: x <- denoise(x, window i, sink)    window i belongs to step i
-    emit x
-
 Where all steps share one history (see `Sampling`) there is one window, which every step of a block
 overwrites at the same place: the last one stays, or the refresh after it.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,89 +13,118 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jax_avatar.diffusion.sampling import noised
-from jax_avatar.models.cache import KVCache, empty_cache
+from jax_avatar.diffusion.sampling import Sampling, noised
+from jax_avatar.diffusion.step import move
+from jax_avatar.models.cache import BlockPosition, KVCache, Sink, empty_cache
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.params import merge
 from jax_avatar.models.sharding import on_mesh, put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
 from jax_avatar.streaming.mesh import batch_place, cache_place
-from jax_avatar.streaming.plan import StreamPlan, denoise, make_prefill
+from jax_avatar.streaming.plan import StreamPlan
+from jax_avatar.streaming.state import StreamState, add_context, change_prompt, renew
 from jax_avatar.weights.files import StoredWeights, place, tree_of
 
-__all__ = ["SequentialStream", "make_step", "step_arguments"]
+__all__ = ["SequentialStream", "denoise", "make_prefill", "make_step", "make_windows"]
 
 
-def make_step(
-    graphdef: Any, device: jax.Device | Mesh, speaker_mask: Array | None = None
-) -> Callable[..., tuple[Array, KVCache]]:
-    """The compiled function of one denoising step of one block.
+def denoise(
+    dit: DiT,
+    x: Array,
+    conditions: Conditions,
+    window: KVCache,
+    sink: Sink,
+    position: BlockPosition,
+    levels: Any,
+    noise: Array | None = None,
+) -> tuple[Array, KVCache]:
+    """One denoising step of one block; the inner line of Algorithms 3 and 4.
 
     Args:
-        graphdef: structure of the transformer, from `split`.
-        device: where to run, or the mesh of a training run; it need not be here, to compile for it.
-        speaker_mask: routing mask of a block, for several speakers.
+        dit: the transformer.
+        x: the block at the first level.
+        conditions: pose and speech features of the block.
+        window: KV_i, that this step reads and writes.
+        sink: keys and values of prompt, portrait and motion.
+        position: where the block stands.
+        levels: noise level before and after the step, scalars.
+        noise: to noise the clean prediction with anew; None takes Euler's step.
 
     Returns:
-        `(params, latent, audio, pose, cache, sink, position, sigma, next_sigma, noise) -> (latent,
-        cache)`, see `denoise`; latent and cache are donated. `step_arguments` has their shapes.
+        The block at the second level, and the window with the block in it.
     """
-
-    def step(params, latent, audio, pose, cache, sink, position, *levels_and_noise):
-        parts = (latent, audio, pose, cache, sink, position, *levels_and_noise)
-        return denoise(graphdef, params, *parts, speaker_mask)
-
-    places = (batch_place(device), cache_place(device))
-    # Donated: latent and cache.
-    return jax.jit(on_mesh(step, _mesh(device)), donate_argnums=(1, 4), out_shardings=places)
-
-
-def step_arguments(
-    graphdef: Any,
-    params: PyTree,
-    config: DiTConfig,
-    plan: StreamPlan,
-    conditions: Conditions,
-    audio: jax.ShapeDtypeStruct,
-    device: jax.Device,
-) -> tuple:
-    """Shapes and places of everything a step is given, from those of a stream's parts.
-
-    Args:
-        graphdef: structure of the transformer.
-        params: its parameters, abstract.
-        config: its size.
-        plan: settings of the stream.
-        conditions: portrait, prompt, pose, abstract.
-        audio: speech features of a block, abstract.
-        device: where to run.
-    """
-    b, _, h, w, c = conditions.reference.shape
-    latent = jax.ShapeDtypeStruct((b, config.frames_per_block, h, w, c), config.dtype)
-
-    def at(tree, where=None):
-        where = where or SingleDeviceSharding(device)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
-
-    return (
-        at(params),
-        at(latent),
-        at(audio),
-        at(conditions.pose),
-        at(jax.eval_shape(lambda: empty_cache(config, b, h, w)), cache_place(device)),
-        at(jax.eval_shape(make_prefill(graphdef), params, conditions), cache_place(device)),
-        at(plan.position(config, 0, 0)),
-        *at(tuple(np.float32(sigma) for sigma in plan.sigmas[:2])),
-        at(latent) if plan.sampler == "renoise" else None,
-    )
+    sigma, next_sigma = levels
+    timestep = jnp.broadcast_to(jnp.float32(1000) * sigma, x.shape[:2])
+    velocity, window = dit.stream_block(x, timestep, conditions, window, sink, position)
+    return move(x, velocity, sigma, next_sigma, noise), window
 
 
 class SequentialStream:
     """Blocks of audio features in, blocks of clean latents out, nothing waits for the device.
 
+    Attributes:
+        state: all that the stream remembers.
+        params: weights of the transformer, on the device.
+
     Source: Live Avatar (arXiv 2512.04677), Algorithm 3; where the released code departs from it,
     `StreamPlan` has the choice.
     """
+
+    def push(self, audio: AudioFeatures | np.ndarray) -> list[Latent]:
+        """Generates the next block; returns it in a list (see `PipelinedStream.push`).
+
+        Args:
+            audio: speech features of the block's video frames.
+        """
+        state, plan = renew(self.state, self.plan), self.plan  # adaptive attention sink
+        if state.is_stale:
+            sink = self.prefill(self.params, state.conditions)
+            state = replace(state, sink=sink, is_stale=False)
+        g = state.block
+        a, earlier = add_context(plan, jnp.asarray(audio), state.earlier)
+        a = self.put(a)
+        x = self.put(self.noise(g))  # X_g ~ N(0, I)
+        for i in range(plan.num_steps):  # i = T, ..., 1
+            x, state = self._denoise(state, i, x, a)
+            if self.tap:
+                self.tap(g, i, x)
+        if plan.refresh != "none":  # the clean block writes the history
+            i = plan.num_steps
+            noise, (sigma, _) = self.put(self.new_noise(g, i)), self.levels[i]
+            _, state = self._denoise(state, i, self.noised(x, noise, sigma), a)
+        if g == 0:
+            state = replace(state, first=x[:, :1])
+        self.state = replace(state.with_clean(x), earlier=earlier, block=g + 1)
+        return [x]
+
+    def _denoise(
+        self, state: StreamState, i: int, x: Latent, a: AudioFeatures
+    ) -> tuple[Latent, StreamState]:
+        """Step i of the next block, which writes KV_i."""
+        g, plan, fixed = state.block, self.plan, state.conditions
+        x, window = self.step(
+            self.params,
+            x,
+            Conditions(pose=fixed.pose, audio=a, speaker_mask=fixed.speaker_mask),
+            state.windows[i % len(state.windows)],
+            state.sink,
+            plan.position(self.config, g, i),
+            self.levels[i],
+            self.put(self.new_noise(g, i)) if plan.sampler == "renoise" else None,
+        )
+        return x, state.with_window(i, window)
+
+    def finish(self) -> list[Latent]:
+        """Blocks still under way: none, since every push completes its block."""
+        return []
+
+    def set_text(self, text: TextStates | np.ndarray) -> None:
+        """Changes the prompt from the next block on, see `change_prompt`."""
+        self.state = change_prompt(self.state, self.put(jnp.asarray(text)))
+
+    # ---- start and end ---------------------------------------------------------------------
 
     def __init__(
         self,
@@ -111,7 +134,6 @@ class SequentialStream:
         plan: StreamPlan,
         conditions: Conditions,
         *,
-        speaker_mask: Array | None = None,
         device: jax.Device | Mesh | None = None,
         tap: Callable[[int, int, Latent], None] | None = None,
     ):
@@ -123,43 +145,30 @@ class SequentialStream:
             config: its size.
             plan: settings of the stream.
             conditions: portrait, prompt, pose.
-            speaker_mask: routing mask of a block, for several speakers.
             device: where to run, the first one if not given; or the mesh of a training run, over
                 which the weights already lie and portraits are spread.
             tap: called with block, step and the latent after that step, which is gone afterwards.
         """
-        device = device or jax.devices()[0]
-        put = lambda tree: put_on(tree, batch_place(device))  # noqa: E731
-        self.config, self.plan = config, plan
-        prefill, windows = on_mesh(make_prefill(graphdef), _mesh(device)), cache_place(device)
-        self._prefill = jax.jit(prefill, out_shardings=windows)
-        self._put, self._tap, self._device = put, tap, device
-        mask = None if speaker_mask is None else put(speaker_mask)
+        self.config, self.plan, self.tap = config, plan, tap
+        self.device = device = device or jax.devices()[0]
+        self.levels = [tuple(map(np.float32, levels)) for levels in plan.levels]
         b, _, h, w, c = conditions.reference.shape
         shape = (b, config.frames_per_block, h, w, c)
-        self._noise = plan.make_noise(shape, config.dtype)
-        self._new_noise = plan.make_new_noise(shape, config.dtype)
-        self._empty = jax.jit(lambda: empty_cache(config, b, h, w), out_shardings=windows)
-        self._levels = [tuple(map(np.float32, levels)) for levels in plan.levels]
-
-        self._noised = jax.jit(noised)
-        self._step = make_step(graphdef, device, mask)
+        self.noise = plan.make_noise(shape, config.dtype)
+        self.new_noise = plan.make_new_noise(shape, config.dtype)
+        self.noised, self.step = jax.jit(noised), make_step(graphdef, device)
+        self.prefill = make_prefill(graphdef, device)
+        self.empty = make_windows(config, plan, (b, h, w), device)
         self.restart(params, conditions)
 
     def restart(self, params: PyTree | StoredWeights, conditions: Conditions) -> None:
         """Back to block 0 with other weights and conditions of the same shapes; nothing is
         compiled anew."""
-        if not isinstance(self._device, Mesh):
-            on_device = SingleDeviceSharding(self._device)
+        if not isinstance(self.device, Mesh):
+            on_device = SingleDeviceSharding(self.device)
             params = place(params, jax.tree.map(lambda _: on_device, tree_of(params)))
         self.params = params
-        self.conditions = self._put(conditions)
-        self.reset()
-
-    def release(self) -> None:
-        """Lets go of weights and windows until `restart`."""
-        self.params = self.conditions = self.caches = None
-        self._now = self._sink = self._first_latent = None
+        self.reset(conditions)
 
     def reset(self, conditions: Conditions | None = None) -> None:
         """Back to block 0: empty windows, the portrait in the sink.
@@ -168,72 +177,65 @@ class SequentialStream:
             conditions: of the new stream, of the same shapes; those of the last if not given.
         """
         if conditions is not None:
-            self.conditions = self._put(conditions)
-        self._now = self.conditions
-        self._sink = self._prefill(self.params, self._now)
-        self._is_stale = False
-        self.caches = [self._empty() for _ in range(self.plan.num_windows)]
-        self._hear = self.plan.make_hearing()
-        self._first_latent = None
-        self._next_block = 0
-
-    def set_text(self, text: TextStates | np.ndarray) -> None:
-        """Changes the prompt from the next block on; the window keeps what it has seen.
-
-        Args:
-            text: prompt states, of the shape and type of those before.
-        """
-        self._now = self._now.with_text(self._put(jnp.asarray(text)))
-        self._is_stale = True
-
-    def push(self, audio: AudioFeatures | np.ndarray) -> list[Latent]:
-        """Generates the next block; returns it in a list (see `PipelinedStream.push`).
-
-        Args:
-            audio: speech features of the block's video frames.
-        """
-        block, plan = self._next_block, self.plan
-        if plan.is_renewal(block):
-            self._now = self._now.with_reference(self._first_latent)
-            self._is_stale = True
-        if self._is_stale:
-            self._sink = self._prefill(self.params, self._now)
-            self._is_stale = False
-        audio = self._put(self._hear(jnp.asarray(audio)))
-        latent = self._put(self._noise(block))
-        for step in range(plan.num_steps):
-            latent = self._evaluate(block, step, latent, audio)
-            if self._tap:
-                self._tap(block, step, latent)
-        if plan.refresh != "none":
-            step = plan.num_steps
-            noise = self._put(self._new_noise(block, step))
-            self._evaluate(block, step, self._noised(latent, noise, self._levels[step][0]), audio)
-        if block == 0:
-            self._first_latent = latent[:, :1]
-        self._next_block += 1
-        return [latent]
-
-    def finish(self) -> list[Latent]:
-        """Blocks still under way: none, since every push completes its block."""
-        return []
-
-    def _evaluate(self, block: int, step: int, latent: Latent, audio: AudioFeatures) -> Latent:
-        """One evaluation of the network, which writes the block into the window of the step."""
-        plan, window = self.plan, step % len(self.caches)
-        renoises = plan.sampler == "renoise"
-        latent, self.caches[window] = self._step(
-            self.params,
-            latent,
-            audio,
-            self.conditions.pose,
-            self.caches[window],
-            self._sink,
-            plan.position(self.config, block, step),
-            *self._levels[step],
-            self._put(self._new_noise(block, step)) if renoises else None,
+            self.conditions = self.put(conditions)
+        self.state = None  # its windows make room for new ones
+        self.state = StreamState(
+            conditions=self.conditions,
+            sink=self.prefill(self.params, self.conditions),
+            windows=self.empty(),
         )
-        return latent
+
+    def release(self) -> None:
+        """Lets go of weights and windows until `restart`."""
+        self.params = self.conditions = self.state = None
+
+    def put(self, tree: PyTree) -> PyTree:
+        """Puts rows of portraits where the stream runs."""
+        return put_on(tree, batch_place(self.device))
+
+
+def make_step(graphdef: Any, device: jax.Device | Mesh) -> Callable[..., tuple[Array, KVCache]]:
+    """The compiled `denoise`.
+
+    Args:
+        graphdef: structure of the transformer, from `split`.
+        device: where to run, or the mesh of a training run; it need not be here, to compile for it.
+
+    Returns:
+        `(params, x, conditions, window, sink, position, levels, noise) -> (x, window)`; x and
+        window are donated.
+    """
+
+    def step(params, *arguments):
+        return denoise(merge(graphdef, params), *arguments)
+
+    places = (batch_place(device), cache_place(device))
+    # Donated: x and window.
+    return jax.jit(on_mesh(step, _mesh(device)), donate_argnums=(1, 3), out_shardings=places)
+
+
+def make_prefill(graphdef: Any, device: jax.Device | Mesh) -> Callable[[PyTree, Conditions], Sink]:
+    """The compiled `(params, conditions) -> sink`; arguments as for `make_step`."""
+
+    def prefill(params, conditions):
+        return merge(graphdef, params).prefill(conditions)
+
+    return jax.jit(on_mesh(prefill, _mesh(device)), out_shardings=cache_place(device))
+
+
+def make_windows(
+    config: DiTConfig, sampling: Sampling, grid: tuple[int, int, int], device: jax.Device | Mesh
+) -> Callable[[], tuple[KVCache, ...]]:
+    """The compiled `() -> empty windows`.
+
+    Args:
+        config: size of the transformer.
+        sampling: of the stream.
+        grid: batch, latent rows and columns.
+        device: as for `make_step`.
+    """
+    windows = lambda: (empty_cache(config, *grid),) * sampling.num_windows  # noqa: E731
+    return jax.jit(windows, out_shardings=cache_place(device))
 
 
 def _mesh(device: jax.Device | Mesh) -> Mesh | None:

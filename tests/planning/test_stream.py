@@ -18,10 +18,10 @@ from jax_avatar.planning.programs import (
 from jax_avatar.planning.report import plan_as_text
 from jax_avatar.planning.stream import plan_stream, step_flops
 from jax_avatar.streaming.mesh import Layout, make_mesh, parse_layout
-from jax_avatar.streaming.pipeline import PipelinedStream, tick_arguments
+from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
-from jax_avatar.streaming.sampler import SequentialStream, step_arguments
-from tests.nano import CONFIG, GRID, make_audio, make_conditions, make_dit
+from jax_avatar.streaming.sampler import SequentialStream
+from tests.nano import CONFIG, GRID, make_conditions, make_dit
 
 NANO = {
     "name": "nano",
@@ -42,8 +42,6 @@ NANO = {
     },
 }
 
-STUDENT = StreamPlan(sigmas=(1.0, 0.0), sampler="renoise", refresh="fixed")
-
 
 @pytest.fixture(scope="module")
 def nano():
@@ -57,52 +55,23 @@ def large():
     return abstract_model(get_config().to_dict())
 
 
-def shapes(tree):
-    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
-
-
-def places(tree):
-    return jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), tree)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "plan"),
-    [("4x2", StreamPlan()), ("2+1", StreamPlan(sampler="renoise")), ("1+1", STUDENT)],
-)
-def test_a_tick_is_planned_for_what_a_stream_passes(mesh, plan, monkeypatch):
-    graphdef, params = make_dit()
-    conditions = make_conditions()
-    mesh, _ = make_mesh(parse_layout(mesh, plan.num_steps))
-    stream = PipelinedStream(graphdef, params, CONFIG, plan, conditions, mesh)
-    audio = make_audio(1)[0]
-    passed, tick = [], stream._tick
-    monkeypatch.setattr(stream, "_tick", lambda *args: passed.append(args) or tick(*args))
-    planned = tick_arguments(
-        graphdef, params, CONFIG, plan, conditions,
-        jax.ShapeDtypeStruct(audio.shape, audio.dtype), mesh,
-    )  # fmt: skip
-    stream.push(audio)
-    assert shapes(planned) == shapes(passed[0])
-    held = (0, 5, 6)  # weights, windows, sinks
-    assert places([planned[i] for i in held]) == places(
-        [stream.params, stream._caches, stream._sinks]
+@pytest.mark.parametrize("mesh", ["1", "4x2", "2+1"])
+def test_a_plan_weighs_what_a_stream_holds(nano, mesh):
+    layout, plan = parse_layout(mesh, 4), StreamPlan.from_settings(nano.settings, 0)
+    devices, _ = make_mesh(layout)
+    arguments = (*make_dit(), CONFIG, plan, make_conditions())
+    stream = (
+        SequentialStream(*arguments)
+        if layout.is_sequential
+        else PipelinedStream(*arguments, devices)
     )
+    held = {"weights": stream.params, "windows": stream.state.windows, "sink": stream.state.sink}
+    planned = step_program(nano, GRID, layout, jax.devices(), attention=CONFIG.attention).held
 
+    def places(tree):
+        return jax.tree.map(lambda x: (x.dtype, x.sharding.shard_shape(x.shape)), tree)
 
-@pytest.mark.parametrize("plan", [StreamPlan(), STUDENT], ids=["default", "student"])
-def test_a_step_is_planned_for_what_a_stream_passes(plan, monkeypatch):
-    graphdef, params = make_dit()
-    conditions = make_conditions()
-    stream = SequentialStream(graphdef, params, CONFIG, plan, conditions)
-    audio = make_audio(1)[0]
-    passed, step = [], stream._step
-    monkeypatch.setattr(stream, "_step", lambda *args: passed.append(shapes(args)) or step(*args))
-    stream.push(audio)
-    planned = step_arguments(
-        graphdef, params, CONFIG, plan, conditions,
-        jax.ShapeDtypeStruct(audio.shape, audio.dtype), jax.devices()[0],
-    )  # fmt: skip
-    assert [shapes(planned)] * plan.num_evaluations == passed
+    assert places(planned) == places(held)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ DAMAGE = tuple(Mistake("input", *row) for row in (
     ("an adapter's shapes are not compared", "weights/folder.py",
      "check_fit(factors, expected, ", "check_fit(expected, expected, ",
      checksums("an_adapter_of_another_size_is_named")),
-    ("output that is not finite is shown", "streaming/session.py",
+    ("output that is not finite is shown", "streaming/decode.py",
      "if not np.asarray(is_finite):", "if False:",
      session("finite_weights_whose_output_is_not_end_the_stream")),
     ("two conversions write the same network", "weights/slot_writer.py",

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 
 from jax_avatar.io.video import VideoWriter, read_video
+from jax_avatar.streaming.decode import NotFinite
 from jax_avatar.streaming.file import for_duration, stream_to_file
 from jax_avatar.streaming.mesh import parse_layout
-from jax_avatar.streaming.session import AvatarSession, NotFinite
+from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.weights.files import load_json, save_json
 from jax_avatar.weights.folder import load_model
 from tests.nano import save_model
@@ -111,7 +112,7 @@ def test_frames_come_while_audio_still_comes(pipelined):
     pipelined.reset()
     early = [len(part) for _ in range(8) for part in pipelined.push(voice(0.75))]
     assert sum(early) >= 9
-    assert len(pipelined._pending) <= 2 * pipelined.pieces_per_block
+    assert pipelined.decoder.num_pending <= 2 * pipelined.format.pieces_per_block
     list(pipelined.finish())
 
 
@@ -158,10 +159,10 @@ def test_ctrl_c_leaves_a_playable_file(sequential, tmp_path):
 @pytest.mark.parametrize("part", ["vae", "dit"])
 def test_finite_weights_whose_output_is_not_end_the_stream(sequential, monkeypatch, part):
     """Too large for their type; the weights themselves pass every check."""
-    owner, name = (sequential, "_vae_params") if part == "vae" else (sequential.stream, "params")
+    owner = sequential.decoder if part == "vae" else sequential.stream
     sequential.reset()
-    huge = jax.tree.map(lambda leaf: leaf * 1e30, getattr(owner, name))
-    monkeypatch.setattr(owner, name, huge)
+    huge = jax.tree.map(lambda leaf: leaf * 1e30, owner.params)
+    monkeypatch.setattr(owner, "params", huge)
     with pytest.raises(NotFinite, match=r"nano is NaN or infinity from frame 0 on: its weights"):
         list(sequential.push(voice(1.0)))
         list(sequential.finish())
@@ -227,8 +228,8 @@ def test_quiet_speech_is_heard_louder(sequential):
     loud, heard = voice(3.0) * np.sin(np.arange(3 * RATE) / 2000).astype(np.float32) ** 4, []
     for gain in (1, 0.01):
         sequential.reset()
-        sequential._hear(np.float32(gain) * loud)
-        heard.append(np.abs(sequential._samples.take(10**6)[-RATE:]).max())
+        sequential.features.push(np.float32(gain) * loud)
+        heard.append(np.abs(sequential.features.samples.take(10**6)[-RATE:]).max())
     sequential.reset()
     assert heard[0] == np.abs(loud[-RATE:]).max()
     assert heard[1] > 10 * 0.01 * heard[0]

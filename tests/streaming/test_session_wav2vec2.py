@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jax_avatar.models.params import merge
+from jax_avatar.streaming.features import DROPPED_FRAMES
 from jax_avatar.streaming.mesh import parse_layout
-from jax_avatar.streaming.session import DROPPED_FRAMES, AvatarSession
+from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.weights.folder import load_model, load_settings
 from tests.nano import save_model
 from tests.streaming.test_session import frames_of, portrait, voice  # noqa: F401
@@ -45,7 +46,7 @@ def test_pieces_of_any_length_make_the_same_video(session, whole):
 
 
 def test_sound_beyond_the_look_ahead_never_changes_earlier_frames(session):
-    samples, block = voice(2.4), session.block_frames
+    samples, block = voice(2.4), session.format.block_frames
     for shown in (1, 2):  # blocks
         last = (shown * block - DROPPED_FRAMES) * PER_FRAME + LOOK_AHEAD
         changed, reached = samples.copy(), samples.copy()

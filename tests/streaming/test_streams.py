@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.streaming.mesh import make_mesh, parse_layout
-from jax_avatar.streaming.pipeline import PipelinedStream
+from jax_avatar.streaming.pipeline import PipelinedStream, Register, slice_inputs
 from jax_avatar.streaming.plan import StreamPlan, stream_layout
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.weights.settings import StreamSettings
@@ -122,19 +123,19 @@ def test_a_block_hears_the_end_of_the_one_before_if_it_was_trained_so(mesh, monk
         layout = make_mesh(parse_layout(mesh, 4))[0]
         stream = PipelinedStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS, layout)
 
-        def advance(block):
-            given.append(stream._audio[block])
-            return []
+        def tick(params, noise, incoming, windows, sink, conditions, inputs):
+            given.append(np.asarray(inputs.audio)[0])
+            return incoming, incoming, windows
 
-        monkeypatch.setattr(stream, "_advance", advance)
+        monkeypatch.setattr(stream, "tick", tick)
     else:
         stream = SequentialStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS)
 
-        def step(params, latent, audio, pose, cache, *others):
-            given.append(np.asarray(audio))
-            return latent, cache
+        def step(params, x, conditions, window, *others):
+            given.append(np.asarray(conditions.audio))
+            return x, window
 
-        monkeypatch.setattr(stream, "_step", step)
+        monkeypatch.setattr(stream, "step", step)
     for start in range(2):
         given.clear()
         stream.reset()
@@ -166,6 +167,26 @@ def test_a_stream_can_start_again():
     np.testing.assert_array_equal(run(stream, 3), first)
 
 
+def test_every_block_passes_every_slice_in_order():
+    """On the host alone: blocks come with gaps between, then the last ones leave."""
+    slices, entering = 3, [0, 1, None, None, 2, None, 3]
+    register, seen, left = Register.empty(slices), [], []
+    for block in [*entering, *[None] * slices]:
+        register, leaving = register.advance(block)
+        seen.append(register.blocks)
+        left.append(leaving)
+        # Without a block, a slice works in the place of the one that it gets next.
+        for k, (block, place) in enumerate(zip(register.blocks, register.places, strict=True)):
+            come = [blocks[k] for blocks in seen if blocks[k] is not None]
+            assert place == (len(come) if block is None else block)
+    assert register.is_drained
+    assert [block for block in left if block is not None] == [0, 1, 2, 3]
+    for tick, block in enumerate(entering):
+        if block is not None:
+            assert [seen[tick + k][k] for k in range(slices)] == [block] * slices
+            assert left[tick + slices - 1] == block
+
+
 def test_renewing_the_sink_changes_the_stream_from_that_block_on():
     kept, after_one, after_four = sequential(0), sequential(1), sequential(4)
     np.testing.assert_array_equal(kept[:1], after_one[:1])
@@ -177,16 +198,15 @@ def test_renewing_the_sink_changes_the_stream_from_that_block_on():
 def test_only_the_latent_moves_between_slices():
     """One collective permute per tick, of the latent's size, and no other communication."""
     stream = pipelined("5", 4)
-    numbers = [0] * 4
-    positions = [[stream.plan.position(CONFIG, 0, stage) for stage in range(4)]]
-    positions = [jax.tree.map(lambda *parts: np.stack(parts), *step) for step in positions]
-    text = stream._tick.lower(
-        stream.params, stream._noise(0), stream._latents, np.stack([AUDIO[n] for n in numbers]),
-        stream.conditions.pose, stream._caches, stream._sinks, positions, stream._levels, None,
+    state = stream.state
+    inputs = slice_inputs(stream.plan, CONFIG, (0,) * 4, {0: AUDIO[0]}, stream.new_noise)
+    text = stream.tick.lower(
+        stream.params, stream.noise(0), state.incoming, state.windows, state.sink,
+        Conditions(pose=stream.conditions.pose), inputs,
     ).compile().as_text()  # fmt: skip
     permutes = [line for line in text.splitlines() if " collective-permute(" in line]
     assert len(permutes) == 1
-    shape = ",".join(map(str, stream._shape))
+    shape = ",".join(map(str, state.incoming.shape[1:]))
     assert f"f32[{shape}]" in permutes[0] or f"f32[1,{shape}]" in permutes[0]
     for other in ("all-reduce", "all-gather", "all-to-all"):
         assert f" {other}(" not in text
@@ -194,7 +214,7 @@ def test_only_the_latent_moves_between_slices():
 
 def test_every_slice_has_its_own_weights_windows_and_sink():
     stream = pipelined("5", 4)
-    for leaf in jax.tree.leaves((stream._caches, stream._sinks)):
+    for leaf in jax.tree.leaves((stream.state.windows, stream.state.sink)):
         assert leaf.shape[0] == 4
         assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {1}
     for leaf in jax.tree.leaves(stream.params):
@@ -203,7 +223,7 @@ def test_every_slice_has_its_own_weights_windows_and_sink():
 
 def test_a_slice_of_two_devices_holds_half_of_the_heads_on_each():
     stream = pipelined("4x2", 4)
-    key = stream._caches[0].key
+    key = stream.state.windows[0].key
     assert {shard.data.shape[4] for shard in key.addressable_shards} == {CONFIG.num_heads // 2}
     kernel = stream.params["blocks"]["ffn_in"]["kernel"]
     halves = {shard.data.shape[-1] for shard in kernel.addressable_shards}

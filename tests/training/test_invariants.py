@@ -16,6 +16,7 @@ from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import merge
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.streaming.plan import StreamPlan
+from jax_avatar.streaming.state import add_context
 from jax_avatar.training import distillation
 from jax_avatar.training import rollout as rollout_module
 from jax_avatar.training.distill_state import DistillConfig, Told
@@ -207,11 +208,12 @@ def test_the_training_form_is_prefill_and_streaming(kind, ring_blocks, context):
     step = jax.jit(merge(graphdef, params).stream_block)
     told = Conditions(text=clip.text, reference=clip.reference, pose=clip.pose)
     sink = jax.jit(merge(graphdef, params).prefill)(told)
-    cache, hear = empty_cache(config, 1, *GRID), StreamPlan(audio_context=context).make_hearing()
+    cache, plan, earlier = empty_cache(config, 1, *GRID), StreamPlan(audio_context=context), None
     for block in range(blocks):
         frames = slice(FRAMES * block, FRAMES * (block + 1))
         position = block_position(config, block, reference_frame - frames.start)
-        heard = hear(features[:, :, 4 * frames.start : 4 * frames.stop])
+        block_features = features[:, :, 4 * frames.start : 4 * frames.stop]
+        heard, earlier = add_context(plan, block_features, earlier)
         velocity, cache = step(
             noisy[:, frames], timestep[:, frames], told.with_audio(heard), cache, sink, position
         )

@@ -15,6 +15,7 @@ from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.streaming import sampler as sampler_module
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
+from jax_avatar.streaming.state import add_context
 from jax_avatar.training import rollout as rollout_module
 from jax_avatar.training.rollout import (
     Clip,
@@ -273,10 +274,11 @@ def test_a_rollout_hears_what_a_stream_hears(context, in_pieces, monkeypatch):
         return run(self, noisy, timestep, conditions, *others)
 
     monkeypatch.setattr(InPieces, "block_after", block_after)
-    clip, hear = make_clip(), StreamPlan(audio_context=context).make_hearing()
+    clip, plan, earlier = make_clip(), StreamPlan(audio_context=context), None
     generator(settings).rollout(network()[1], clip, make_draws(settings), 1)
     for block in range(BLOCKS):
-        heard = hear(clip.features[:, :, 12 * block : 12 * block + 12])
+        features = clip.features[:, :, 12 * block : 12 * block + 12]
+        heard, earlier = add_context(plan, features, earlier)
         for audio in given[2 * block : 2 * block + 2]:
             np.testing.assert_array_equal(audio, heard)
 

@@ -1,0 +1,61 @@
+"""A portrait that stands still -> latents and conditions of a stream."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_avatar.models.conditions import Conditions
+from jax_avatar.models.dit import MOTION_LATENTS
+from jax_avatar.models.params import merge
+from jax_avatar.shapes import Array, Latent, TextStates
+from jax_avatar.weights.folder import AvatarModel
+from jax_avatar.weights.settings import StreamSettings
+
+__all__ = ["make_encode", "still_conditions"]
+
+
+def make_encode(graphdef: Any, settings: StreamSettings) -> Callable[..., tuple[Array, Array]]:
+    """The compiled encoder of portraits that stand still, as long as the stream needs it.
+
+    Args:
+        graphdef: structure of the VAE, from `split`.
+        settings: of the stream.
+
+    Returns:
+        `(params, portraits) -> (latents, error)`; the error of the first latents, decoded again, is
+        RMS.
+    """
+    latents = settings.warmup_latents
+    if settings.motion == "still":
+        latents = max(latents, MOTION_LATENTS)
+    frames = 1 + 4 * (latents - 1)
+
+    @jax.jit
+    def encode(params, portrait):
+        vae = merge(graphdef, params)
+        video = (len(portrait), frames, *portrait.shape[2:])
+        still = vae.encode(jnp.broadcast_to(portrait, video))
+        again = jnp.clip(vae.decode_first(still[:, :1])[0], -1, 1)
+        return still, jnp.sqrt(jnp.mean((again - portrait) ** 2))
+
+    return encode
+
+
+def still_conditions(
+    model: AvatarModel, still: Latent | np.ndarray, text: TextStates | None = None
+) -> Conditions:
+    """Conditions of a stream.
+
+    Args:
+        model: to stream.
+        still: latents of portraits that stand still, from `make_encode`.
+        text: prompt states; zeros if not given.
+    """
+    config, settings = model.dit.config, model.settings
+    motion = still[:, -MOTION_LATENTS:] if settings.motion == "still" else None
+    return Conditions.of_portrait(
+        config, still[:, :1], pose=settings.pose, text=text, motion=motion
+    )
