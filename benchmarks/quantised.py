@@ -30,6 +30,7 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
 from jax_avatar.models.quantise import quantise_params
+from jax_avatar.models.tap import record
 from jax_avatar.weights.files import StoredWeights, with_tuples
 from launch import cli
 
@@ -72,16 +73,16 @@ def hidden_states(config: DiTConfig, params, grid: int) -> dict[str, np.ndarray]
         config, reference, pose="zeros", text=draw(1, 8, config.text_width)
     )
     sink = dit.prefill(conditions)
-    seen = {}
-    velocity, _ = dit.stream_block(
-        draw(1, frames, grid, grid, c),
-        jnp.full((1, frames), 750.0),
-        conditions.with_audio(draw(1, 1, 4 * frames, config.audio_layers, config.audio_width)),
-        empty_cache(config, 1, grid, grid),
-        sink,
-        block_position(config, 0, 10),
-        tap=lambda name, value: seen.setdefault(name, np.asarray(value, np.float64)),
-    )
+    with record() as taps:
+        velocity, _ = dit.stream_block(
+            draw(1, frames, grid, grid, c),
+            jnp.full((1, frames), 750.0),
+            conditions.with_audio(draw(1, 1, 4 * frames, config.audio_layers, config.audio_width)),
+            empty_cache(config, 1, grid, grid),
+            sink,
+            block_position(config, 0, 10),
+        )
+    seen = {name: np.asarray(value, np.float64) for name, value in taps.items()}
     states = [seen["block0_in"]]
     states += [seen[f"block{i}_after_audio"] for i in range(config.num_layers)]
     layers = {f"layer {i}": b - a for i, (a, b) in enumerate(itertools.pairwise(states))}

@@ -31,6 +31,7 @@ from jax_avatar.models.speech.feature_rate import (
     to_30hz,
 )
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, normalise
+from jax_avatar.models.tap import record
 
 __all__ = ["AudioFrontEndCases", "AudioManifests", "BucketCases", "BucketTables", "Wav2Vec2Cases"]
 
@@ -224,9 +225,8 @@ class _Results:
         graphdef, state = nnx.split(self.model)
 
         def run(state, wave):
-            taps = {}
-            model = nnx.merge(graphdef, state)
-            return model.hidden_states(wave, tap=taps.__setitem__), taps
+            with record() as taps:
+                return nnx.merge(graphdef, state).hidden_states(wave), taps
 
         # Each length runs once, so compiling fast matters more than running fast.
         run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})

@@ -32,6 +32,7 @@ from jax_avatar.models.conditions import Conditions, still_pose
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.layers import layer_norm, modulate
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.tap import record
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
 
@@ -170,14 +171,13 @@ class _Golden:
         yield "unit.norm3_out", block.norm_cross(x)
         yield "unit.self_norm_q_out", block.self_attention.norm_query(x)
         yield "unit.injector_norm_k_out", injector.attention.norm_key(x)
-        taps = {}
         grid = tuple(self.t["unit.unpatchify_out"].shape[1:])
-        out = dit.apply_head(
-            jnp.asarray(self.t["unit.head_x"]),
-            jnp.asarray(self.t["unit.head_e"])[None],
-            grid,
-            taps.__setitem__,
-        )
+        with record() as taps:
+            out = dit.apply_head(
+                jnp.asarray(self.t["unit.head_x"]),
+                jnp.asarray(self.t["unit.head_e"])[None],
+                grid,
+            )
         yield "unit.head_out", taps["head_out"]
         yield "unit.unpatchify_out", out
 
@@ -193,25 +193,16 @@ class _Golden:
 
         def run(motion, tapped=False, **names):
             get = lambda key: names.get(key, f"wan22.{key}")  # noqa: E731
-            taps = {}
-            out = _jit(
-                lambda: (
-                    self._dit().bidirectional(
-                        self._latent(get("x")),
-                        jnp.full((1, frames), names.get("t", self.t["wan22.t"])[0], jnp.float32),
-                        Conditions(
-                            text=names.get("text", self._text),
-                            reference=names.get("reference", self._reference),
-                            motion=motion,
-                            pose=self._latent(get("cond_states")),
-                            audio=self._audio(get("audio_input")),
-                        ),
-                        tap=taps.__setitem__ if tapped else None,
-                    ),
-                    taps,
-                )
-            )()
-            return out
+            conditions = Conditions(
+                text=names.get("text", self._text),
+                reference=names.get("reference", self._reference),
+                motion=motion,
+                pose=self._latent(get("cond_states")),
+                audio=self._audio(get("audio_input")),
+            )
+            time = jnp.full((1, frames), names.get("t", self.t["wan22.t"])[0], jnp.float32)
+            call = lambda: self._dit().bidirectional(self._latent(get("x")), time, conditions)  # noqa: E731
+            return _jit(_tapped(call) if tapped else lambda: (call(), {}))()
 
         last = sum(self.info["motion_frames"][1:])
         out, taps = run(self._motion[:, -last:], tapped=True)
@@ -241,23 +232,16 @@ class _Golden:
         """The block-causal training form."""
 
         def run(tapped=False, **changes):
-            taps = {}
-            return _jit(
-                lambda: (
-                    self._dit(**changes).block_causal(
-                        self._latent("train.x"),
-                        jnp.asarray(self.t["train.t"]),
-                        replace(
-                            self._conditions,
-                            pose=self._latent("train.cond_states"),
-                            audio=self._audio("train.audio_input"),
-                        ),
-                        audio_context="clip",
-                        tap=taps.__setitem__ if tapped else None,
-                    ),
-                    taps,
-                )
-            )()
+            latent, time = self._latent("train.x"), jnp.asarray(self.t["train.t"])
+            conditions = replace(
+                self._conditions,
+                pose=self._latent("train.cond_states"),
+                audio=self._audio("train.audio_input"),
+            )
+            call = lambda: self._dit(**changes).block_causal(  # noqa: E731
+                latent, time, conditions, audio_context="clip"
+            )
+            return _jit(_tapped(call) if tapped else lambda: (call(), {}))()
 
         out, taps = run(tapped=True)
         yield "train.out", out
@@ -296,12 +280,7 @@ class _Golden:
 
     @cached_property
     def _prefilled(self):
-        taps = {}
-
-        def run():
-            return self._dit().prefill(self._conditions, tap=taps.__setitem__), taps
-
-        return _jit(run)()
+        return _jit(_tapped(lambda: self._dit().prefill(self._conditions)))()
 
     def sink(self) -> Iterator[tuple[str, Any]]:
         """Sink prefill."""
@@ -375,15 +354,11 @@ class _Golden:
         tokens = (cache.key.shape[2] - num_cond) // config.ring_frames
         time = jnp.asarray(self.t["stream.t"])
 
-        def run(x, pose, audio, cache, position, tap=None):
+        def run(x, pose, audio, cache, position):
             conditions = Conditions(pose=pose, audio=audio)
-            return dit.stream_block(x, time, conditions, cache, sink, position, tap=tap)
+            return dit.stream_block(x, time, conditions, cache, sink, position)
 
-        def run_tapped(*arguments):
-            taps = {}
-            return run(*arguments, tap=taps.__setitem__), taps
-
-        step, step_tapped = _jit(run), _jit(run_tapped)
+        step, step_tapped = _jit(run), _jit(_tapped(run))
         made = {"vel": [], "far": [], "kv": {}, "taps": {}}
 
         def forward(which, current, distance):
@@ -500,9 +475,25 @@ class _Golden:
         yield f"{prefix}time_sinusoid", embedding.sinusoid(time)
         yield f"{prefix}time_e", hidden
         yield f"{prefix}time_e0", rows
+        last = f"block{self.config.num_layers - 1}_"
+        taps = taps | {
+            name.replace(last, "block_last_"): value
+            for name, value in taps.items()
+            if name.startswith(last)
+        }
         for name, value in taps.items():
             if not name.startswith("time"):
                 yield f"{prefix}{name}", value
+
+
+def _tapped(function: Callable) -> Callable:
+    """The function with its taps beside the result."""
+
+    def run(*arguments):
+        with record() as taps:
+            return function(*arguments), taps
+
+    return run
 
 
 def _jit(function: Callable) -> Callable:

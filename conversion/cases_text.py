@@ -24,6 +24,7 @@ from conversion.umt5 import TABLE, config_from, config_from_shapes, official_nam
 from jax_avatar.io.prompt import clean_prompt
 from jax_avatar.models.config import UMT5Config
 from jax_avatar.models.params import abstract, flatten, merge, split, unflatten
+from jax_avatar.models.tap import record
 from jax_avatar.models.text import UMT5Encoder, position_buckets
 from jax_avatar.streaming.prompts import encode_tokens
 
@@ -139,8 +140,8 @@ class _Results:
 
     @cached_property
     def layers(self) -> dict[str, np.ndarray]:
-        taps: dict[str, Any] = {}
-        self._run(self.encoder, tap=taps.__setitem__)
+        with record() as taps:
+            self._run(self.encoder)
         return {name: np.asarray(value) for name, value in taps.items()}
 
     @cached_property
@@ -158,8 +159,8 @@ class _Results:
             row[: len(context)] = context
         return padded
 
-    def _run(self, encoder: UMT5Encoder, **options: Any) -> np.ndarray:
-        return np.asarray(encoder(jnp.asarray(self.ids), jnp.asarray(self.mask), **options))
+    def _run(self, encoder: UMT5Encoder) -> np.ndarray:
+        return np.asarray(encoder(jnp.asarray(self.ids), jnp.asarray(self.mask)))
 
 
 def _encoder(config: UMT5Config, params: Any) -> UMT5Encoder:

@@ -24,6 +24,7 @@ from conversion.rules import check, convert
 from conversion.wan_vae import TABLE, config_from, config_from_shapes, official_names
 from jax_avatar.models.config import WanVAEConfig
 from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.tap import record
 from jax_avatar.models.vae.wan import WanVAE
 
 __all__ = ["VAECases", "VAEManifests"]
@@ -109,9 +110,8 @@ def _methods(config: WanVAEConfig) -> tuple[Any, dict[str, Callable]]:
 
     def tapped(method: str) -> Callable:
         def call(params, *arguments):
-            taps = {}
-            run = getattr(merge(graphdef, params), method)
-            return *run(*arguments, tap=taps.__setitem__), taps
+            with record() as taps:
+                return *getattr(merge(graphdef, params), method)(*arguments), taps
 
         # Each shape runs once or twice, so compiling fast matters more than running fast.
         return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})

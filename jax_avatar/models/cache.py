@@ -6,7 +6,7 @@
 Filled slots are always a prefix, so attention needs a length and no mask.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.rope import Rotation, frame_rotation
+from jax_avatar.shapes import Array, IntScalar
 
 __all__ = [
     "BlockPosition",
@@ -25,6 +26,7 @@ __all__ = [
     "frame_table",
     "position_in",
     "sink_frame",
+    "write",
 ]
 
 
@@ -35,12 +37,16 @@ class Sink:
 
     The sink's keys are kept before rotation: where the reference stands relative to the current
     block is decided at every call (Rolling RoPE).
+
+    Attributes:
+        groups: kinds of its tokens, in their order: "reference", and "motion" if they are there.
     """
 
     key: Any  # l b c m e, c sink tokens, not rotated
     value: Any  # l b c m e
     text_key: Any  # l b p m e
     text_value: Any  # l b p m e
+    groups: tuple[str, ...] = field(default=("reference",), metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -142,6 +148,20 @@ def position_in(
         slot=block % config.ring_blocks,
         filled=jnp.minimum(block + 1, config.ring_blocks),
     )
+
+
+def write(buffer: Array, update: Array, *start: IntScalar | int) -> Array:
+    """Writes `update` into the last axes of `buffer`, in place where XLA can.
+
+    Args:
+        buffer: keys or values.
+        update: in any type, with as many axes or fewer.
+        start: index of its first element along the first axes; 0 along the others.
+    """
+    missing = buffer.ndim - len(start)
+    starts = [*(jnp.int32(i) for i in start), *[jnp.int32(0)] * missing]
+    update = update.astype(buffer.dtype).reshape(*[1] * (buffer.ndim - update.ndim), *update.shape)
+    return jax.lax.dynamic_update_slice(buffer, update, starts)
 
 
 def empty_cache(config: DiTConfig, batch: int, height: int, width: int) -> KVCache:

@@ -13,19 +13,10 @@ from flax import nnx
 
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.layers import layer_norm
-from jax_avatar.models.speech.tokens import AudioTokens, CausalAudioEncoder
-from jax_avatar.shapes import Array, AudioFeatures, Float, Latent
+from jax_avatar.models.speech.tokens import NormalisedAudioEncoder
+from jax_avatar.shapes import Array, Float, Latent
 
-__all__ = ["NormalisedAudioEncoder", "PortraitDiT"]
-
-
-class NormalisedAudioEncoder(CausalAudioEncoder):
-    """Audio tokens of normalised features: a residual encoder's grow from layer to layer."""
-
-    def __call__(self, features: AudioFeatures) -> AudioTokens:
-        """Tokens of the latent frames; see `CausalAudioEncoder`."""
-        return super().__call__(layer_norm(features, self.config.eps))
+__all__ = ["PortraitDiT"]
 
 
 class PortraitDiT(DiT):

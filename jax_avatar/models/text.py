@@ -3,8 +3,6 @@
 token ids --embedding--> [norm, attention + position bias, norm, gated GELU] x layers --> norm
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +10,11 @@ from flax import nnx
 
 from jax_avatar.models.config import UMT5Config
 from jax_avatar.models.layers import RMSNorm, layer_at, linear, stack_layers
+from jax_avatar.models.tap import is_recording, tap
 from jax_avatar.shapes import Array, Float, Int, TextStates
 
 __all__ = ["UMT5Block", "UMT5Encoder", "padded_length", "position_buckets"]
 
-Tap = Callable[[str, Array], None] | None
 PositionBias = Float[Array, "1 m p p"]
 
 _PADDED_LENGTHS = (64, 128, 256, 512)
@@ -121,19 +119,16 @@ class UMT5Encoder(nnx.Module):
         self.blocks = stack_layers(lambda r: UMT5Block(config, rngs=r), config.num_layers, rngs)
         self.norm = RMSNorm(config.width, config.eps, config.param_dtype)
 
-    def __call__(
-        self, ids: Int[Array, "b p"], mask: Int[Array, "b p"], *, tap: Tap = None
-    ) -> TextStates:
+    def __call__(self, ids: Int[Array, "b p"], mask: Int[Array, "b p"]) -> TextStates:
         """States of every token, those of padding included; they mean nothing, drop them.
 
         Args:
             ids: of tokens, below `vocab_size`.
             mask: 1 at tokens, 0 at padding; at least one token per row.
-            tap: called with names and intermediate values.
         """
         x = self.embedding[...][ids].astype(self.config.dtype)
         graphdef, state = nnx.split(self.blocks)
-        if tap is None:
+        if not is_recording():
 
             def layer(x, state):
                 return nnx.merge(graphdef, state)(x, mask), None

@@ -24,7 +24,7 @@ from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.params import abstract, merge
 from jax_avatar.models.sharding import param_shardings
-from jax_avatar.models.speech.tokens import AudioInjector
+from jax_avatar.models.speech.injection import AudioInjector
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.decode import make_decode
 from jax_avatar.streaming.mesh import Layout, make_mesh

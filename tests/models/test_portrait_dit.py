@@ -9,8 +9,12 @@ from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge, split
-from jax_avatar.models.portrait_dit import NormalisedAudioEncoder, PortraitDiT
-from jax_avatar.models.speech.tokens import EARLIER_FRAMES, CausalAudioEncoder
+from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.speech.tokens import (
+    EARLIER_FRAMES,
+    CausalAudioEncoder,
+    NormalisedAudioEncoder,
+)
 
 CONFIG = DiTConfig(
     width=24,

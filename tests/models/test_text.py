@@ -6,6 +6,7 @@ from flax import nnx
 
 from jax_avatar.models.config import UMT5Config, umt5_xxl
 from jax_avatar.models.params import abstract, flatten, merge, split
+from jax_avatar.models.tap import record
 from jax_avatar.models.text import UMT5Encoder, padded_length, position_buckets
 
 CONFIG = UMT5Config(
@@ -48,9 +49,9 @@ def test_order_matters_in_both_directions():
 
 
 def test_taps_see_what_the_scan_computes():
-    taps = {}
     encoder, mask = merge(GRAPHDEF, PARAMS), jnp.ones((2, 24), jnp.int32)
-    out = encoder(jnp.asarray(IDS), mask, tap=taps.__setitem__)
+    with record() as taps:
+        out = encoder(jnp.asarray(IDS), mask)
     np.testing.assert_allclose(out, states(IDS, (24, 24)), atol=1e-5)
     assert list(taps) == ["block0_out", "block1_out"]
     np.testing.assert_allclose(encoder.norm(taps["block1_out"]), out, atol=1e-6)

@@ -1,7 +1,6 @@
-"""Speech features inside the transformer: a causal encoder to tokens, and their injection.
+"""Speech features -> audio tokens of the transformer, by causal convolutions.
 
 features [b u T k a] --mix--> [.. T a] --causal convolutions, time / 4--> local and global tokens
-local tokens: keys and values of a cross-attention;  global token: its AdaLN
 """
 
 import jax
@@ -9,17 +8,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from jax_avatar.models.attention import Attention, attend
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.layers import layer_norm, linear, modulate
+from jax_avatar.models.layers import layer_norm, linear
+from jax_avatar.models.tap import is_recording, tap
 from jax_avatar.shapes import Array, AudioFeatures, Float
 
 __all__ = [
     "AUDIO_CONTEXTS",
     "EARLIER_FRAMES",
-    "AudioInjector",
     "AudioTokens",
     "CausalAudioEncoder",
+    "NormalisedAudioEncoder",
 ]
 
 AUDIO_CONTEXTS = ("block_reset", "clip")
@@ -32,7 +31,6 @@ AudioTokens = tuple[Array, Array]
 """Local `[b u t tokens d]` and global `[b u t d]` audio tokens per latent frame."""
 
 _FRAMES_PER_LATENT = 4
-_ADALN_EPS = 1e-5
 
 
 class _CausalConv(nnx.Module):
@@ -110,6 +108,32 @@ class CausalAudioEncoder(nnx.Module):
             rearrange(overall, "(b g) u t d -> b u (g t) d", b=b),
         )
 
+    def of_frames(self, features: AudioFeatures, frames: int, context: str) -> AudioTokens:
+        """Tokens of some latent frames.
+
+        Args:
+            features: of their video frames, and, if there are more, of `EARLIER_FRAMES` before.
+            frames: latent frames.
+            context: one of `AUDIO_CONTEXTS`.
+
+        Raises:
+            ValueError: the features cover another time.
+        """
+        if features.shape[2] - 4 * frames not in (0, EARLIER_FRAMES):
+            raise ValueError(
+                f"audio features cover {features.shape[2]} video frames; {frames} latent frames "
+                f"need {4 * frames}, or {EARLIER_FRAMES} more before them. Pass four feature "
+                "frames per latent frame."
+            )
+        if is_recording():
+            # Other code keeps the outputs of the repeated history; make them for comparison.
+            repeated = [features[:, :, :1]] * self.config.audio_history
+            local, overall = self.encode(jnp.concatenate([*repeated, features], axis=2))
+            tap("audio_local", local)
+            tap("audio_global", overall)
+        encode = self.by_block if context == "block_reset" else self
+        return jax.tree.map(lambda tokens: tokens[:, :, -frames:], encode(features))
+
     def encode(self, features: AudioFeatures) -> AudioTokens:
         """Tokens of all features, a quarter as many (rounded up), nothing added or dropped."""
         b, u = features.shape[:2]
@@ -135,46 +159,9 @@ class CausalAudioEncoder(nnx.Module):
         return active(self.conv3(active(self.conv2(active(x)))))
 
 
-class AudioInjector(nnx.Module):
-    """Adds one frame's audio to that frame's tokens: AdaLN, then cross-attention."""
+class NormalisedAudioEncoder(CausalAudioEncoder):
+    """Audio tokens of normalised features: a residual encoder's grow from layer to layer."""
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        self.adaln = linear(
-            config, config.width, 2 * config.width, zero=config.zero_init, rngs=rngs
-        )
-        self.attention = Attention(config, zero_out=config.zero_init, rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        audio: AudioTokens,
-        speaker_mask: Float[Array, "b u n"] | None,
-        tap=None,
-    ) -> Float[Array, "b n d"]:
-        """Audio injection into noisy tokens `x` of whole frames.
-
-        Args:
-            x: hidden states of the noisy tokens, frame-major.
-            audio: local and global tokens of the same latent frames.
-            speaker_mask: how much of each speaker reaches each token; needed for several.
-            tap: called with names and intermediate values, for comparison with other code.
-        """
-        local, overall = audio
-        b, u, t = overall.shape[:3]
-        shift, scale = jnp.split(self.adaln(jax.nn.silu(overall)).astype(jnp.float32), 2, -1)
-        frames = rearrange(x, "b (t n) d -> b 1 t n d", t=t)
-        frames = jnp.broadcast_to(frames, (b, u, *frames.shape[2:]))
-        frames = modulate(layer_norm(frames, _ADALN_EPS), shift[..., None, :], scale[..., None, :])
-        frames = rearrange(frames, "b u t n d -> (b u t) n d").astype(x.dtype)
-        key, value = self.attention.project_key_value(
-            rearrange(local, "b u t k d -> (b u t) k d").astype(x.dtype)
-        )
-        added = attend(self.attention.project_query(frames), key, value)
-        added = self.attention.project_out(added)
-        if tap:
-            tap("adain", frames)
-            tap("out", added)
-        added = rearrange(added, "(b u t) n d -> b u (t n) d", b=b, u=u)
-        if speaker_mask is not None:
-            added = added * speaker_mask[..., None].astype(added.dtype)
-        return added.sum(1)
+    def __call__(self, features: AudioFeatures) -> AudioTokens:
+        """Tokens of the latent frames; see `CausalAudioEncoder`."""
+        return super().__call__(layer_norm(features, self.config.eps))

@@ -12,7 +12,7 @@ Source: Baevski et al., arXiv:2006.11477; layer norm before each sublayer as in 
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +31,13 @@ from jax_avatar.models.speech.feature_rate import (
     positions_at,
     to_30hz,
 )
+from jax_avatar.models.tap import tap
 from jax_avatar.shapes import Array, AudioFeatures, Float, IntScalar
 
 __all__ = ["Wav2Vec2", "Wav2Vec2Config", "Wav2Vec2State", "normalise", "xlsr53_large"]
 
 _RATE = 50  # frames per second, which the change of rate counts on
 _VARIANCE_EPS = 1e-7
-
-Tap = Callable[[str, Array], None] | None
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ class Wav2Vec2(nnx.Module):
     # ---- the network ----------------------------------------------------------------------
 
     def hidden_states(
-        self, wave: Float[Array, "b N"], padding: IntScalar | None = None, *, tap: Tap = None
+        self, wave: Float[Array, "b N"], padding: IntScalar | None = None
     ) -> Float[Array, "k b n a"]:
         """Input of the first layer, then the output of every layer, at 50 Hz.
 
@@ -262,9 +261,8 @@ class Wav2Vec2(nnx.Module):
             wave: normalised samples.
             padding: the first so many samples are not part of the wave; states from there on are
                 as if it began there, if that is a multiple of the hop. Earlier states mean nothing.
-            tap: called with names and intermediate values.
         """
-        config, tap = self.config, tap or (lambda name, value: None)
+        config = self.config
         frames = config.num_frames(wave.shape[-1])
         if not frames:
             raise ValueError(f"a wave of {wave.shape[-1]} samples is too short; 400 make one frame")

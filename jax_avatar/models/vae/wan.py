@@ -9,7 +9,6 @@ stands for one frame alone, every later one for four.
 """
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +19,13 @@ from einops import rearrange
 from flax import nnx
 
 from jax_avatar.models.config import WanVAEConfig
+from jax_avatar.models.tap import tap
 from jax_avatar.models.vae.conv import causal_conv3d
 from jax_avatar.shapes import Array, Float, Latent, Video
 
 __all__ = ["VAEState", "WanVAE", "upsample_conv"]
 
 Buffers = tuple[Array, ...]
-Tap = Callable[[str, Array], None]
 
 
 @jax.tree_util.register_dataclass
@@ -45,8 +44,7 @@ class VAEState:
 class WanVAE(nnx.Module):
     """Encoder and decoder between RGB video and normalised latents.
 
-    The methods are pure. A `tap`, where accepted, is called with the name and the value of every
-    layer, for comparisons.
+    The methods are pure. Taps have the output of every layer.
 
     Source: github.com/Wan-Video/Wan2.1, `wan/modules/vae.py`.
     """
@@ -72,18 +70,16 @@ class WanVAE(nnx.Module):
         """
         return self.encode_first(video)[0]
 
-    def encode_first(self, video: Video, *, tap: Tap | None = None) -> tuple[Latent, VAEState]:
+    def encode_first(self, video: Video) -> tuple[Latent, VAEState]:
         """Begins a clip: as `encode`, with the state for the frames that follow."""
         self._check_video(video, is_first=True)
-        moments, buffers = self._moments(video, None, tap)
+        moments, buffers = self._moments(video, None)
         return self._normalise(moments), VAEState(buffers)
 
-    def encode_next(
-        self, state: VAEState, video: Video, *, tap: Tap | None = None
-    ) -> tuple[Latent, VAEState]:
+    def encode_next(self, state: VAEState, video: Video) -> tuple[Latent, VAEState]:
         """Continues a clip with `4 k` frames, which give `k` latents."""
         self._check_video(video, is_first=False)
-        moments, buffers = self._moments(video, state.buffers, tap)
+        moments, buffers = self._moments(video, state.buffers)
         return self._normalise(moments), VAEState(buffers)
 
     def encode_moments(self, video: Video) -> Float[Array, "b t h w moments"]:
@@ -93,7 +89,7 @@ class WanVAE(nnx.Module):
             video: as in `encode`.
         """
         self._check_video(video, is_first=True)
-        return self._moments(video, None, None)[0]
+        return self._moments(video, None)[0]
 
     def decode(self, latent: Latent) -> Video:
         """Frames of a whole clip, `1 + 4 n` from `1 + n` latents; float32, not clamped to [-1, 1].
@@ -106,37 +102,30 @@ class WanVAE(nnx.Module):
         """
         return self.decode_first(latent)[0]
 
-    def decode_first(self, latent: Latent, *, tap: Tap | None = None) -> tuple[Video, VAEState]:
+    def decode_first(self, latent: Latent) -> tuple[Video, VAEState]:
         """Begins a clip: `k` latents give `1 + 4 (k - 1)` frames, and the state for what follows.
 
         Live streams pass one latent here, so that every later block has the same shape.
         """
-        video, buffers = self._decode(latent, None, tap)
+        video, buffers = self._decode(latent, None)
         return video, VAEState(buffers)
 
-    def decode_next(
-        self, state: VAEState, latent: Latent, *, tap: Tap | None = None
-    ) -> tuple[Video, VAEState]:
+    def decode_next(self, state: VAEState, latent: Latent) -> tuple[Video, VAEState]:
         """Continues a clip: `k` latents give `4 k` frames."""
-        video, buffers = self._decode(latent, state.buffers, tap)
+        video, buffers = self._decode(latent, state.buffers)
         return video, VAEState(buffers)
 
-    def _moments(
-        self, video: Array, buffers: Buffers | None, tap: Tap | None
-    ) -> tuple[Array, Buffers]:
-        x, buffers = self.encoder(video.astype(self.config.dtype), buffers, tap)
+    def _moments(self, video: Array, buffers: Buffers | None) -> tuple[Array, Buffers]:
+        x, buffers = self.encoder(video.astype(self.config.dtype), buffers)
         moments = self.to_moments(x).astype(jnp.float32)
-        if tap is not None:
-            tap("to_moments", moments)
+        tap("to_moments", moments)
         return moments, buffers
 
     def _normalise(self, moments: Array) -> Array:
         mean, std = self._statistics()
         return (moments[..., : self.config.z_dim] - mean) * (1 / std)
 
-    def _decode(
-        self, latent: Array, buffers: Buffers | None, tap: Tap | None
-    ) -> tuple[Array, Buffers]:
+    def _decode(self, latent: Array, buffers: Buffers | None) -> tuple[Array, Buffers]:
         config = self.config
         if latent.shape[-1] != config.z_dim or not latent.shape[1]:
             raise ValueError(
@@ -146,9 +135,8 @@ class WanVAE(nnx.Module):
         mean, std = self._statistics()
         # The statistics stay float32: in bfloat16 alone they would shift latents by up to 0.09.
         x = self.from_latent((latent.astype(jnp.float32) * std + mean).astype(config.dtype))
-        if tap is not None:
-            tap("from_latent", x)
-        x, buffers = self.decoder(x, buffers, tap)
+        tap("from_latent", x)
+        x, buffers = self.decoder(x, buffers)
         return x.astype(jnp.float32), buffers
 
     def _statistics(self) -> tuple[Array, Array]:
@@ -192,14 +180,12 @@ class Encoder(nnx.Module):
         self.middle = _middle(config, widths[-1], rngs)
         self.head = Head(config, widths[-1], 2 * config.z_dim, rngs=rngs)
 
-    def __call__(
-        self, x: Array, buffers: Buffers | None, tap: Tap | None = None
-    ) -> tuple[Array, Buffers]:
+    def __call__(self, x: Array, buffers: Buffers | None) -> tuple[Array, Buffers]:
         """Runs one chunk; the buffers go in and out in order of execution."""
         layers = {"encoder.conv_in": self.conv_in}
         layers |= {f"encoder.down.{i}": layer for i, layer in enumerate(self.down)}
         layers |= {f"encoder.middle.{i}": layer for i, layer in enumerate(self.middle)}
-        return _run(layers | {"encoder.head": self.head}, x, buffers, tap)
+        return _run(layers | {"encoder.head": self.head}, x, buffers)
 
 
 class Decoder(nnx.Module):
@@ -222,14 +208,12 @@ class Decoder(nnx.Module):
         self.up = nnx.List(layers)
         self.head = Head(config, widths[-1], 3, rngs=rngs)
 
-    def __call__(
-        self, x: Array, buffers: Buffers | None, tap: Tap | None = None
-    ) -> tuple[Array, Buffers]:
+    def __call__(self, x: Array, buffers: Buffers | None) -> tuple[Array, Buffers]:
         """Runs one chunk; the buffers go in and out in order of execution."""
         layers = {"decoder.conv_in": self.conv_in}
         layers |= {f"decoder.middle.{i}": layer for i, layer in enumerate(self.middle)}
         layers |= {f"decoder.up.{i}": layer for i, layer in enumerate(self.up)}
-        return _run(layers | {"decoder.head": self.head}, x, buffers, tap)
+        return _run(layers | {"decoder.head": self.head}, x, buffers)
 
 
 def _middle(config: WanVAEConfig, width: int, rngs: nnx.Rngs) -> nnx.List:
@@ -238,9 +222,7 @@ def _middle(config: WanVAEConfig, width: int, rngs: nnx.Rngs) -> nnx.List:
     return nnx.List([first, attention, Residual(config, width, width, rngs=rngs)])
 
 
-def _run(
-    layers: dict[str, nnx.Module], x: Array, buffers: Buffers | None, tap: Tap | None
-) -> tuple[Array, Buffers]:
+def _run(layers: dict[str, nnx.Module], x: Array, buffers: Buffers | None) -> tuple[Array, Buffers]:
     expected = sum(layer.num_buffers for layer in layers.values())
     if buffers is not None and len(buffers) != expected:
         raise ValueError(
@@ -253,8 +235,7 @@ def _run(
         own = None if buffers is None else buffers[start : start + layer.num_buffers]
         x, own = layer(x, own)
         new_buffers += own
-        if tap is not None:
-            tap(name, x)
+        tap(name, x)
     return x, new_buffers
 
 
