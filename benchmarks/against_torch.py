@@ -31,7 +31,7 @@ from conversion.wan_vae import TABLE as VAE_TABLE
 from jax_avatar.models.cache import empty_cache
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import flatten, merge
+from jax_avatar.models.network import flatten
 from jax_avatar.streaming.sampler import make_prefill
 from launch import cli
 
@@ -118,7 +118,7 @@ def decode_pair(torch, config: WanVAEConfig, grid: tuple[int, int]):
     from benchmarks.torch_vae import TorchDecoder
 
     ours = Decoding(config, grid)
-    weights = export(flatten(jax.tree.map(np.asarray, ours.params)), VAE_TABLE)
+    weights = export(flatten(jax.tree.map(np.asarray, ours.network.params)), VAE_TABLE)
     weights = {name: torch.from_numpy(np.array(w)) for name, w in weights.items()}
     theirs = TorchDecoder(config, weights)
     first, latent = (
@@ -126,7 +126,7 @@ def decode_pair(torch, config: WanVAEConfig, grid: tuple[int, int]):
         for x in (ours.first_latent, ours.latent)
     )
     theirs(first)
-    state, vae = ours.state, merge(ours.graphdef, ours.params)
+    state, vae = ours.state, ours.network.bind()
     got = np.asarray(jax.jit(vae.decode_next)(state, ours.latent)[0])
     expected = np.moveaxis(theirs.decode(latent).numpy(), 1, -1)
     agreement = _agreement("decoder", got, expected, float(np.abs(got).max()))

@@ -32,7 +32,7 @@ from benchmarks.common import (
     random_weights,
     read_voice,
 )
-from jax_avatar.models.params import abstract, merge
+from jax_avatar.models.network import Network
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config, xlsr53_large
 from jax_avatar.weights.files import load_weights
 from launch import cli
@@ -106,8 +106,8 @@ def _errors(features: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 
 
 def _jit(config: Wav2Vec2Config, method: str, **options: Any):
-    graphdef, _ = abstract(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0)))
-    return jax.jit(lambda p, *args: getattr(merge(graphdef, p), method)(*args), **options)
+    network = Network.abstract(Wav2Vec2, config)
+    return jax.jit(lambda p, *args: getattr(network.bind(p), method)(*args), **options)
 
 
 def _stream(

@@ -21,7 +21,7 @@ from flax import nnx
 from jax_avatar.io.audio import AudioReader
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import split
+from jax_avatar.models.network import Network
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
 from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
@@ -258,7 +258,7 @@ def save_random_model(folder: str | Path, size: str = "nano") -> Path:
 
 def random_weights(build: Callable[[], nnx.Module]) -> dict[str, Any]:
     """Parameters of a new module, as one compiled function."""
-    return jax.jit(lambda: split(build())[1])()
+    return jax.jit(lambda: Network.of(build()).params)()
 
 
 def random_portrait(model: AvatarModel, seed: int = 0) -> np.ndarray:

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ml_dtypes
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from benchmarks.common import emit, environment
@@ -31,7 +30,7 @@ from conversion.readers import open_weights
 from conversion.wan_dit import TABLE
 from jax_avatar.models.config import DiTConfig, wan_s2v_14b
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.network import Network, flatten
 from launch import cli
 
 _SHARDS = 4
@@ -72,7 +71,7 @@ def official_config(config: DiTConfig) -> dict:
 def write_download(folder: Path, config: DiTConfig) -> int:
     """Random bfloat16 weights under the official names; returns the bytes."""
     folder.mkdir(parents=True)
-    leaves = flatten(abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1])
+    leaves = flatten(Network.abstract(DiT, config).params)
     shapes = official_shapes(leaves, TABLE)
     draw = np.random.default_rng(0)
     # Drawing 14 billion numbers would take longer than everything else.

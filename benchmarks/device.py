@@ -12,7 +12,7 @@ import numpy as np
 
 from conversion.rules import Table, plan_export
 from jax_avatar.io.image import fit_size
-from jax_avatar.models.params import flatten, unflatten
+from jax_avatar.models.network import flatten, unflatten
 from jax_avatar.planning.hardware import recognise
 from launch.cli import parse_size
 

@@ -18,7 +18,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from benchmarks.common import emit, environment
 from conversion.readers import SafetensorsFile
@@ -28,7 +27,7 @@ from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.models.tap import record
 from jax_avatar.weights.files import StoredWeights, with_tuples
@@ -57,14 +56,14 @@ def golden_models(folder: Path):
         weights = {name[3:]: np.asarray(file[name]) for name in file if name.startswith("sd.")}
         if "model_config" in info and weights:
             config = config_from_official(info["model_config"])
-            target = flatten(abstract(lambda config=config: DiT(config, rngs=nnx.Rngs(0)))[1])
+            target = flatten(Network.abstract(DiT, config).params)
             yield path.stem, config, unflatten(convert(weights, TABLE, target)[0])
 
 
 def hidden_states(config: DiTConfig, params, grid: int) -> dict[str, np.ndarray]:
     """Inputs and outputs of every layer for a block of random latents, and the velocity."""
-    graphdef = abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[0]
-    dit = merge(graphdef, jax.tree.map(jnp.asarray, params))
+    network = Network.abstract(DiT, config)
+    dit = network.bind(jax.tree.map(jnp.asarray, params))
     keys = iter(jax.random.split(jax.random.key(0), 6))
     draw = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     frames, c = config.frames_per_block, config.latent_channels

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from benchmarks.common import emit, environment, measure, quantiles
 from benchmarks.device import (
@@ -31,7 +30,7 @@ from benchmarks.device import (
     weight_bytes,
 )
 from jax_avatar.models.config import WanVAEConfig
-from jax_avatar.models.params import abstract
+from jax_avatar.models.network import Network
 from jax_avatar.models.vae.wan import WanVAE
 from jax_avatar.planning.stream import decode_flops
 from jax_avatar.streaming.decode import make_decode
@@ -60,7 +59,7 @@ class Decoding:
     """A decoder in the middle of a stream, with random weights and latents.
 
     Attributes:
-        graphdef, params: of the VAE.
+        network: the VAE.
         latent: of one block.
         state: what the blocks before left.
         program: compiled `(params, state, latent) -> (pixels, is_finite, state)`.
@@ -69,23 +68,24 @@ class Decoding:
     """
 
     def __init__(self, config: WanVAEConfig, grid: tuple[int, int], seed: int = 0):
-        self.graphdef, shapes = abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
-        self.params = jax.block_until_ready(random_params(shapes, seed))
+        network = Network.abstract(WanVAE, config)
+        self.network = network.with_params(random_params(network.params, seed))
+        jax.block_until_ready(self.network.params)
         draw = np.random.default_rng(seed).standard_normal
         latents = draw((1, 1 + _BLOCK, *grid, config.z_dim), np.float32)
         self.latent = jnp.asarray(latents[:, 1:], config.dtype)
         self.first_latent = jnp.asarray(latents[:, :1], config.dtype)
-        first, following = make_decode(self.graphdef)
-        *_, self.state = first(self.params, self.first_latent)
+        first, following = make_decode(self.network.structure)
+        *_, self.state = first(self.network.params, self.first_latent)
         began = time.perf_counter()
-        lowered = following.lower(self.params, self.state, self.latent)
+        lowered = following.lower(self.network.params, self.state, self.latent)
         self.program = lowered.compile()
         self.compile_s = time.perf_counter() - began
         self.flops = (lowered.cost_analysis() or {}).get("flops")
 
     def __call__(self) -> jax.Array:
         """The next block's pixels."""
-        pixels, _, self.state = self.program(self.params, self.state, self.latent)
+        pixels, _, self.state = self.program(self.network.params, self.state, self.latent)
         return pixels
 
 
@@ -99,7 +99,7 @@ def run(config: WanVAEConfig, size: str, repeats: int) -> dict:
     """
     grid = latent_grid(size)
     decode = Decoding(config, grid)
-    held = {"weights": weight_bytes(decode.params), "state": weight_bytes(decode.state)}
+    held = {"weights": weight_bytes(decode.network.params), "state": weight_bytes(decode.state)}
     for _ in range(2):
         pixels = jax.block_until_ready(decode())
     times = measure(decode, repeats)
@@ -109,7 +109,7 @@ def run(config: WanVAEConfig, size: str, repeats: int) -> dict:
         "size": f"{8 * grid[0]}*{8 * grid[1]}",
         "dtype": str(config.dtype),
         "weights": str(config.param_dtype),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(decode.params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(decode.network.params)),
         "shapes": {
             "latent": list(decode.latent.shape),
             "pixels": list(pixels.shape),

@@ -24,7 +24,6 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"  # so that JAX leaves the GPU's memory to PyTorch
 
 import numpy as np
-from flax import nnx
 
 from benchmarks.common import emit, environment, measure, quantiles
 from benchmarks.device import latent_grid, official_shapes, share_of_peak, speed
@@ -35,7 +34,7 @@ from conversion.wan_vae import TABLE as VAE_TABLE
 from jax_avatar.models.cache import block_position
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.vae.wan import WanVAE
 from jax_avatar.planning.stream import compute_bound, decode_flops, step_flops
 from launch import cli
@@ -107,7 +106,7 @@ def make_step(torch, config: DiTConfig, grid: tuple[int, int], device):
     from benchmarks.torch_dit import TorchStep, rotations
 
     dtype = getattr(torch, str(config.dtype))
-    leaves = flatten(abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1])
+    leaves = flatten(Network.abstract(DiT, config).params)
     weights = random_weights(torch, leaves, DIT_TABLE, dtype, device)
     patches = (grid[0] // 2) * (grid[1] // 2)
     cond = config.cond_tokens(*grid)
@@ -155,7 +154,7 @@ def make_decoding(torch, config: WanVAEConfig, grid: tuple[int, int], device, la
     from benchmarks.torch_vae import TorchDecoder
 
     dtype = getattr(torch, str(config.dtype))
-    leaves = flatten(abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))[1])
+    leaves = flatten(Network.abstract(WanVAE, config).params)
     weights = random_weights(torch, leaves, VAE_TABLE, dtype, device)
     memory = torch.channels_last_3d if layout == "channels_last" else torch.contiguous_format
     decoder = TorchDecoder(config, weights, memory)

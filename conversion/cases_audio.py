@@ -23,7 +23,7 @@ from conversion.readers import SafetensorsFile
 from conversion.rules import check, conv, convert
 from conversion.wav2vec2 import TABLE, config_from, config_from_shapes, official_names
 from jax_avatar.io.audio import PcmReader
-from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.speech.feature_rate import (
     bucket_indices,
     context_indices,
@@ -64,11 +64,12 @@ class Wav2Vec2Cases:
         """Every tensor of the case, or a failing check for one it does not know."""
         weights, file = (SafetensorsFile(path) for path in case.files)
         config = config_from(json.loads(weights.metadata["config"]))
-        graphdef, target = abstract(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0)))
+        network = Network.abstract(Wav2Vec2, config)
+        target = network.params
         source = official_names({name.removeprefix("sd."): weights[name] for name in weights})
         params, report = convert(source, TABLE, flatten(target))
         yield Check("weights", 0.0, 0.0, str(report))
-        yield from _outputs(merge(graphdef, unflatten(params)), file)
+        yield from _outputs(network.bind(unflatten(params)), file)
 
 
 class AudioManifests:
@@ -92,7 +93,7 @@ class AudioManifests:
         """Both ways: no name without a parameter, no parameter without a name."""
         shapes = {name: tuple(shape) for name, shape in official_names(case.data).items()}
         config = config_from_shapes(shapes)
-        _, params = abstract(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0)))
+        params = Network.abstract(Wav2Vec2, config).params
         yield Check("names and shapes", 0.0, 0.0, str(check(shapes, TABLE, flatten(params))))
 
 
@@ -222,11 +223,11 @@ class _Results:
 
     @cached_property
     def _run(self) -> tuple[np.ndarray, Mapping[str, Any]]:
-        graphdef, state = nnx.split(self.model)
+        structure, state = nnx.split(self.model)
 
         def run(state, wave):
             with record() as taps:
-                return nnx.merge(graphdef, state).hidden_states(wave), taps
+                return nnx.merge(structure, state).hidden_states(wave), taps
 
         # Each length runs once, so compiling fast matters more than running fast.
         run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})

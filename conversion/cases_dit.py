@@ -31,7 +31,7 @@ from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.conditions import Conditions, still_pose
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.layers import layer_norm, modulate
-from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.tap import record
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
@@ -124,14 +124,14 @@ class _Golden:
         return {n for n in self.t if any(re.fullmatch(pattern, n) for pattern in given)}
 
     def _load(self, state_dict):
-        self.graphdef, target = abstract(lambda: DiT(self.config, rngs=nnx.Rngs(0)))
+        self.network = Network.abstract(DiT, self.config)
+        target = self.network.params
         flat, _ = convert(state_dict, TABLE, flatten(target))
         return unflatten({path: jnp.asarray(leaf) for path, leaf in flat.items()})
 
     def _dit(self, params=None, **changes) -> DiT:
         config = self.config.replace(**changes)
-        graphdef = abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[0]
-        return merge(graphdef, params or self.params)
+        return Network.abstract(DiT, config).bind(params or self.params)
 
     def _latent(self, name: str) -> jax.Array:
         """Official `[b?] c t h w` -> `b t h w c`."""
@@ -453,7 +453,7 @@ class _Golden:
         )
         pose = still_pose("zeros", self._reference, self.config.pose_channels)
         stream = SequentialStream(
-            self.graphdef,
+            self.network.structure,
             self.params,
             self.config,
             plan,
@@ -502,8 +502,8 @@ def _jit(function: Callable) -> Callable:
 
 
 def _slice(module, index: int):
-    graphdef, state = nnx.split(module)
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
+    structure, state = nnx.split(module)
+    return nnx.merge(structure, jax.tree.map(lambda leaf: leaf[index], state))
 
 
 def _official(latent) -> np.ndarray:

@@ -30,7 +30,7 @@ from jax_avatar.models.config import DiTConfig, wan_s2v_14b
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.layers import TimeEmbedding
 from jax_avatar.models.lora import adapter_leaves
-from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.rope import axis_rotation, motion_positions
 from jax_avatar.models.speech.feature_rate import bucket_indices, num_frames_30hz, to_30hz
 from jax_avatar.streaming.speakers import speaker_masks
@@ -218,7 +218,7 @@ class DiTManifests:
         official = json.loads(case.files[0].read_text()).get("model_config")
         config = config_from_official(official) if official else wan_s2v_14b()
         wrong, note = 0, f"{len(shapes)} tensors"
-        params = abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1]
+        params = Network.abstract(DiT, config).params
         table, target = TABLE, flatten(params)
         if any("lora_A" in name for name in shapes):
             shapes = {plain_lora_name(name): shape for name, shape in shapes.items()}

@@ -5,6 +5,7 @@ arguments in the metadata key `config`. Cleaning examples are a JSON list of obj
 `out`. A manifest is a JSON file, tensor name -> shape.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from conversion.cases import Case, Check, compare
 from conversion.readers import SafetensorsFile
@@ -23,7 +23,7 @@ from conversion.rules import check, convert
 from conversion.umt5 import TABLE, config_from, config_from_shapes, official_names
 from jax_avatar.io.prompt import clean_prompt
 from jax_avatar.models.config import UMT5Config
-from jax_avatar.models.params import abstract, flatten, merge, split, unflatten
+from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.tap import record
 from jax_avatar.models.text import UMT5Encoder, position_buckets
 from jax_avatar.streaming.prompts import encode_tokens
@@ -58,7 +58,7 @@ class TextCases:
         """Every tensor of the case, or a failing check for one it does not know."""
         weights, io = (SafetensorsFile(path) for path in case.files)
         config = config_from(json.loads(weights.metadata["config"]))
-        _, target = _abstract(config)
+        target = Network.abstract(UMT5Encoder, config).params
         source = official_names({name.removeprefix("sd."): weights[name] for name in weights})
         params, report = convert(source, TABLE, flatten(target))
         yield Check("weights", 0.0, 0.0, str(report))
@@ -109,7 +109,7 @@ class TextManifests:
         """Both ways: no name without a parameter, no parameter without a name."""
         shapes = {name: tuple(shape) for name, shape in official_names(case.data).items()}
         config = config_from_shapes(shapes)
-        _, params = _abstract(config)
+        params = Network.abstract(UMT5Encoder, config).params
         yield Check("names and shapes", 0.0, 0.0, str(check(shapes, TABLE, flatten(params))))
 
 
@@ -147,9 +147,10 @@ class _Results:
     @cached_property
     def contexts(self) -> list[np.ndarray]:
         """Streaming form: each prompt alone, padded to its length in the stream."""
-        graphdef, params = split(self.encoder)
+        network = Network.of(self.encoder)
         prompts = zip(self.ids, self.lengths, strict=True)
-        return [np.asarray(encode_tokens(graphdef, params, ids[:n]))[0] for ids, n in prompts]
+        encode = functools.partial(encode_tokens, network.structure, network.params)
+        return [np.asarray(encode(ids[:n]))[0] for ids, n in prompts]
 
     @cached_property
     def padded(self) -> np.ndarray:
@@ -164,13 +165,9 @@ class _Results:
 
 
 def _encoder(config: UMT5Config, params: Any) -> UMT5Encoder:
-    graphdef, target = _abstract(config)
-    cast = jax.tree.map(lambda leaf, wanted: jnp.asarray(leaf, wanted.dtype), params, target)
-    return merge(graphdef, cast)
-
-
-def _abstract(config: UMT5Config) -> tuple[Any, Any]:
-    return abstract(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
+    network = Network.abstract(UMT5Encoder, config)
+    cast = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), params, network.params)
+    return network.bind(cast)
 
 
 def _outputs(results: _Results, io: SafetensorsFile) -> Iterator[Check]:

@@ -16,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from conversion.cases import Case, Check, compare
 from conversion.readers import SafetensorsFile
 from conversion.rules import check, convert
 from conversion.wan_vae import TABLE, config_from, config_from_shapes, official_names
 from jax_avatar.models.config import WanVAEConfig
-from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.tap import record
 from jax_avatar.models.vae.wan import WanVAE
 
@@ -98,7 +97,7 @@ class VAEManifests:
             name: tuple(shape) for name, shape in json.loads(case.files[0].read_text()).items()
         }
         config = config_from_shapes(shapes)
-        _, params = abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+        params = Network.abstract(WanVAE, config).params
         report = check(shapes, TABLE, flatten(params))
         yield Check("names and shapes", 0.0, 0.0, str(report))
 
@@ -106,12 +105,13 @@ class VAEManifests:
 @cache
 def _methods(config: WanVAEConfig) -> tuple[Any, dict[str, Callable]]:
     """Flat abstract parameters, and the streaming methods with taps, compiled per shape."""
-    graphdef, target = abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+    network = Network.abstract(WanVAE, config)
+    target = network.params
 
     def tapped(method: str) -> Callable:
         def call(params, *arguments):
             with record() as taps:
-                return *getattr(merge(graphdef, params), method)(*arguments), taps
+                return *getattr(network.bind(params), method)(*arguments), taps
 
         # Each shape runs once or twice, so compiling fast matters more than running fast.
         return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})

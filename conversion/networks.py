@@ -16,7 +16,7 @@ from conversion.readers import is_shard, open_weights, read_index
 from conversion.rules import Table, infer_leaves
 from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from jax_avatar.models.text import UMT5Encoder
 from jax_avatar.models.vae.wan import WanVAE
@@ -189,7 +189,7 @@ def find_weights(kind: NetworkKind, source: str | Path) -> Path:
 
 
 def _module_leaves(build: Callable[..., nnx.Module]) -> Callable[..., dict[str, Any]]:
-    return lambda config, shapes: flatten(abstract(lambda: build(config, rngs=nnx.Rngs(0)))[1])
+    return lambda config, shapes: flatten(Network.abstract(build, config).params)
 
 
 def _dit_config(path: Path, shapes: Shapes) -> DiTConfig:

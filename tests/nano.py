@@ -8,7 +8,7 @@ from flax import nnx
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import split
+from jax_avatar.models.network import Network
 
 CONFIG = DiTConfig(
     width=24,
@@ -29,12 +29,18 @@ CONFIG = DiTConfig(
 GRID = (8, 8)  # latent rows and columns: every pool of the motion packer has a token
 
 
+def make_network(config: DiTConfig = CONFIG, seed: int = 0, kind: type[DiT] = DiT) -> Network:
+    """A transformer of random weights, the head's included (it starts at zero)."""
+    network = Network.of(kind(config, rngs=nnx.Rngs(seed)))
+    kernel = network.params["head"]["kernel"]
+    network.params["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(seed), kernel.shape)
+    return network
+
+
 def make_dit(config: DiTConfig = CONFIG, seed: int = 0, kind: type[DiT] = DiT):
-    """Structure and random weights, the head's included (it starts at zero)."""
-    graphdef, params = split(kind(config, rngs=nnx.Rngs(seed)))
-    kernel = params["head"]["kernel"]
-    params["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(seed), kernel.shape)
-    return graphdef, params
+    """Structure and weights of `make_network`."""
+    network = make_network(config, seed, kind)
+    return network.structure, network.params
 
 
 def make_conditions(config: DiTConfig = CONFIG, batch: int = 1, seed: int = 1) -> Conditions:
@@ -86,10 +92,10 @@ def save_model(folder, *, name="nano", speech="mel", framepack=False, **stream):
             width=6, num_layers=1, num_heads=2, ffn_width=8, conv_widths=(4,) * 7,
             position_kernel=16, position_groups=2, look_back_s=0.96,
         )  # fmt: skip
-        _, speech_params = split(jax.jit(lambda: Wav2Vec2(front_end, rngs=nnx.Rngs(6)))())
+        speech_params = Network.of(jax.jit(lambda: Wav2Vec2(front_end, rngs=nnx.Rngs(6)))()).params
     else:
         front_end = SpeechConfig(bands=8, width=6, dilations=(1,))
-        _, speech_params = split(SpeechEncoder(front_end, rngs=nnx.Rngs(6)))
+        speech_params = Network.of(SpeechEncoder(front_end, rngs=nnx.Rngs(6))).params
     vae = LightVAEConfig(
         z_dim=4, latent_width=8, frame_width=8, stem_width=8, latent_blocks=1, frame_blocks=1
     )
@@ -97,7 +103,7 @@ def save_model(folder, *, name="nano", speech="mel", framepack=False, **stream):
     fields = dataclasses.asdict(config) | {"dtype": "float32", "param_dtype": "float32"}
     _, params = make_dit(config)
     save_weights(folder, "dit", params, fields)
-    _, params = split(LightVAE(vae, rngs=nnx.Rngs(5)))
+    params = Network.of(LightVAE(vae, rngs=nnx.Rngs(5))).params
     save_weights(folder, "vae", params, dataclasses.asdict(vae))
     fields = dataclasses.asdict(front_end)
     fields |= {key: "float32" for key in ("dtype", "param_dtype") if key in fields}
@@ -165,7 +171,7 @@ def save_text_encoder(folder, kind="json", **changes):
     values = dict(vocab_size=64, width=4, ffn_width=8, num_heads=2, head_dim=2, num_layers=2)
     config = UMT5Config(**(values | changes))
     fields = dataclasses.asdict(config) | {"dtype": "float32", "param_dtype": "float32"}
-    _, params = split(UMT5Encoder(config, rngs=nnx.Rngs(7)))
+    params = Network.of(UMT5Encoder(config, rngs=nnx.Rngs(7))).params
     save_weights(folder, "text", params, fields)
     save_json(folder / "config.json", load_json(folder / "config.json") | {"text": "umt5"})
     save_tokenizer(folder / "text_tokenizer", kind)

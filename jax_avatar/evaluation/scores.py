@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 
 from jax_avatar.data.records import ClipRecord
 from jax_avatar.evaluation.mouth_probe import MouthProbe
-from jax_avatar.models.params import merge, split
+from jax_avatar.models.network import Network
 from jax_avatar.models.vae.light import LightVAE
 
 __all__ = [
@@ -123,15 +123,15 @@ def still_portraits(truth: Truth) -> Frames:
 
 def reconstruct(vae: LightVAE, frames: Frames) -> Frames:
     """Encoded and decoded again: what remains of the truth in the latents."""
-    structure, params = split(vae)
+    network = Network.of(vae)
 
     @jax.jit
-    def again(params, video):
-        vae = merge(structure, params)
+    def again(network, video):
+        vae = network.bind()
         decoded = vae.decode(vae.encode(video.astype(jnp.float32) / 127.5 - 1))
         return jnp.round((jnp.clip(decoded, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
-    return np.concatenate([np.asarray(again(params, clip[None])) for clip in frames])
+    return np.concatenate([np.asarray(again(network, clip[None])) for clip in frames])
 
 
 def fit_probe(clips: Sequence[ClipRecord], num_steps: int = 1200) -> MouthProbe:

@@ -13,7 +13,7 @@ from conversion.rules import export
 from conversion.wan_dit import LORA_TABLE, config_from_official
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import adapter_leaves
-from jax_avatar.models.params import abstract, flatten, split, unflatten
+from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -50,7 +50,7 @@ def write_speech(folder: Path) -> Path:
 
 def dit_leaves():
     config = config_from_official(INFO["model_config"])
-    return flatten(abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1])
+    return flatten(Network.abstract(DiT, config).params)
 
 
 def lora_weights(rank: int = 2) -> dict[str, np.ndarray]:
@@ -88,7 +88,7 @@ def write_all(root: Path) -> Path:
     config = Wav2Vec2Config(
         width=audio, num_heads=2, ffn_width=32, conv_widths=(8,) * 7, position_groups=4
     )
-    weights = export(flatten(split(Wav2Vec2(config, rngs=nnx.Rngs(0)))[1]), wav2vec2.TABLE)
+    weights = export(flatten(Network.of(Wav2Vec2(config, rngs=nnx.Rngs(0))).params), wav2vec2.TABLE)
     save_file({n: np.array(array) for n, array in weights.items()}, speech / "model.safetensors")
     fields = {
         "hidden_size": audio, "num_hidden_layers": 24, "num_attention_heads": 2,

@@ -18,7 +18,7 @@ from conversion import convert, export, inspect
 from conversion.networks import NETWORKS
 from conversion.readers import SafetensorsFile, open_weights
 from conversion.wan_dit import MergedLora
-from jax_avatar.models.params import flatten
+from jax_avatar.models.network import flatten
 from jax_avatar.training.base_weights import StageWeights, check_not_merged, merge_record
 from jax_avatar.weights.files import StoredWeights, load_json, load_weights
 from tests.conversion import official

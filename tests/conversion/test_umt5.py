@@ -1,17 +1,16 @@
 import numpy as np
 import pytest
-from flax import nnx
 
 from conversion.rules import check, convert, export
 from conversion.umt5 import TABLE, config_from, config_from_shapes, official_names
 from jax_avatar.models.config import UMT5Config, umt5_xxl
-from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.text import UMT5Encoder
 
 SMALL = UMT5Config(
     vocab_size=9, width=6, ffn_width=10, num_heads=2, head_dim=4, num_layers=3, num_buckets=8
 )
-_, _TARGET = abstract(lambda: UMT5Encoder(SMALL, rngs=nnx.Rngs(0)))
+_TARGET = Network.abstract(UMT5Encoder, SMALL).params
 TARGET = flatten(_TARGET)
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from conversion.cases import Check, compare
@@ -14,7 +13,7 @@ from conversion.rules import export
 from conversion.verify import main
 from conversion.wan_vae import TABLE
 from jax_avatar.models.config import WanVAEConfig
-from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.vae.wan import WanVAE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -60,7 +59,8 @@ def tiny(tmp_path_factory):
     config = WanVAEConfig(
         2, 3, (1, 2), 1, temporal_downsample=(True,), latent_mean=mean, latent_std=std
     )
-    graphdef, target = abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+    network = Network.abstract(WanVAE, config)
+    target = network.params
     rng = np.random.default_rng(0)
     params = {
         path: rng.normal(size=leaf.shape).astype(np.float32)
@@ -71,7 +71,7 @@ def tiny(tmp_path_factory):
 
     @jax.jit
     def outputs(params):
-        vae = merge(graphdef, params)
+        vae = network.bind(params)
         return vae.encode(image), vae.decode_first(latents[:, :1])[0], vae.decode(latents)
 
     with jax.default_matmul_precision("highest"):

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from conversion.cases_dit import DiTCases
 from conversion.cases_tables import DiTManifests, RotaryCases, RoutingCases, SamplerTables
@@ -13,7 +12,7 @@ from conversion.wan_dit import LORA_TABLE, TABLE, MergedLora, config_from_offici
 from jax_avatar.models.config import wan_s2v_14b
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import adapter_leaves, add_adapter
-from jax_avatar.models.params import abstract, flatten, unflatten
+from jax_avatar.models.network import Network, flatten, unflatten
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dit"
 FILES = sorted(path for path in GOLDEN.iterdir() if path.suffix in (".json", ".safetensors"))
@@ -26,7 +25,7 @@ def state_dict():
 
 
 def target_of(config):
-    return flatten(abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1])
+    return flatten(Network.abstract(DiT, config).params)
 
 
 @pytest.mark.parametrize(

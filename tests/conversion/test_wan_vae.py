@@ -2,12 +2,11 @@ import re
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from conversion.rules import check, export
 from conversion.wan_vae import TABLE, config_from, config_from_shapes, official_name, official_names
 from jax_avatar.models.config import WanVAEConfig
-from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.vae.wan import WanVAE
 
 SMALL = WanVAEConfig(
@@ -22,7 +21,7 @@ SMALL = WanVAEConfig(
 
 
 def official_weights(config):
-    _, target = abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+    target = Network.abstract(WanVAE, config).params
     flat = flatten(target)
     weights = export({path: np.zeros(leaf.shape, np.float32) for path, leaf in flat.items()}, TABLE)
     return {name: array.shape for name, array in weights.items()}, flat

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from conversion.cases_audio import (
@@ -18,7 +17,7 @@ from conversion.readers import SafetensorsFile
 from conversion.rules import check, convert, export
 from conversion.verify import main
 from conversion.wav2vec2 import TABLE, config_from, config_from_shapes, official_names
-from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, xlsr53_large
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "audio"
@@ -33,7 +32,7 @@ def state_dict():
 
 
 def target_of(config):
-    return flatten(abstract(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0)))[1])
+    return flatten(Network.abstract(Wav2Vec2, config).params)
 
 
 def older(name):

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import add_adapter, init_adapter, with_adapter
-from jax_avatar.models.params import abstract, flatten, merge
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.models.sharding import param_specs
 from tests import nano
@@ -35,7 +34,7 @@ def adapter(fresh=False):
 
 
 def structure(config):
-    return abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[0]
+    return Network.abstract(DiT, config)
 
 
 @functools.cache
@@ -58,7 +57,7 @@ def network(form, config, params):
     """What it says of a block, or of a clip of two."""
     b, block = 1, config.frames_per_block
     told, noisy, audio = given()
-    dit = merge(structure(config), params)
+    dit = structure(config).bind(params)
     frames = 2 * block if form in ("bidirectional", "block_causal") else block
     noisy, audio = noisy[:, :frames], jnp.asarray(audio[:, :, : 4 * frames])
     timestep = jnp.full((b, frames), 700.0)

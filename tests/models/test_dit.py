@@ -8,31 +8,32 @@ from flax import nnx
 
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import abstract, merge, split
-from tests.nano import CONFIG, GRID, make_audio, make_conditions, make_dit, make_latents
+from jax_avatar.models.network import Network
+from tests.nano import CONFIG, GRID, make_audio, make_conditions, make_latents, make_network
 
-GRAPHDEF, PARAMS = make_dit()
+NETWORK = make_network()
+PARAMS = NETWORK.params
 CONDITIONS = make_conditions()
 FRAMES = CONFIG.frames_per_block
 
 
 @jax.jit
 def stream_block(params, latent, timestep, audio, cache, sink, position):
-    dit = merge(GRAPHDEF, params)
+    dit = NETWORK.bind(params)
     conditions = CONDITIONS.with_audio(audio)
     return dit.stream_block(latent, timestep, conditions, cache, sink, position)
 
 
 @jax.jit
 def prefill(params, reference):
-    return merge(GRAPHDEF, params).prefill(CONDITIONS.with_reference(reference))
+    return NETWORK.bind(params).prefill(CONDITIONS.with_reference(reference))
 
 
 def causal(latents, timestep, audio, reference_frame=None):
     @jax.jit
     def run(params):
         conditions = of_clip(latents.shape[1] // FRAMES, audio)
-        return merge(GRAPHDEF, params).block_causal(
+        return NETWORK.bind(params).block_causal(
             latents, timestep, conditions, reference_frame=reference_frame
         )
 
@@ -78,12 +79,12 @@ def test_a_rolled_window_equals_one_recomputed_from_its_blocks():
     rolled = stream(7, latents, timestep, audio, 16)[:, -FRAMES:]
     # In one layer keys do not depend on older blocks, so a fresh window gives the same.
     one_layer = CONFIG.replace(num_layers=1)
-    graphdef, params = make_dit(one_layer)
+    network = make_network(one_layer)
 
     def last_block(first):
-        sink = merge(graphdef, params).prefill(CONDITIONS)
+        sink = network.bind().prefill(CONDITIONS)
         cache = empty_cache(one_layer, 1, *GRID)
-        step = jax.jit(merge(graphdef, params).stream_block)
+        step = jax.jit(network.bind().stream_block)
         for block in range(first, 7):
             frames = slice(block * FRAMES, (block + 1) * FRAMES)
             position = block_position(one_layer, block, 16)
@@ -128,8 +129,8 @@ def test_later_audio_never_changes_earlier_frames():
 def test_hour_100_equals_minute_1(shift):
     """Positions are integers and angles float64: shifting everything changes nothing."""
     config = CONFIG.replace(framepack=False)  # packed motion frames stay behind by design
-    graphdef, params = make_dit(config)
-    dit = merge(graphdef, params)
+    network = make_network(config)
+    dit = network.bind()
     latents, audio = make_latents(18), clip_audio(6)
 
     @jax.jit
@@ -166,8 +167,8 @@ def test_speakers_reach_only_their_mask():
     audio = jnp.asarray(make_audio(1, speakers=2)[0])
     left = jnp.zeros((1, 2, FRAMES, 4, 4)).at[:, 0, :, :, :2].set(1).at[:, 1, :, :, 2:].set(1)
     one_layer = CONFIG.replace(num_layers=1)
-    graphdef, params = make_dit(one_layer)
-    dit = merge(graphdef, params)
+    network = make_network(one_layer)
+    dit = network.bind()
     sink = dit.prefill(CONDITIONS)
 
     @jax.jit
@@ -185,7 +186,7 @@ def test_speakers_reach_only_their_mask():
 def test_several_speakers_need_a_mask():
     sink = prefill(PARAMS, CONDITIONS.reference)
     with pytest.raises(ValueError, match=r"2 speakers.*speaker_mask"):
-        merge(GRAPHDEF, PARAMS).stream_block(
+        NETWORK.bind().stream_block(
             make_latents(FRAMES),
             jnp.zeros((1, FRAMES)),
             CONDITIONS.with_audio(jnp.asarray(make_audio(1, speakers=2)[0])),
@@ -196,7 +197,7 @@ def test_several_speakers_need_a_mask():
 
 
 def test_wrong_audio_length_and_prompt_are_named():
-    dit = merge(GRAPHDEF, PARAMS)
+    dit = NETWORK.bind()
     with pytest.raises(ValueError, match="need 12"):
         dit.stream_block(
             make_latents(FRAMES),
@@ -232,7 +233,7 @@ def test_gradients_reach_every_parameter():
     @jax.jit
     @jax.grad
     def gradient(params):
-        out = merge(GRAPHDEF, params).block_causal(latents, timestep, of_clip(2, audio))
+        out = NETWORK.bind(params).block_causal(latents, timestep, of_clip(2, audio))
         return jnp.sum(out**2)
 
     leaves = jax.tree_util.tree_leaves_with_path(gradient(PARAMS))
@@ -241,10 +242,10 @@ def test_gradients_reach_every_parameter():
     assert not silent
 
 
-def network(**changes):
-    """Structure and shapes of the parameters."""
+def abstract(**changes):
+    """A transformer of shapes."""
     config = CONFIG.replace(**{"framepack": False, "adapter_rank": 2, **changes})
-    return abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))
+    return Network.abstract(DiT, config)
 
 
 SIZES = {
@@ -256,9 +257,9 @@ SIZES = {
 
 
 def test_every_size_is_in_the_weights():
-    plain = str(network()[1])
+    plain = str(abstract().params)
     assert [
-        name for name, value in SIZES.items() if str(network(**{name: value})[1]) == plain
+        name for name, value in SIZES.items() if str(abstract(**{name: value}).params) == plain
     ] == []
 
 
@@ -273,14 +274,14 @@ def test_every_switch_is_in_the_program():
     latents, audio = make_latents(6), clip_audio(2)
 
     def program(**changes):
-        graphdef, params = network(**changes)
+        network = abstract(**changes)
 
         def run(params):
             conditions = of_clip(2, audio, motion=None)
             timestep = jnp.full((1, 6), 500.0)
-            return merge(graphdef, params).block_causal(latents, timestep, conditions)
+            return network.bind(params).block_causal(latents, timestep, conditions)
 
-        traced = jax.make_jaxpr(run)(params)
+        traced = jax.make_jaxpr(run)(network.params)
         return str(traced), [np.asarray(part, np.float64).sum() for part in traced.consts]
 
     plain = program()
@@ -290,7 +291,7 @@ def test_every_switch_is_in_the_program():
 def test_pose_starts_at_zero_if_told():
     def pose(**changes):
         config = CONFIG.replace(framepack=False, num_layers=1, **changes)
-        params = jax.jit(lambda: split(DiT(config, rngs=nnx.Rngs(0)))[1]["pose"])()
+        params = jax.jit(lambda: Network.of(DiT(config, rngs=nnx.Rngs(0))).params["pose"])()
         return np.abs(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])).max()
 
     assert pose(zero_init=True) == 0 < pose(zero_init=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_avatar.models.params import merge, split
+from jax_avatar.models.network import Network
 from jax_avatar.models.vae.light import (
     LightVAE,
     LightVAEConfig,
@@ -31,11 +31,12 @@ NANO = LightVAEConfig(
 
 def noisy_model(config=NANO):
     """A model without the zeros that the last convolutions start with."""
-    graphdef, params = split(LightVAE(config, rngs=nnx.Rngs(0)))
+    network = Network.of(LightVAE(config, rngs=nnx.Rngs(0)))
+    params = network.params
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return merge(graphdef, jax.tree.unflatten(tree, leaves))
+    return network.bind(jax.tree.unflatten(tree, leaves))
 
 
 def clip(frames=9, size=32):
@@ -75,10 +76,10 @@ def test_frames_know_the_latent_before_but_no_later_one():
 
 
 def test_normalisation_is_undone_by_decoding():
-    graphdef, params = split(noisy_model())
+    network = Network.of(noisy_model())
     plain_config = LightVAEConfig(**{**NANO.to_dict(), "latent_mean": (), "latent_std": ()})
-    plain = merge(split(LightVAE(plain_config, rngs=nnx.Rngs(0)))[0], params)
-    model, video = merge(graphdef, params), clip(5)
+    plain = Network.abstract(LightVAE, plain_config).bind(network.params)
+    model, video = network.bind(), clip(5)
     latent = model.encode(video)
     np.testing.assert_allclose(
         latent * np.reshape(NANO.latent_std, (1, 1, 1, 1, -1))
@@ -98,8 +99,8 @@ def test_principal_components_restore_what_they_span():
     video = video.astype(np.float32)
     frames = jnp.asarray(video)
     basis = principal_components(video, np.ones(video.shape[:4], np.float32), 5, whitening=0.5)
-    graphdef, params = split(LightVAE(NANO, rngs=nnx.Rngs(0)))
-    model = merge(graphdef, with_patch_basis(params, basis))
+    network = Network.of(LightVAE(NANO, rngs=nnx.Rngs(0)))
+    model = network.bind(with_patch_basis(network.params, basis))
     np.testing.assert_allclose(model.decode(model.encode(frames)), video, atol=1e-2)
     # Components are ordered, and the spread of channels is that of components, compressed.
     spread = np.asarray(model.encoder.patch(_patches(video))).reshape(-1, 5).std(0)
@@ -142,7 +143,7 @@ def test_every_size_is_in_the_weights(field):
 
 def test_latents_are_normalised():
     plain = dataclasses.replace(NANO, latent_mean=(), latent_std=())
-    graphdef, params = split(noisy_model(plain))
-    raw = np.asarray(merge(graphdef, params).encode(clip(5)))
+    network = Network.of(noisy_model(plain))
+    raw = np.asarray(network.bind().encode(clip(5)))
     mean, std = np.float32([0.3, -0.2, 0.1, 0.0, 0.5]), np.float32([1.5, 0.5, 2.0, 1.0, 0.7])
     np.testing.assert_allclose(noisy_model().encode(clip(5)), (raw - mean) / std, atol=1e-4)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.models.lora import adapted_kernels, add_adapter, init_adapter
-from jax_avatar.models.params import flatten, unflatten
+from jax_avatar.models.network import flatten, unflatten
 from tests.nano import make_dit
 
 

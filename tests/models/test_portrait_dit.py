@@ -8,7 +8,7 @@ from flax import nnx
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.params import merge, split
+from jax_avatar.models.network import Network
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.speech.tokens import (
     EARLIER_FRAMES,
@@ -90,10 +90,11 @@ def test_audio_tokens_depend_on_a_block_or_on_a_little_of_the_time_before_it(enc
 
 def test_dropped_speech_does_not_blow_up_the_gradient():
     """Dropped speech is zeros, and a norm of nothing but zeros multiplies gradients by 1000."""
-    graphdef, params = split(NormalisedAudioEncoder(CONFIG, rngs=nnx.Rngs(0)))
+    network = Network.of(NormalisedAudioEncoder(CONFIG, rngs=nnx.Rngs(0)))
+    params = network.params
 
     def total(params, features):
-        local, overall = merge(graphdef, params)(features)
+        local, overall = network.bind(params)(features)
         return jnp.sum(jnp.sin(local)) + jnp.sum(jnp.sin(overall))
 
     slope = jax.jit(jax.grad(total))

@@ -2,14 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import abstract, flatten
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.quantise import QuantisedLinear, quantise, quantise_params, quantised_leaves
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
-from tests.nano import CONFIG, make_audio, make_conditions, make_dit
+from tests.nano import CONFIG, make_audio, make_conditions, make_network
 
 KINDS = ["int8", "fp8"]
 
@@ -49,9 +48,9 @@ def test_a_product_is_near_the_exact_one(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounded_parameters_fit_the_network_and_its_leaves(kind):
     config = CONFIG.replace(weights=kind)
-    _, params = make_dit()
+    params = make_network().params
     rounded = flatten(quantise_params(params, kind))
-    expected = flatten(abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[1])
+    expected = flatten(Network.abstract(DiT, config).params)
     leaves = quantised_leaves(flatten(params), kind)
     for other in (expected, leaves):
         assert {p: (a.shape, a.dtype) for p, a in rounded.items()} == {
@@ -66,14 +65,14 @@ def test_rounded_parameters_fit_the_network_and_its_leaves(kind):
 def test_a_stream_of_rounded_weights_stays_near(kind):
     audio = make_audio(2)
 
-    def stream(config, graphdef, params):
-        made = SequentialStream(graphdef, params, config, StreamPlan(), make_conditions())
+    def stream(config, network, params):
+        made = SequentialStream(network.structure, params, config, StreamPlan(), make_conditions())
         return np.asarray([made.push(chunk)[0] for chunk in audio])
 
-    graphdef, params = make_dit()
-    exact = stream(CONFIG, graphdef, params)
+    network = make_network()
+    params = network.params
+    exact = stream(CONFIG, network, params)
     config = CONFIG.replace(weights=kind)
-    structure = abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))[0]
-    rounded = stream(config, structure, quantise_params(params, kind))
+    rounded = stream(config, Network.abstract(DiT, config), quantise_params(params, kind))
     error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
     assert 0 < error < 0.05

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_avatar.models.params import flatten
+from jax_avatar.models.network import flatten
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.models.sharding import param_shardings, param_specs
 from jax_avatar.streaming.mesh import make_mesh, parse_layout

@@ -5,20 +5,21 @@ import pytest
 from flax import nnx
 
 from jax_avatar.models.config import UMT5Config, umt5_xxl
-from jax_avatar.models.params import abstract, flatten, merge, split
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.tap import record
 from jax_avatar.models.text import UMT5Encoder, padded_length, position_buckets
 
 CONFIG = UMT5Config(
     vocab_size=50, width=12, ffn_width=20, num_heads=2, head_dim=8, num_layers=2, max_distance=40
 )
-GRAPHDEF, PARAMS = split(UMT5Encoder(CONFIG, rngs=nnx.Rngs(0)))
+NETWORK = Network.of(UMT5Encoder(CONFIG, rngs=nnx.Rngs(0)))
+PARAMS = NETWORK.params
 IDS = np.random.default_rng(0).integers(1, 50, (2, 24)).astype(np.int32)
 
 
 @jax.jit
 def encode(params, ids, mask):
-    return merge(GRAPHDEF, params)(ids, mask)
+    return NETWORK.bind(params)(ids, mask)
 
 
 def states(ids, lengths):
@@ -49,7 +50,7 @@ def test_order_matters_in_both_directions():
 
 
 def test_taps_see_what_the_scan_computes():
-    encoder, mask = merge(GRAPHDEF, PARAMS), jnp.ones((2, 24), jnp.int32)
+    encoder, mask = NETWORK.bind(), jnp.ones((2, 24), jnp.int32)
     with record() as taps:
         out = encoder(jnp.asarray(IDS), mask)
     np.testing.assert_allclose(out, states(IDS, (24, 24)), atol=1e-5)
@@ -59,10 +60,11 @@ def test_taps_see_what_the_scan_computes():
 
 def test_bfloat16_computes_in_bfloat16_and_stays_close():
     config = CONFIG.replace(dtype="bfloat16", param_dtype="bfloat16")
-    graphdef, target = abstract(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
+    network = Network.abstract(UMT5Encoder, config)
+    target = network.params
     assert {leaf.dtype for leaf in flatten(target).values()} == {jnp.dtype("bfloat16")}
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
-    half = merge(graphdef, params)(jnp.asarray(IDS), jnp.ones((2, 24), jnp.int32))
+    half = network.bind(params)(jnp.asarray(IDS), jnp.ones((2, 24), jnp.int32))
     assert half.dtype == jnp.bfloat16
     error = np.abs(np.asarray(half, np.float32) - states(IDS, (24, 24)))
     assert error.mean() < 0.02 and error.max() < 0.15
@@ -93,7 +95,7 @@ def test_padded_lengths_are_few():
 
 
 def test_the_published_size():
-    _, target = abstract(lambda: UMT5Encoder(umt5_xxl(), rngs=nnx.Rngs(0)))
+    target = Network.abstract(UMT5Encoder, umt5_xxl()).params
     leaves = flatten(target).values()
     assert sum(leaf.size for leaf in leaves) == 5_680_910_336
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) == 11_361_820_672

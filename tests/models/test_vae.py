@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jax_avatar.models.config import WanVAEConfig
-from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.vae.wan import ChannelNorm, WanVAE, upsample_conv
 
 NANO = WanVAEConfig(
@@ -23,7 +22,8 @@ NANO = WanVAEConfig(
 
 @pytest.fixture(scope="module")
 def weights():
-    graphdef, params = abstract(lambda: WanVAE(NANO, rngs=nnx.Rngs(0)))
+    network = Network.abstract(WanVAE, NANO)
+    params = network.params
     rng = np.random.default_rng(1)
 
     # Nothing may be neutral: fresh biases and the attention's output are zero, norm scales one.
@@ -32,16 +32,16 @@ def weights():
         return (path.endswith("scale") + spread * rng.normal(size=shape)).astype(np.float32)
 
     params = {path: draw(path, leaf.shape) for path, leaf in flatten(params).items()}
-    return graphdef, unflatten(params)
+    return network, unflatten(params)
 
 
 @pytest.fixture(scope="module")
 def vae(weights):
     """The methods by name, compiled once per shape."""
-    graphdef, params = weights
+    network, params = weights
 
     def bind(method):
-        call = jax.jit(lambda params, *rest: getattr(merge(graphdef, params), method)(*rest))
+        call = jax.jit(lambda params, *rest: getattr(network.bind(params), method)(*rest))
         return lambda *rest: call(params, *rest)
 
     names = ("encode", "encode_moments", "encode_first", "encode_next")
@@ -131,8 +131,8 @@ def test_latents_are_the_normalised_posterior_mean(vae, video):
 
 def test_bfloat16_stays_close_and_gives_float32(weights, vae, latent):
     half = NANO.replace(dtype=jnp.bfloat16)
-    graphdef, _ = abstract(lambda: WanVAE(half, rngs=nnx.Rngs(0)))
-    decode = jax.jit(lambda params, z: merge(graphdef, params).decode_first(z))
+    network = Network.abstract(WanVAE, half)
+    decode = jax.jit(lambda params, z: network.bind(params).decode_first(z))
     decoded, state = decode(weights[1], latent[:, :2])
     assert decoded.dtype == jnp.float32
     assert {buffer.dtype for buffer in state.buffers} == {jnp.dtype(jnp.bfloat16)}

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from conversion.readers import SafetensorsFile
 from conversion.rules import convert
 from conversion.wav2vec2 import TABLE, config_from
-from jax_avatar.models.params import abstract, flatten, merge, unflatten
+from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.speech.feature_rate import bucket_indices, positions_at
 from jax_avatar.models.speech.mel import AudioFrontEnd
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config, normalise, xlsr53_large
@@ -28,7 +28,7 @@ WHOLE_SECONDS = 3.0
 @functools.cache
 def tiny_params():
     """Random weights with biases; drawing them here is much faster than initialising."""
-    _, target = abstract(lambda: Wav2Vec2(TINY, rngs=nnx.Rngs(0)))
+    target = Network.abstract(Wav2Vec2, TINY).params
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -41,16 +41,16 @@ def tiny_params():
 
 def encoder(**changes):
     config = TINY.replace(**changes)
-    graphdef, _ = abstract(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0)))
-    return merge(graphdef, tiny_params())
+    network = Network.abstract(Wav2Vec2, config)
+    return network.bind(tiny_params())
 
 
 def jitted(model, method, **options):
     """A method with the weights as an argument; compiling fast matters more than running fast."""
-    graphdef, state = nnx.split(model)
+    structure, state = nnx.split(model)
 
     def call(state, *arguments):
-        return getattr(nnx.merge(graphdef, state), method)(*arguments)
+        return getattr(nnx.merge(structure, state), method)(*arguments)
 
     return functools.partial(jax.jit(call, **options), state)
 
@@ -87,14 +87,14 @@ def stream(model, wave, frames, chunk=12):
 def golden(stem):
     weights = SafetensorsFile(GOLDEN / f"{stem}_weights.safetensors")
     config = config_from(json.loads(weights.metadata["config"]))
-    _, target = abstract(lambda: Wav2Vec2(config, rngs=nnx.Rngs(0)))
+    target = Network.abstract(Wav2Vec2, config).params
     source = {name.removeprefix("sd."): weights[name] for name in weights}
     params, _ = convert(source, TABLE, flatten(target))
 
     def build(**changes):
         changed = config.replace(**changes)
-        graphdef, _ = abstract(lambda: Wav2Vec2(changed, rngs=nnx.Rngs(0)))
-        return merge(graphdef, jax.device_put(unflatten(params)))
+        network = Network.abstract(Wav2Vec2, changed)
+        return network.bind(jax.device_put(unflatten(params)))
 
     return build, load_file(GOLDEN / f"{stem}_io.safetensors")
 
@@ -254,7 +254,7 @@ class TestIsolated:
 
 
 def test_the_published_size_has_the_published_number_of_parameters():
-    _, params = abstract(lambda: Wav2Vec2(xlsr53_large(), rngs=nnx.Rngs(0)))
+    params = Network.abstract(Wav2Vec2, xlsr53_large()).params
     used = sum(np.prod(leaf.shape) for leaf in flatten(params).values())
     head_and_mask = 33 * 1024 + 33 + 1024
     assert round((used + head_and_mask) / 1e6, 1) == 315.5
