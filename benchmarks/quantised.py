@@ -30,7 +30,8 @@ from jax_avatar.models.dit import DiT
 from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.models.tap import record
-from jax_avatar.weights.files import StoredWeights, with_tuples
+from jax_avatar.weights.fields import fill_fields
+from jax_avatar.weights.orbax import StoredWeights
 from launch import cli
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "dit"
@@ -108,7 +109,7 @@ def main(argv=None) -> dict:
     arguments = parse_arguments(argv)
     if arguments.checkpoint:
         stored = StoredWeights(arguments.checkpoint)
-        config = DiTConfig(**with_tuples(stored.config))
+        config = fill_fields(DiTConfig, stored.config, f"{arguments.checkpoint}: config")
         models = [(str(arguments.checkpoint.name), config, stored.restore())]
     else:
         models = golden_models(arguments.golden)

@@ -36,11 +36,10 @@ from conversion.wan_dit import SCALING, MergedLora
 from jax_avatar.models.lora import is_adapted
 from jax_avatar.models.quantise import quantise, quantised_leaves
 from jax_avatar.streaming.prompts import TOKENIZER
+from jax_avatar.weights.checkpoint_writer import ResumableCheckpointWriter
 from jax_avatar.weights.checksums import check_files, keep_checksums
 from jax_avatar.weights.fields import plain_fields
-from jax_avatar.weights.files import add_to_config
-from jax_avatar.weights.settings import LIVE_AVATAR
-from jax_avatar.weights.slot_writer import SlotWriter
+from jax_avatar.weights.settings import LIVE_AVATAR, add_to_config
 from jax_avatar.weights.whole_file import BrokenFile, check_whole, unfinished_downloads
 from launch import cli
 
@@ -105,7 +104,7 @@ def convert_network(
     if kind.part == "text":
         _tokenizer_files(job.weights.files[0].parent)  # said before the weights take their time
     _need_space(out, job.leaves)
-    writer = SlotWriter(out / kind.part, job.leaves, job.config, job.history)
+    writer = ResumableCheckpointWriter(out / kind.part, job.leaves, job.config, job.history)
     sizes = {
         name: _size(job.weights.shapes[name], job.weights.dtypes[name]) for name in job.weights
     }

@@ -25,7 +25,9 @@ from conversion.networks import NETWORKS, NetworkKind
 from conversion.readers import SAFETENSORS_NAMES
 from conversion.rules import Ignore, Move, plan_export
 from jax_avatar.weights.checksums import keep_checksums, rewriting
-from jax_avatar.weights.files import StoredWeights, load_json, with_tuples
+from jax_avatar.weights.fields import fill_fields
+from jax_avatar.weights.files import load_json
+from jax_avatar.weights.orbax import StoredWeights
 from launch import cli
 
 __all__ = ["export_network", "kind_of", "main"]
@@ -69,7 +71,7 @@ def export_network(
             f"{folder} holds {stored.config['weights']} weights, which are rounded; export the "
             "checkpoint that was converted without --dtype."
         )
-    table = kind.table(kind.restore(**with_tuples(stored.config)))
+    table = kind.table(fill_fields(kind.restore, stored.config, f"{folder}: config"))
     tensors = [_moved_back(stored, move) for move in plan_export(stored.leaves, table)]
     for name, array in stored.read_kept().items():
         tensors.append(_Tensor(name, array.shape, array.dtype, lambda array=array: array))

@@ -19,7 +19,8 @@ from conversion.networks import NETWORKS, identify, weight_files
 from conversion.readers import SafetensorsFile, open_weights
 from conversion.rules import check
 from jax_avatar.weights.fields import plain_fields
-from jax_avatar.weights.files import StoredWeights, load_json
+from jax_avatar.weights.files import load_json
+from jax_avatar.weights.orbax import StoredWeights
 from jax_avatar.weights.whole_file import BrokenFile, unfinished_downloads
 from launch import cli
 

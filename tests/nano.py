@@ -176,3 +176,14 @@ def save_text_encoder(folder, kind="json", **changes):
     save_json(folder / "config.json", load_json(folder / "config.json") | {"text": "umt5"})
     save_tokenizer(folder / "text_tokenizer", kind)
     return folder
+
+
+def save_orbax(folder, params, config, metadata=None):
+    """Writes a network's weights to the Orbax folder `folder`, as a conversion does."""
+    from jax_avatar.models.params import flatten
+    from jax_avatar.weights.checkpoint_writer import ResumableCheckpointWriter
+
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    writer = ResumableCheckpointWriter(folder, leaves, config, metadata or {})
+    writer.write("all", {(path, ()): leaf for path, leaf in leaves.items()})
+    writer.finish()

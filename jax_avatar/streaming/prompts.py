@@ -23,8 +23,9 @@ from jax_avatar.io.prompt import Tokenizer, clean_prompt, find_tokenizer
 from jax_avatar.models.params import merge
 from jax_avatar.models.text import padded_length
 from jax_avatar.shapes import Int, PyTree, TextStates
-from jax_avatar.weights.files import fingerprint, load_header, load_weights, save_weights
+from jax_avatar.weights.files import load_header, load_weights, save_weights
 from jax_avatar.weights.folder import load_text_encoder
+from jax_avatar.weights.hashes import fingerprint
 
 __all__ = ["TOKENIZER", "encode_tokens", "prompt_encoder", "prompt_states"]
 

@@ -23,10 +23,11 @@ from jax_avatar.models.quantise import quantise_params
 from jax_avatar.shapes import PyTree
 from jax_avatar.weights.checksums import keep_checksums, rewriting
 from jax_avatar.weights.fields import fill_fields, plain_fields
-from jax_avatar.weights.files import StoredWeights, on_host, save_json, save_weights, tree_of
+from jax_avatar.weights.files import on_host, save_json, save_weights, tree_of
 from jax_avatar.weights.hashes import base_hash
 from jax_avatar.weights.kinds import KINDS
 from jax_avatar.weights.networks import Network, check_fit, kind_of, load_adapter, load_network
+from jax_avatar.weights.orbax import StoredWeights
 from jax_avatar.weights.settings import StreamSettings, read_config
 
 __all__ = [

@@ -9,9 +9,10 @@ import ml_dtypes
 import numpy as np
 
 from jax_avatar.models.params import flatten
-from jax_avatar.weights.files import StoredWeights, load_header, open_leaf, open_weights
+from jax_avatar.weights.files import find_weights, load_header, open_weights
+from jax_avatar.weights.orbax import StoredWeights, open_leaf
 
-__all__ = ["base_hash", "content_hash"]
+__all__ = ["base_hash", "content_hash", "fingerprint"]
 
 _SAMPLED = 64  # numbers of every leaf that a base is known by
 
@@ -46,6 +47,24 @@ def base_hash(folder: str | Path) -> str:
         if not path.startswith("motion_"):
             digest.update(f"{path} {shape}".encode() + some.tobytes())
     return digest.hexdigest()
+
+
+def fingerprint(folder: str | Path, name: str) -> str:
+    """A hash that changes when a network's weights are written again, without reading them.
+
+    Made of the header and of the sizes and times of the files; arguments and errors as in
+    `load_weights`.
+    """
+    path = find_weights(Path(folder), name)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) or [path]
+    state = [(str(file.relative_to(path)), *_size_and_time(file)) for file in files]
+    content = json.dumps([*load_header(folder, name), state], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _numbers(

@@ -17,7 +17,6 @@ from jax_avatar.models.sharding import param_shardings
 from jax_avatar.shapes import PyTree
 from jax_avatar.weights.fields import fill_fields
 from jax_avatar.weights.files import (
-    StoredWeights,
     load_header,
     load_weights,
     open_weights,
@@ -25,6 +24,7 @@ from jax_avatar.weights.files import (
 )
 from jax_avatar.weights.hashes import base_hash
 from jax_avatar.weights.kinds import KINDS, find_kind
+from jax_avatar.weights.orbax import StoredWeights
 from jax_avatar.weights.settings import read_config
 
 __all__ = [

@@ -1,15 +1,17 @@
 """`config.json` of a model folder: kinds of its networks, settings of its stream."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import euler_schedule
-from jax_avatar.weights.files import load_json
+from jax_avatar.weights.checksums import locked
+from jax_avatar.weights.files import load_json, save_json
 from jax_avatar.weights.kinds import KINDS, find_kind
 
-__all__ = ["LIVE_AVATAR", "StreamSettings", "read_config"]
+__all__ = ["LIVE_AVATAR", "StreamSettings", "add_to_config", "read_config"]
 
 _WHOLE = ("name", "dit", "vae", "speech", "stream")
 # As in training, or forced.
@@ -151,3 +153,17 @@ def read_config(folder: str | Path, needed: tuple[str, ...] = _WHOLE) -> dict[st
         if part in content:
             find_kind(part, content[part], path)
     return content
+
+
+def add_to_config(folder: str | Path, changes: Mapping[str, Any], **defaults: Any) -> None:
+    """Adds to the `config.json` of a model folder.
+
+    Args:
+        folder: of the model.
+        changes: keys to set.
+        **defaults: keys to set where they are missing.
+    """
+    path = Path(folder) / "config.json"
+    with locked(folder):
+        present = load_json(path) if path.exists() else {}
+        save_json(path, {**defaults, **present, **changes})

@@ -20,7 +20,8 @@ from conversion.readers import SafetensorsFile, open_weights
 from conversion.wan_dit import MergedLora
 from jax_avatar.models.network import flatten
 from jax_avatar.training.base_weights import StageWeights, check_not_merged, merge_record
-from jax_avatar.weights.files import StoredWeights, load_json, load_weights
+from jax_avatar.weights.files import load_json, load_weights
+from jax_avatar.weights.orbax import StoredWeights
 from tests.conversion import official
 
 
@@ -130,7 +131,7 @@ def test_eight_bits_are_near_and_cannot_be_exported(download, tmp_path, dtype, c
 
 def test_an_interrupted_conversion_goes_on(download, tmp_path, monkeypatch):
     source, out = download / "Wan2.2-S2V-14B", tmp_path / "model"
-    real, written = convert.SlotWriter.write, []
+    real, written = convert.ResumableCheckpointWriter.write, []
 
     def write(self, label, parts):
         if len(written) == 20:
@@ -138,12 +139,14 @@ def test_an_interrupted_conversion_goes_on(download, tmp_path, monkeypatch):
         written.append(label)
         real(self, label, parts)
 
-    monkeypatch.setattr(convert.SlotWriter, "write", write)
+    monkeypatch.setattr(convert.ResumableCheckpointWriter, "write", write)
     assert run("wan_s2v", "--src", source, "--out", out) == 130
     assert not (out / "dit").exists() and not (out / "config.json").exists()
     first = list(written)
     monkeypatch.setattr(
-        convert.SlotWriter, "write", lambda self, *a: (written.append(a[0]), real(self, *a))
+        convert.ResumableCheckpointWriter,
+        "write",
+        lambda self, *a: (written.append(a[0]), real(self, *a)),
     )
     assert run("wan_s2v", "--src", source, "--out", out) == 0
     assert len(written) == len(official.dit_weights()) and written[:20] == first
@@ -168,13 +171,13 @@ def test_a_full_disk_is_said_and_the_conversion_goes_on(download, tmp_path, caps
 _KILLED = """
 import os, signal, sys
 from conversion import convert
-write, left = convert.SlotWriter.write, [20]
+write, left = convert.ResumableCheckpointWriter.write, [20]
 def write_or_die(self, label, parts):
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, label, parts)
-convert.SlotWriter.write = write_or_die
+convert.ResumableCheckpointWriter.write = write_or_die
 convert.main(sys.argv[1:])
 """
 

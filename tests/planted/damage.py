@@ -7,7 +7,7 @@ __all__ = ["DAMAGE"]
 loop = tests_in("training/run/test_loop")
 prepare = tests_in("launch/test_prepare_data")
 checksums = tests_in("weights/test_checksums")
-writer = tests_in("weights/test_slot_writer")
+writer = tests_in("weights/test_checkpoint_writer")
 base = tests_in("training/test_base_weights")
 adapters = tests_in("training/test_adapters")
 session = tests_in("streaming/test_session")
@@ -27,9 +27,9 @@ HOSTILE = server("no_text_causes_a_traceback")
 DAMAGE = tuple(Mistake("input", *row) for row in (
     ("a file is not compared with its checksum", "weights/files.py",
      "    check_files(folder, [path.name])\n", "", checksums("every_byte_of_a_file_counts")),
-    ("an Orbax folder's numbers are not compared", "weights/files.py",
+    ("an Orbax folder's numbers are not compared", "weights/orbax.py",
      'files = [f"{self.folder.name}/params/{name}/" for name in names]', 'files = ["-"]', FILES),
-    ("one leaf is read without its checksum", "weights/files.py",
+    ("one leaf is read without its checksum", "weights/orbax.py",
      "self._verify(f\"{self.folder.name}/params/{path.replace('/', '.')}/\")", "pass",
      checksums("one_leaf_read_alone_is_checked_too")),
     ("NaN in a file is not looked for", "weights/files.py",
@@ -52,7 +52,7 @@ DAMAGE = tuple(Mistake("input", *row) for row in (
     ("output that is not finite is shown", "streaming/decode.py",
      "if not np.asarray(is_finite):", "if False:",
      session("finite_weights_whose_output_is_not_end_the_stream")),
-    ("two conversions write the same network", "weights/slot_writer.py",
+    ("two conversions write the same network", "weights/checkpoint_writer.py",
      "return take_lock(", "return (lambda folder: lambda: None)(",
      writer("two_conversions_cannot_write_the_same_network")),
     ("a Git LFS pointer is text like any other", "weights/whole_file.py",

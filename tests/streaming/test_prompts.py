@@ -13,9 +13,9 @@ from jax_avatar.streaming import prompts
 from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.session import AvatarSession
-from jax_avatar.weights.files import load_header, load_json, load_weights, save_orbax, save_weights
+from jax_avatar.weights.files import load_header, load_json, load_weights, save_weights
 from jax_avatar.weights.folder import SMALL, has_text_encoder, load_model, load_text_encoder
-from tests.nano import CONFIG, PROMPTS, save_model, save_text_encoder, save_tokenizer
+from tests.nano import CONFIG, PROMPTS, save_model, save_orbax, save_text_encoder, save_tokenizer
 
 
 @pytest.fixture(scope="module")

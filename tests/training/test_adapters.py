@@ -19,7 +19,7 @@ from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingFiles, ForcingTask
-from jax_avatar.weights.files import load_weights, save_orbax
+from jax_avatar.weights.files import load_weights
 from jax_avatar.weights.folder import export_model, load_model
 from jax_avatar.weights.networks import read_dit
 from tests import nano
@@ -118,11 +118,11 @@ def test_an_adapter_beside_another_base_is_refused(stage1, tmp_path):
     folder, _ = stage1
     task = distil(folder)
     params, config, _ = load_weights(folder / "model", "dit")
-    save_orbax(tmp_path / "dit", params, config)  # the same weights in another kind of file
+    nano.save_orbax(tmp_path / "dit", params, config)  # the same weights in another kind of file
     task.weights = dataclasses.replace(task.weights, teacher=str(tmp_path))
     task.start(LOOP, KEY)
     params["blocks"]["ffn_in"]["kernel"] *= 1.01
-    save_orbax(tmp_path / "dit", params, config)
+    nano.save_orbax(tmp_path / "dit", params, config)
     with pytest.raises(ValueError, match=r"run was trained beside other weights than those of"):
         task.start(LOOP, KEY)
 
@@ -152,7 +152,7 @@ def test_a_step_is_the_same_on_every_layout(tmp_path):
 def test_weights_are_read_where_they_belong_without_the_motion_packer(tmp_path, layout):
     whole = nano.CONFIG.replace(num_layers=1)
     _, params = nano.make_dit(whole)
-    save_orbax(tmp_path / "dit", params, {})
+    nano.save_orbax(tmp_path / "dit", params, {})
     _, expected = nano.make_dit(whole.replace(framepack=False))
     mesh = make_training_mesh(layout, None, num_heads=2) if layout else None
     found = read_dit(tmp_path, expected, mesh)

@@ -8,19 +8,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jax_avatar.weights.checkpoint_writer import ResumableCheckpointWriter
 from jax_avatar.weights.checksums import CHECKSUMS, keep_checksums, recorded
 from jax_avatar.weights.files import (
-    StoredWeights,
     load_header,
     load_weights,
     save_json,
-    save_orbax,
     save_weights,
 )
 from jax_avatar.weights.finite import all_finite, check_finite
 from jax_avatar.weights.folder import SMALL, load_model
-from jax_avatar.weights.slot_writer import SlotWriter
+from jax_avatar.weights.orbax import StoredWeights
 from jax_avatar.weights.whole_file import BrokenFile
+from tests.nano import save_orbax
 
 PARAMS = {"head": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "bias": np.ones(3)}
 PARAMS = jax.tree.map(np.float32, PARAMS)
@@ -131,7 +131,8 @@ def test_checksums_follow_what_is_written(folder):
     with pytest.raises(TypeError):
         save_weights(folder, "net", PARAMS, {"bad": object()})
     save_orbax(folder / "other", PARAMS, {})
-    writer = SlotWriter(folder / "third", {"a": np.zeros((2, 3), np.float32)}, {}, {})
+    leaves = {"a": np.zeros((2, 3), np.float32)}
+    writer = ResumableCheckpointWriter(folder / "third", leaves, {}, {})
     writer.write("a", {("a", (i,)): np.ones(3, np.float32) for i in range(2)})
     writer.finish()
     for name in ("net", "other", "third"):

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 
 from jax_avatar.weights.files import (
-    StoredWeights,
     load_json,
     load_weights,
     save_json,
-    save_orbax,
     save_weights,
 )
+from jax_avatar.weights.orbax import StoredWeights
+from tests.nano import save_orbax
 
 PARAMS = {
     "blocks": {"0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3) / 8}},

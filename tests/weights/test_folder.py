@@ -4,9 +4,10 @@ import pytest
 
 from jax_avatar.models.lora import add_adapter, init_adapter
 from jax_avatar.models.params import flatten
-from jax_avatar.weights.files import add_to_config, load_weights, save_json, save_orbax
+from jax_avatar.weights.files import load_weights, save_json
 from jax_avatar.weights.folder import load_model, load_settings
-from tests.nano import save_model
+from jax_avatar.weights.settings import add_to_config
+from tests.nano import save_model, save_orbax
 
 
 @pytest.fixture

@@ -23,16 +23,16 @@ from orbax.checkpoint import type_handlers
 from safetensors.numpy import save_file
 
 from jax_avatar.weights.checksums import locked, rewriting, take_lock
-from jax_avatar.weights.files import KEPT_FILE, open_leaf, replace_folder
+from jax_avatar.weights.orbax import KEPT_FILE, open_leaf, replace_folder
 
-__all__ = ["SlotWriter"]
+__all__ = ["ResumableCheckpointWriter"]
 
 _CHUNK_BYTES = 64 << 20
 _SAVE_EVERY = 1 << 30  # bytes between notes of what is done
 
 
-class SlotWriter:
-    """An Orbax checkpoint of `jax_avatar.weights.files` that is filled slot by slot.
+class ResumableCheckpointWriter:
+    """An Orbax checkpoint for `StoredWeights` that is filled slot by slot.
 
     Attributes:
         done: labels of the parts that are on disk already.

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.weights.files import StoredWeights
-from jax_avatar.weights.slot_writer import SlotWriter
+from jax_avatar.weights.checkpoint_writer import ResumableCheckpointWriter as Writer
+from jax_avatar.weights.orbax import StoredWeights
 
 LEAVES = {
     "blocks/ffn/kernel": jax.ShapeDtypeStruct((3, 4, 5), jnp.bfloat16),
@@ -22,7 +22,7 @@ def values():
 
 
 def writer(folder, **header):
-    return SlotWriter(folder / "dit", LEAVES, {"width": 8, **header}, {"source": "here"})
+    return Writer(folder / "dit", LEAVES, {"width": 8, **header}, {"source": "here"})
 
 
 def fill(checkpoint, layers=(0, 1, 2)):
@@ -41,17 +41,17 @@ def fill(checkpoint, layers=(0, 1, 2)):
 
 def test_two_conversions_cannot_write_the_same_network(tmp_path):
     leaves = {"a": np.zeros((2, 3), np.float32)}
-    first = SlotWriter(tmp_path / "dit", leaves, {}, {})
+    first = Writer(tmp_path / "dit", leaves, {}, {})
     for other in ({}, {"other": 1}):  # of the same plan, which would be resumed, and of another
         with pytest.raises(ValueError, match="is being written by another conversion"):
-            SlotWriter(tmp_path / "dit", leaves, other, {})
-    SlotWriter(tmp_path / "vae", leaves, {}, {}).discard()
+            Writer(tmp_path / "dit", leaves, other, {})
+    Writer(tmp_path / "vae", leaves, {}, {}).discard()
     first.write("x", {("a", (i,)): np.ones(3, np.float32) for i in range(2)})
     first.pause()
-    again = SlotWriter(tmp_path / "dit", leaves, {}, {})
+    again = Writer(tmp_path / "dit", leaves, {}, {})
     assert again.done == {"x"}
     again.finish()
-    SlotWriter(tmp_path / "dit", leaves, {}, {}).discard()
+    Writer(tmp_path / "dit", leaves, {}, {}).discard()
 
 
 def test_what_is_written_slot_by_slot_restores_as_a_whole(tmp_path):
