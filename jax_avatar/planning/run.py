@@ -18,6 +18,7 @@ from jax_avatar.io.image import fit_size
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import abstract
 from jax_avatar.models.speech.mel import SpeechEncoder
+from jax_avatar.models.vae.anchored import AnchoredVAE
 from jax_avatar.models.vae.light import LightVAE
 from jax_avatar.planning.programs import Compiled, Program, compile_program
 from jax_avatar.planning.training import still_clips
@@ -35,6 +36,7 @@ __all__ = ["plan_run"]
 
 _SMALL = 50_000_000  # weights of networks whose step is compiled without being asked
 _STRIDE = 8
+_ENCODERS = {"speech": SpeechEncoder, "vae": LightVAE, "anchored_vae": AnchoredVAE}
 
 
 def plan_run(settings: Mapping[str, Any], *, compiled: bool | None = None) -> Iterator[str]:
@@ -78,7 +80,7 @@ def _schedule(stage: str, sections: Mapping[str, Any], loop: LoopConfig) -> Iter
     )
     yield f"mesh: {loop.mesh or 'all devices for data'}; batches in {loop.accumulate} parts"
     task, model, rollout = (sections.get(name) for name in ("task", "model", "rollout"))
-    if stage in ("speech", "vae"):
+    if stage in _ENCODERS:
         return
     block = model.frames_per_block
     yield (
@@ -131,8 +133,8 @@ class _Plan:
         self.stage, self.loop, self.sections = settings["stage"], loop, sections
         self.held: dict[str, PyTree] = {}
         model = sections["model"]
-        if self.stage in ("speech", "vae"):
-            build = SpeechEncoder if self.stage == "speech" else LightVAE
+        if self.stage in _ENCODERS:
+            build = _ENCODERS[self.stage]
             self.network = abstract(lambda: build(model, rngs=nnx.Rngs(0)))[1]
             self._hold(jax.eval_shape(self._started, self.network))
             return
@@ -156,7 +158,7 @@ class _Plan:
         """The compiled parts of a step."""
         platform = jax.default_backend()
         key = jax.eval_shape(lambda: jax.random.key(0))
-        if self.stage in ("speech", "vae"):
+        if self.stage in _ENCODERS:
             return
         if self.stage != "dmd":
             task, model = self.sections["task"], self.sections["model"]

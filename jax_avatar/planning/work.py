@@ -27,7 +27,7 @@ def step_work(
     """
     hardware = recognise(mesh.devices.flat[0].device_kind)
     peak = mesh.size * hardware.peak("bf16") if hardware else 0.0
-    if stage in ("speech", "vae"):
+    if stage in ("speech", "vae", "anchored_vae"):
         return Work(clips=batch_size, peak_flops=peak)
     config, task = sections["model"], sections["task"]
     count = _distillation if stage == "dmd" else _flow_matching

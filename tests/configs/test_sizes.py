@@ -16,6 +16,7 @@ from jax_avatar.training.stages.build import build_stage, load_latents, read_sec
 SIZES = {
     "speech": ("tiny", "small"),
     "vae": ("tiny", "small"),
+    "anchored_vae": ("tiny", "small"),
     "teacher": ("tiny", "small", "wan_s2v_14b"),
     "diffusion_forcing": ("tiny", "small", "wan_s2v_14b"),
     "dmd": ("tiny", "small", "wan_s2v_14b"),

@@ -12,6 +12,8 @@ __all__ = ["FILES", "SETTINGS", "Cosmetic", "Noticed"]
 
 
 FILES = {
+    "AnchoredTaskConfig": "training/stages/anchored_vae.py",
+    "AnchoredVAEConfig": "models/vae/anchored.py",
     "DiTConfig": "models/config.py",
     "DistillConfig": "training/distill_state.py",
     "DistillWeights": "training/stages/distill.py",
@@ -19,6 +21,7 @@ FILES = {
     "ForcingConfig": "training/stages/flow.py",
     "LightVAEConfig": "models/vae/light.py",
     "LoopConfig": "training/run/step.py",
+    "MovedPortraitsConfig": "data/talking_people/moved_portraits.py",
     "RolloutConfig": "training/rollout.py",
     "SamplerConfig": "training/teacher.py",
     "SpeechConfig": "models/speech/mel.py",
@@ -70,6 +73,8 @@ _ADAPTERS = {
     "adapter_alpha": Noticed("training/adapters::an_adapter_of_another_size_is_named"),
 }
 
+_ANCHORED = "training/anchored_vae"
+_PORTRAITS = "data/moved_portraits"
 _DISTILL = "training/distill_settings"
 _FORCING = "training/stages/flow_settings"
 _LOOP = "training/run/loop_settings"
@@ -293,6 +298,45 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
             *("batch_size", "frames", "crop", "crop_share"),
         ),
         "start_from": Noticed("training/stages/light_vae::export_holds_what_was_evaluated"),
+    },
+    "AnchoredTaskConfig": {
+        **_all_in(
+            _ANCHORED,
+            "every_part_of_the_loss_has_its_weight",
+            *("edge_weight", "flow_weight", "mask_weight", "paint_weight", "shape_weight"),
+            *("motion_weight", "face_weight", "eye_weight", "latent_noise", "colour_jitter"),
+        ),
+        **_all_in(
+            _ANCHORED,
+            "batches_are_as_large_as_told_and_draw_from_more_and_more_people",
+            *("people", "first_people", "new_people", "batch_size", "frames"),
+        ),
+        "cache": Noticed(f"{_ANCHORED}::a_mirrored_row_is_the_mirrored_picture", "elsewhere"),
+        "held_out_people": Noticed(
+            f"{_ANCHORED}::evaluation_looks_at_as_many_held_out_people_as_told"
+        ),
+        "start_from": Noticed(
+            f"{_ANCHORED}::export_holds_what_was_evaluated_and_is_gone_on_with"
+        ),
+    },
+    "AnchoredVAEConfig": {
+        **_all_in(
+            "models/anchored_vae",
+            "every_size_is_in_the_weights",
+            *("curves", "leading", "latent_shape", "feature_widths", "code_width", "flow_width"),
+            *("frame_width", "face_width", "encoder_widths"),
+        ),
+        "scale": Noticed("models/anchored_vae::curves_are_in_their_own_units", (1.0,) * 10),
+        "temporal_stride": Cosmetic("any value but the default is refused"),
+    },
+    "MovedPortraitsConfig": {
+        **_all_in(
+            _PORTRAITS,
+            "pictures_are_as_many_and_as_large_as_told",
+            *("size", "count", "texture_size"),
+        ),
+        **_all_in(_PORTRAITS, "plain_sets_are_whole_windows_of_a_clip", "is_plain", "fps"),
+        "movement": Noticed(f"{_PORTRAITS}::movement_scales_the_head"),
     },
     "LightVAEConfig": {
         **_all_in(

@@ -13,10 +13,12 @@ from jax_avatar.data.encode import EncodeConfig, encode_clips, encode_data
 from jax_avatar.data.encoded import is_complete, read_index
 from jax_avatar.data.latents import StoredClips, load_encoded
 from jax_avatar.data.records import ClipRecord, read_clips
+from jax_avatar.data.talking_people.moved_portraits import MovedPortraitsConfig
 from jax_avatar.data.toy import toy_clips
 from jax_avatar.data.windows import check_fit
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.speech.mel import SpeechConfig
+from jax_avatar.models.vae.anchored import AnchoredVAEConfig
 from jax_avatar.models.vae.light import LightVAEConfig
 from jax_avatar.training.base_weights import (
     StageWeights,
@@ -28,6 +30,7 @@ from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.run.state import build_section
 from jax_avatar.training.run.step import LoopConfig, OwnStepTask, Task
+from jax_avatar.training.stages.anchored_vae import AnchoredTask, AnchoredTaskConfig
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingFiles, ForcingTask
 from jax_avatar.training.stages.light_vae import FaceWindows, VAELossConfig, VAETask
@@ -52,6 +55,11 @@ _FLOW = {"weights": StageWeights, "model": DiTConfig, "task": ForcingConfig}
 _SECTIONS: dict[str, dict[str, Any]] = {
     "speech": {"model": SpeechConfig, "task": SpeechTaskConfig},
     "vae": {"data": None, "model": LightVAEConfig, "task": VAELossConfig},
+    "anchored_vae": {
+        "people": MovedPortraitsConfig,
+        "model": AnchoredVAEConfig,
+        "task": AnchoredTaskConfig,
+    },
     "teacher": {"fps": None, "data": None, "latents": None, **_FLOW, "sampler": SamplerConfig},
     "diffusion_forcing": {"fps": None, "data": None, "latents": None, **_FLOW},
     "dmd": {
@@ -90,7 +98,8 @@ def build_stage(
         check_not_merged(sections["weights"])
     if settings["stage"] in ("teacher", "diffusion_forcing"):
         _check_base(sections["weights"], sections["task"])
-    build = {"speech": _speech, "vae": _vae, "dmd": _dmd}.get(settings["stage"], _flow)
+    own = {"speech": _speech, "vae": _vae, "anchored_vae": _anchored_vae, "dmd": _dmd}
+    build = own.get(settings["stage"], _flow)
     return functools.partial(build, settings, **sections), loop
 
 
@@ -232,6 +241,10 @@ def _vae(settings, model, task) -> Task:
         return FaceWindows.from_clips(source[i] for i in range(len(source)))
 
     return VAETask(model, task, windows("train"), windows("held_out_person"), seed=settings["seed"])
+
+
+def _anchored_vae(settings, people, model, task) -> Task:
+    return AnchoredTask(model, task, people, seed=settings["seed"])
 
 
 def _flow(settings, weights, model, task, sampler=None) -> Task:

@@ -1,0 +1,172 @@
+"""What moves in a face, frame by frame, as numbers that a portrait's pixels can be moved by.
+
+A frame is described against its portrait: face units as they are, the turn of the head and the
+place of the face in the picture as differences. All of it is in the framing that `framing`
+gives every portrait, eyes and mouth in the same places.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from jaxtyping import Float
+
+from jax_avatar.data.talking_people import mesh as mesh_lib
+from jax_avatar.data.talking_people.person import Person
+from jax_avatar.data.talking_people.render import (
+    CAMERA_DISTANCE,
+    Pose,
+    pivot,
+    project,
+    rotation,
+)
+from jax_avatar.data.talking_people.speech import MOUTH_UNITS
+
+EYES_AND_MOUTH = np.array([[0.6, 0.507], [0.4, 0.507], [0.5, 0.758]])
+"""Places of the eye on the picture's right, of the other, and of the mouth, in its widths."""
+
+LIDS = ("eyeBlinkLeft", "eyeBlinkRight")
+BROWS = ("browInnerUp", "browOuterUpLeft", "browOuterUpRight")
+CHEEKS = ("cheekSquintLeft", "cheekSquintRight")
+POSE = ("yaw", "pitch", "roll", "right", "down", "growth")
+"""Turn of the head in radians; place of the bridge of the nose in widths, and its growth."""
+GAZE = ("gaze_right", "gaze_down")
+UNITS = (*MOUTH_UNITS, *BROWS, *CHEEKS, *LIDS)
+CURVES = (*UNITS, *POSE, *GAZE)
+"""Names of the curves in the order in which all arrays hold them."""
+
+_LARGE_UNITS = ("jawOpen", "mouthFunnel", "mouthPucker", "mouthPress", "eyeBlink")
+_SPREAD = dict(
+    yaw=0.06, pitch=0.04, roll=0.03, right=0.013, down=0.008, growth=0.004,
+    gaze_right=0.15, gaze_down=0.08,
+)  # fmt: skip
+SCALE = np.array(
+    [_SPREAD.get(c, 0.15 if c.startswith(_LARGE_UNITS) else 0.3) for c in CURVES], np.float32
+)
+"""By which curves are divided, so that each is about as large as what it changes."""
+
+_FLIP = np.diag([1.0, -1.0, 1.0])  # the mesh's y points up, that of pictures down
+
+
+def index(*names: str) -> list[int]:
+    """Positions of curves by name."""
+    return [CURVES.index(name) for name in names]
+
+
+def mirrored(curves: Float[np.ndarray, "... c"]) -> Float[np.ndarray, "... c"]:
+    """The curves of a picture that is flipped left to right."""
+
+    def other(name: str) -> str:
+        for side, opposite in (("Left", "Right"), ("Right", "Left")):
+            if name.endswith(side):
+                return name.removesuffix(side) + opposite
+        return name
+
+    flipped = curves[..., index(*map(other, CURVES))].copy()
+    flipped[..., index("yaw", "roll", "right", "gaze_right")] *= -1
+    return flipped
+
+
+@functools.cache
+def _bridge() -> np.ndarray:
+    """Vertices of the bridge of the nose."""
+    mesh = mesh_lib.load_face_mesh()
+    x, y, z = mesh.vertices.T
+    is_body = mesh.vertex_group == mesh_lib.GROUPS.index("body")
+    low, high = mesh_lib.EYE_Y - 0.2, mesh_lib.EYE_Y - 0.02
+    return np.nonzero(is_body & (np.abs(x) < 0.1) & (low < y) & (y < high) & (z > 1.2))[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Framing:
+    """Similarity that brings a portrait's eyes and mouth to their places, in picture widths."""
+
+    linear: np.ndarray  # [2 2] turn times scale
+    shift: np.ndarray  # [2]
+
+    @classmethod
+    def of(cls, points: Float[np.ndarray, "3 2"]) -> "Framing":
+        """The one nearest in least squares, for points in the order of `EYES_AND_MOUTH`."""
+        a, b = points - points.mean(0), EYES_AND_MOUTH - EYES_AND_MOUTH.mean(0)
+        x, y = a[:, 0] + 1j * a[:, 1], b[:, 0] + 1j * b[:, 1]
+        turn = (x.conj() * y).sum() / (abs(x) ** 2).sum()
+        linear = np.array([[turn.real, -turn.imag], [turn.imag, turn.real]])
+        return cls(linear, EYES_AND_MOUTH.mean(0) - linear @ points.mean(0))
+
+    @property
+    def scale(self) -> float:
+        """Factor on lengths."""
+        return float(np.hypot(*self.linear[0]))
+
+    def __call__(self, points: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "... 2"]:
+        """Moves points."""
+        return points @ self.linear.T + self.shift
+
+
+def eyes_and_mouth(person: Person, vertices: Float[np.ndarray, "v 3"]) -> Float[np.ndarray, "3 2"]:
+    """Where the renderer shows eyes and mouth, in widths of its picture."""
+    xy, _ = project(person, vertices, 1)
+    parts = (person.left_eye, person.right_eye, mesh_lib.load_face_mesh().lips)
+    points = np.stack([xy[part].mean(0) for part in parts]).astype(np.float64)
+    return points[[0, 1, 2] if points[0, 0] > points[1, 0] else [1, 0, 2]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Camera:
+    """Camera of a framed portrait; lengths in picture widths at the depth of the nose's bridge."""
+
+    person: Person
+    pose: Pose  # of the portrait
+    framing: Framing
+
+    @functools.cached_property
+    def _rest(self) -> np.ndarray:
+        return self.person.vertices[_bridge()].mean(0)
+
+    def _bridge_at(self, pose: Pose) -> np.ndarray:
+        centre = pivot(self.person)
+        turn = rotation(pose.yaw, pose.pitch, pose.roll)
+        return turn @ (self._rest - centre) + centre + np.asarray(pose.shift, np.float32)
+
+    @functools.cached_property
+    def unit(self) -> float:
+        """Widths of the picture per decimetre, at the bridge of the nose in the portrait."""
+        at = self._bridge_at(self.pose)
+        xy, _ = project(self.person, np.stack([at, at + np.float32([1, 0, 0])]), 1)
+        return float(xy[1, 0] - xy[0, 0]) * self.framing.scale
+
+    @property
+    def focal(self) -> float:
+        """Distance of the camera from the bridge of the nose."""
+        return self.unit * (CAMERA_DISTANCE - (self._bridge_at(self.pose)[2] - 0.9))
+
+    def depth(self, vertices: Float[np.ndarray, "v 3"]) -> Float[np.ndarray, " v"]:
+        """How much nearer than the bridge of the nose points of the portrait lie."""
+        return self.unit * (vertices[:, 2] - self._bridge_at(self.pose)[2])
+
+    def _turned(self, matrix: np.ndarray) -> np.ndarray:
+        """A turn in the mesh's axes -> in the picture's axes."""
+        frame = np.eye(3)
+        frame[:2, :2] = self.framing.linear / self.framing.scale
+        return frame @ _FLIP @ matrix @ _FLIP @ frame.T
+
+    @property
+    def lever(self) -> Float[np.ndarray, " 3"]:
+        """From the point that the head turns about to the bridge: right, down, nearer."""
+        arm = rotation(self.pose.yaw, self.pose.pitch, self.pose.roll) @ (
+            self._rest - pivot(self.person)
+        )
+        turn = np.eye(3)
+        turn[:2, :2] = self.framing.linear / self.framing.scale
+        return self.unit * (turn @ _FLIP @ arm)
+
+    def head(self, pose: Pose) -> Float[np.ndarray, " 6"]:
+        """The values of `POSE` in a frame with this pose of the renderer."""
+        angles = (pose.yaw, pose.pitch, pose.roll), (self.pose.yaw, self.pose.pitch, self.pose.roll)
+        now, then = (rotation(*a).astype(np.float64) for a in angles)
+        r = _FLIP @ self._turned(now @ then.T) @ _FLIP
+        yaw, pitch, roll = -np.arcsin(r[2, 0]), np.arctan2(*r[2, 1:]), np.arctan2(r[1, 0], r[0, 0])
+        points = np.stack([self._bridge_at(self.pose), self._bridge_at(pose)])
+        xy, near = project(self.person, points, 1)
+        before, after = self.framing(xy)
+        return np.array([yaw, pitch, roll, *(after - before), near[1] / near[0] - 1], np.float32)
