@@ -54,6 +54,16 @@ def test_parts_import_only_what_lies_below(part):
                 assert target in allowed, f"{path}: {part} must not import {name}"
 
 
+def test_no_file_of_models_imports_itself_by_way_of_others():
+    names = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files("jax_avatar/models")
+    }
+    below = {name: {n for n in imported(path) if n in names} for name, path in names.items()}
+    while free := {name for name, needed in below.items() if not needed}:
+        below = {name: needed - free for name, needed in below.items() if name not in free}
+    assert not below
+
+
 def test_the_package_knows_no_flags_torch_or_conversion():
     for path in files("jax_avatar"):
         for name in imported(path):

@@ -21,6 +21,7 @@ mixing = tests_in("io/test_mixing")
 video = tests_in("io/test_video")
 level = tests_in("streaming/test_working_level")
 wav2vec2 = tests_in("models/test_wav2vec2")
+conditions = tests_in("models/test_conditions")
 
 models = tests_in("weights/test_folder")
 streams = tests_in("streaming/test_streams")
@@ -217,5 +218,8 @@ INPUTS = tuple(Mistake("input", *row) for row in (
     ("a wave is normalised in float32", "models/speech/wav2vec2.py",
      "exact = np.asarray(wave, np.float64)", "exact = np.asarray(wave, np.float32)",
      wav2vec2("a_long_quiet_wave_with_an_offset_is_normalised_as_in_float64")),
+    ("the pose input is zeros where it is the portrait", "models/conditions.py",
+     'if rule == "reference":', "if False:",
+     conditions("the_pose_is_the_portrait_or_zeros_of_its_own_channels[numpy]")),
 ))
 # fmt: on
