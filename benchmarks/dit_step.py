@@ -42,8 +42,8 @@ from jax_avatar.models.config import ATTENTION_KERNELS, DiTConfig, wan_s2v_14b
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract
 from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.models.sharding import kv_sharding
 from jax_avatar.planning.stream import compute_bound, step_flops
-from jax_avatar.streaming.mesh import cache_place
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import make_prefill, make_step
 from launch import cli
@@ -150,7 +150,7 @@ class Step:
         self._params = inputs.params
         self.latent, self.cache = (
             jnp.copy(inputs.latent),
-            jax.device_put(cache, cache_place(device)),
+            jax.device_put(cache, kv_sharding(device)),
         )
         jitted = make_step(inputs.graphdef, device)
         began = time.perf_counter()

@@ -34,8 +34,8 @@ from benchmarks.common import (
     slope,
 )
 from jax_avatar.io.image import load_image, prepare_reference
+from jax_avatar.layout import parse_layout
 from jax_avatar.models.params import merge
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from jax_avatar.weights.folder import SMALL

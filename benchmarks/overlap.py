@@ -29,11 +29,11 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.common import NANO, emit, environment, random_weights
+from jax_avatar.layout import make_mesh, parse_layout
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract
-from jax_avatar.streaming.mesh import make_mesh, parse_layout
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream

@@ -33,9 +33,9 @@ from benchmarks.common import (
     random_portrait,
     read_voice,
 )
+from jax_avatar.layout import parse_layout
 from jax_avatar.models.params import merge
 from jax_avatar.streaming.decode import make_decode
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.session import AvatarSession, num_slices

@@ -11,7 +11,6 @@ The real step is compiled on shapes alone: for TPUs by the TPU compiler, which n
 
 import importlib.util
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ import jax
 from absl import flags
 
 from jax_avatar.io.image import fit_size
+from jax_avatar.layout import parse_training_layout
 from jax_avatar.planning.distillation import plan_distillation
 from jax_avatar.planning.hardware import find_hardware
 from jax_avatar.planning.programs import abstract_model
@@ -31,7 +31,6 @@ from jax_avatar.planning.report import plan_as_dict, plan_as_text
 from jax_avatar.planning.stream import DTYPES, plan_stream
 from jax_avatar.planning.training import plan_training
 from jax_avatar.streaming.plan import stream_layout
-from jax_avatar.training.run.placement import parse_training_mesh
 from launch import cli
 from launch.cli import say
 
@@ -106,7 +105,7 @@ def run() -> None:
         options = {"dtype": FLAGS.dtype, "parts": tuple(FLAGS.compile), "say": say}
         needs = plan_stream(model, grid, layout, hardware, **options)
     else:
-        jax.config.update("jax_num_cpu_devices", math.prod(parse_training_mesh(FLAGS.mesh)))
+        jax.config.update("jax_num_cpu_devices", parse_training_layout(FLAGS.mesh).num_devices)
         plan = {"dmd": plan_distillation, "diffusion_forcing": plan_training}[FLAGS.task]
         needs = plan(model, grid, FLAGS.mesh, hardware, training_sections(), say=say)
     header = {

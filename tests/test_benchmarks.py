@@ -23,8 +23,8 @@ from benchmarks import (
 )
 from benchmarks.gpu import small_128
 from configs.sizes import SMALL_MODEL
+from jax_avatar.layout import parse_layout
 from jax_avatar.models.dit import DiT
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.training.stages.build import read_sections
 

@@ -15,15 +15,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jax_avatar.shapes import Array, PyTree
 
 __all__ = [
+    "batch_sharding",
     "clip_axes",
     "constrain",
     "constrain_params",
     "gathered",
+    "kv_sharding",
     "on_mesh",
     "param_shardings",
     "param_specs",
@@ -232,3 +236,32 @@ def _by_model(path: str, ndim: int) -> list[str | None]:
     elif layer in _BY_INPUT and leaf == "kernel" and factor != "b":
         spec[-2] = "model"
     return spec
+
+
+def batch_sharding(on: Mesh | jax.Device) -> NamedSharding | SingleDeviceSharding:
+    """Where rows of portraits live: on a device, or spread over the "data" axis of a mesh."""
+    return (
+        NamedSharding(on, PartitionSpec("data"))
+        if isinstance(on, Mesh)
+        else SingleDeviceSharding(on)
+    )
+
+
+def kv_sharding(on: Mesh | jax.Device) -> NamedSharding | SingleDeviceSharding | Format:
+    """Where windows and sinks live: `[l b s m e]`, on a pipeline's mesh `[stage l b s m e]`.
+
+    On a mesh, heads are split over the "model" axis, on that of a training run portraits over
+    "data". On TPUs, memory has the heads before the slots, since attention there reads one head
+    after the other: stored slot by slot, a window would be rewritten as a whole on the way into
+    every step, and out of it.
+    """
+    if isinstance(on, Mesh):
+        lead, device = int("stage" in on.shape), on.devices.flat[0]
+        axes = ("stage", None, None) if lead else (None, "data")
+        sharding = NamedSharding(on, PartitionSpec(*axes, None, "model"))
+    else:
+        lead, device, sharding = 0, on, SingleDeviceSharding(on)
+    if device.platform != "tpu":
+        return sharding
+    order = (*range(lead + 2), lead + 3, lead + 2, lead + 4)
+    return Format(MemoryLayout(major_to_minor=order), sharding)

@@ -5,12 +5,11 @@ Peaks are of dense arithmetic, per device as JAX counts devices: a v7x chip is t
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-
-from jax_avatar.streaming.mesh import Layout, make_mesh
 
 __all__ = ["HARDWARE", "Hardware", "find_hardware", "has_tpu_compiler", "recognise", "stand_ins"]
 
@@ -154,12 +153,14 @@ _COMPILER_ALONE = {
 }
 
 
-def stand_ins(hardware: Hardware, layout: Layout) -> tuple[Sequence[jax.Device], str]:
+def stand_ins(
+    hardware: Hardware, take: Callable[[Sequence[jax.Device]], Any]
+) -> tuple[Sequence[jax.Device], str]:
     """Devices to compile for where the real ones are not at hand.
 
     Args:
         hardware: to plan for.
-        layout: how many devices, and how many per slice.
+        take: raises a `ValueError` where the devices are too few, as `make_mesh` does.
 
     Returns:
         The devices, and what they are: "tpu v5p:2x2x2" or "cpu".
@@ -177,7 +178,7 @@ def stand_ins(hardware: Hardware, layout: Layout) -> tuple[Sequence[jax.Device],
     for name in hardware.topologies:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
         try:
-            make_mesh(layout, devices)
+            take(devices)
         except ValueError as error:
             wrong = error
         else:

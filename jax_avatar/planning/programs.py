@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jax_avatar.layout import Layout, make_mesh, parse_layout
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import MOTION_LATENTS
@@ -27,7 +28,6 @@ from jax_avatar.models.sharding import param_shardings
 from jax_avatar.models.speech.injection import AudioInjector
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.decode import make_decode
-from jax_avatar.streaming.mesh import Layout, make_mesh
 from jax_avatar.streaming.pipeline import (
     check_mesh,
     make_empty_slices,
@@ -316,7 +316,7 @@ def count_step_flops(model: AbstractModel, grid: tuple[int, int]) -> float:
             model.settings,
         )
         program = step_program(
-            small, grid, Layout(1, 1, False, 1), jax.devices("cpu"), attention="xla"
+            small, grid, parse_layout("1", 1), jax.devices("cpu"), attention="xla"
         )
         return _count(program.function, program.arguments)
 

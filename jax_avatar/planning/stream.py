@@ -10,6 +10,7 @@ and latents between slices take time too, which is left out.
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from jax_avatar.layout import Layout, make_mesh
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.params import flatten
 from jax_avatar.models.quantise import quantised_leaves
@@ -27,7 +28,6 @@ from jax_avatar.planning.programs import (
 )
 from jax_avatar.planning.quantities import DeviceUse, Figure, Needs, total_bytes
 from jax_avatar.shapes import PyTree
-from jax_avatar.streaming.mesh import Layout, make_mesh
 
 __all__ = ["DTYPES", "compute_bound", "decode_flops", "plan_stream", "step_flops"]
 
@@ -119,7 +119,7 @@ def plan_stream(
     Raises:
         ValueError: the layout does not fit the transformer, or no slice is large enough.
     """
-    devices, compiled_for = stand_ins(hardware, layout)
+    devices, compiled_for = stand_ins(hardware, lambda devices: make_mesh(layout, devices))
     mesh, vae_device = make_mesh(layout, devices)
     attention = "splash" if devices[0].platform == "tpu" else "xla"
     weights = "" if dtype == "bf16" else dtype

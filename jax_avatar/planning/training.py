@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jax_avatar.data.latents import LatentClips
+from jax_avatar.layout import make_training_mesh, parse_training_layout
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import abstract
 from jax_avatar.models.sharding import clip_axes
@@ -23,13 +24,7 @@ from jax_avatar.planning.programs import AbstractModel, Program, compile_program
 from jax_avatar.planning.quantities import DeviceUse, Figure, Needs
 from jax_avatar.planning.work import clip_flops
 from jax_avatar.shapes import PyTree
-from jax_avatar.streaming.mesh import Layout
-from jax_avatar.training.run.placement import (
-    abstract_on,
-    clip_devices,
-    make_training_mesh,
-    parse_training_mesh,
-)
+from jax_avatar.training.run.placement import abstract_on, clip_devices
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, compiled_step, make_optimiser
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
@@ -100,13 +95,14 @@ def training_devices(text: str, hardware: Hardware, num_heads: int) -> tuple[Mes
         hardware: to plan for.
         num_heads: of the transformer.
     """
-    replicas, shards, parts = parse_training_mesh(text)
-    count = replicas * shards * parts
-    devices, compiled_for = stand_ins(hardware, Layout(1, count, False, 1))
-    mesh = make_training_mesh(
-        text, replicas * shards, num_heads=num_heads, devices=list(devices)[:count]
-    )
-    return mesh, compiled_for
+    layout = parse_training_layout(text)
+
+    def make(devices):
+        devices = list(devices)[: layout.num_devices]
+        return make_training_mesh(text, layout.clip_devices, num_heads=num_heads, devices=devices)
+
+    devices, compiled_for = stand_ins(hardware, make)
+    return make(devices), compiled_for
 
 
 def summed_over_replicas(mesh: Mesh, trained: PyTree) -> tuple[str, ...]:

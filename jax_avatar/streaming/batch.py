@@ -8,11 +8,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 
 from jax_avatar.models.params import merge
-from jax_avatar.models.sharding import put_on
+from jax_avatar.models.sharding import batch_sharding, put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
 from jax_avatar.streaming.decode import Decoder
 from jax_avatar.streaming.features import DROPPED_FRAMES
-from jax_avatar.streaming.mesh import batch_place
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.portrait import make_encode, still_conditions
 from jax_avatar.streaming.sampler import SequentialStream
@@ -50,7 +49,7 @@ class BatchStream:
         self._plan = plan or StreamPlan.from_settings(model.settings, 420)
         self._sample, self._streams = sample, {}
         self._mesh, self._device = mesh, mesh or jax.devices()[0]
-        whole = NamedSharding(mesh, PartitionSpec()) if mesh else batch_place(self._device)
+        whole = NamedSharding(mesh, PartitionSpec()) if mesh else batch_sharding(self._device)
         self._decoder = Decoder(model, whole)
         self._speech_params = put_on(model.speech.params, whole)
         self._fetch = jax.jit(lambda frames: frames, out_shardings=whole)
@@ -100,7 +99,7 @@ class BatchStream:
         if self._mesh:
             data = self._mesh.shape["data"]
             rows = np.resize(rows, (-(-len(rows) // data) * data, *rows.shape[1:]))
-        return put_on(rows, batch_place(self._device))
+        return put_on(rows, batch_sharding(self._device))
 
     def _latents(self, still: Latent, features: AudioFeatures) -> Iterable[Latent]:
         reference = still[:, :1]

@@ -27,9 +27,8 @@ from jax_avatar.models.cache import KVCache, Sink, empty_cache
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import merge
-from jax_avatar.models.sharding import param_shardings, put_on
+from jax_avatar.models.sharding import kv_sharding, param_shardings, put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
-from jax_avatar.streaming.mesh import cache_place
 from jax_avatar.streaming.plan import StreamPlan, check_slices
 from jax_avatar.streaming.sampler import denoise
 from jax_avatar.streaming.state import StreamState, add_context, change_prompt, renew
@@ -114,7 +113,7 @@ def make_tick(graphdef: Any, mesh: Mesh, sampling: Sampling) -> Callable[..., tu
     )
     by_stage = NamedSharding(mesh, _STAGE)
     # Windows keep their place, so that a slice updates them where they are.
-    places = (by_stage, by_stage, cache_place(mesh))
+    places = (by_stage, by_stage, kv_sharding(mesh))
     return jax.jit(mapped, donate_argnums=(2, 3), out_shardings=places)
 
 
@@ -355,7 +354,7 @@ def make_slice_prefill(graphdef: Any, mesh: Mesh) -> Callable[[PyTree, Condition
         return merge(graphdef, params).prefill(conditions)
 
     mapped = _on_slices(mesh, prefill, (_EVERYWHERE, _EVERYWHERE), _STAGE)
-    return jax.jit(mapped, out_shardings=cache_place(mesh))
+    return jax.jit(mapped, out_shardings=kv_sharding(mesh))
 
 
 def make_empty_slices(
@@ -379,7 +378,7 @@ def make_empty_slices(
         )
         return jnp.zeros(latents, config.dtype), (windows,) * (sampling.num_windows // stages)
 
-    return jax.jit(empty, out_shardings=(NamedSharding(mesh, _STAGE), cache_place(mesh)))
+    return jax.jit(empty, out_shardings=(NamedSharding(mesh, _STAGE), kv_sharding(mesh)))
 
 
 def slice_inputs(

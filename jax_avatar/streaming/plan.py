@@ -13,10 +13,10 @@ import numpy as np
 
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import euler_schedule
+from jax_avatar.layout import Layout, parse_layout
 from jax_avatar.models.cache import BlockPosition, block_position
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.shapes import Array
-from jax_avatar.streaming.mesh import Layout, parse_layout
 from jax_avatar.weights.settings import StreamSettings
 
 __all__ = ["StreamPlan", "check_slices", "stream_layout"]

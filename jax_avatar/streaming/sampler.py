@@ -20,9 +20,8 @@ from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import merge
-from jax_avatar.models.sharding import on_mesh, put_on
+from jax_avatar.models.sharding import batch_sharding, kv_sharding, on_mesh, put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
-from jax_avatar.streaming.mesh import batch_place, cache_place
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.state import StreamState, add_context, change_prompt, renew
 from jax_avatar.weights.files import StoredWeights, place, tree_of
@@ -191,7 +190,7 @@ class SequentialStream:
 
     def put(self, tree: PyTree) -> PyTree:
         """Puts rows of portraits where the stream runs."""
-        return put_on(tree, batch_place(self.device))
+        return put_on(tree, batch_sharding(self.device))
 
 
 def make_step(graphdef: Any, device: jax.Device | Mesh) -> Callable[..., tuple[Array, KVCache]]:
@@ -209,7 +208,7 @@ def make_step(graphdef: Any, device: jax.Device | Mesh) -> Callable[..., tuple[A
     def step(params, *arguments):
         return denoise(merge(graphdef, params), *arguments)
 
-    places = (batch_place(device), cache_place(device))
+    places = (batch_sharding(device), kv_sharding(device))
     # Donated: x and window.
     return jax.jit(on_mesh(step, _mesh(device)), donate_argnums=(1, 3), out_shardings=places)
 
@@ -220,7 +219,7 @@ def make_prefill(graphdef: Any, device: jax.Device | Mesh) -> Callable[[PyTree, 
     def prefill(params, conditions):
         return merge(graphdef, params).prefill(conditions)
 
-    return jax.jit(on_mesh(prefill, _mesh(device)), out_shardings=cache_place(device))
+    return jax.jit(on_mesh(prefill, _mesh(device)), out_shardings=kv_sharding(device))
 
 
 def make_windows(
@@ -235,7 +234,7 @@ def make_windows(
         device: as for `make_step`.
     """
     windows = lambda: (empty_cache(config, *grid),) * sampling.num_windows  # noqa: E731
-    return jax.jit(windows, out_shardings=cache_place(device))
+    return jax.jit(windows, out_shardings=kv_sharding(device))
 
 
 def _mesh(device: jax.Device | Mesh) -> Mesh | None:

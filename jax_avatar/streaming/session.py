@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from jax_avatar.layout import Layout, make_mesh
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.shapes import Array, Float
 from jax_avatar.streaming.decode import Decoder
 from jax_avatar.streaming.features import DROPPED_FRAMES, SpeechFeatures
 from jax_avatar.streaming.format import StreamFormat
-from jax_avatar.streaming.mesh import Layout, make_mesh
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan, check_slices
 from jax_avatar.streaming.portrait import make_encode, still_conditions

@@ -9,11 +9,11 @@ import pytest
 from jax_avatar.data.toy import toy_clips
 from jax_avatar.evaluation.in_training import ClipEvaluation, make_evaluation
 from jax_avatar.io.video import read_video
+from jax_avatar.layout import make_training_mesh, parse_layout
 from jax_avatar.models import sharding
 from jax_avatar.streaming.batch import BatchStream
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.session import AvatarSession
-from jax_avatar.training.run.placement import make_training_mesh, place_state
+from jax_avatar.training.run.placement import place_state
 from jax_avatar.weights.folder import load_model
 from tests.evaluation.test_scores import BrightnessProbe
 from tests.nano import save_model

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar.layout import parse_layout
 from jax_avatar.live.clock import Clock
 from jax_avatar.live.session import LiveSession, LiveSettings
 from jax_avatar.live.turn import State
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.weights.folder import load_model
 from tests.live.helpers import (

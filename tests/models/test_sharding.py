@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from jax_avatar.layout import make_mesh, parse_layout
 from jax_avatar.models.network import flatten
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.models.sharding import param_shardings, param_specs
-from jax_avatar.streaming.mesh import make_mesh, parse_layout
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.weights.files import place, tree_of
 from jax_avatar.weights.folder import load_model

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jax_avatar.layout import Layout, make_mesh, parse_layout
 from jax_avatar.planning import stream as planning
 from jax_avatar.planning.hardware import HARDWARE, find_hardware, has_tpu_compiler, stand_ins
 from jax_avatar.planning.programs import (
@@ -17,7 +18,6 @@ from jax_avatar.planning.programs import (
 )
 from jax_avatar.planning.report import plan_as_text
 from jax_avatar.planning.stream import plan_stream, step_flops
-from jax_avatar.streaming.mesh import Layout, make_mesh, parse_layout
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
@@ -239,7 +239,7 @@ def test_unknown_hardware_and_incomplete_configs_are_named():
 def test_the_14b_tick_compiles_for_tpus(large, hardware, mesh):
     """A minute or two each: `pytest -n 0 -m slow tests/planning`."""
     layout = parse_layout(mesh, 4)
-    devices, name = stand_ins(HARDWARE[hardware], layout)
+    devices, name = stand_ins(HARDWARE[hardware], lambda devices: make_mesh(layout, devices))
     assert name.startswith(f"tpu {hardware}:")
     made = compile_program(step_program(large, (48, 88), layout, devices, attention="splash"))
     assert not made.refused

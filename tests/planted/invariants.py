@@ -252,7 +252,7 @@ INVARIANTS = (
     Mistake(11, "replicas have the same clips", "models/sharding.py",
             'return ("replica", "data") if "replica" in axes else "data"', 'return "data"',
             mesh("replicas_have_clips_of_their_own")),
-    Mistake(11, "a replica has every n-th device", "training/run/placement.py",
+    Mistake(11, "a replica has every n-th device", "layout.py",
             "reshape(*axes.values())",
             "reshape(*[*axes.values()][::-1]).transpose(*range(len(axes))[::-1])",
             mesh("replicas_have_clips_of_their_own")),

@@ -19,11 +19,11 @@ from livekit.agents.voice.avatar import (
 
 from jax_avatar.io.audio import LowLatencyResampler
 from jax_avatar.io.watermark import mark
+from jax_avatar.layout import parse_layout
 from jax_avatar.live.session import LiveSession, LiveSettings
 from jax_avatar.serving.links.livekit.access import avatar_token
 from jax_avatar.serving.links.livekit.video import AvatarVideoGenerator
 from jax_avatar.serving.links.livekit.worker import avatar_options, serve_room
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.weights.folder import load_model
 from tests.live.helpers import FastClock, voice

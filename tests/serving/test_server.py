@@ -17,12 +17,12 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from jax_avatar.layout import parse_layout
 from jax_avatar.serving.messages import Limits
 from jax_avatar.serving.pool import SessionPool
 from jax_avatar.serving.server import make_config
 from jax_avatar.serving.server_state import ServerState
 from jax_avatar.streaming.decode import NotFinite
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.weights.folder import load_model
 from tests.live.helpers import voice

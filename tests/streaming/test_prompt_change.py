@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_avatar.streaming.mesh import make_mesh, parse_layout
+from jax_avatar.layout import make_mesh, parse_layout
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream

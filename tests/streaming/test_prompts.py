@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jax_avatar.io.prompt import Tokenizer
+from jax_avatar.layout import parse_layout
 from jax_avatar.models.params import merge
 from jax_avatar.streaming import prompts
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.weights.files import load_header, load_json, load_weights, save_weights

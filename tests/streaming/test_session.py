@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from jax_avatar.io.video import VideoWriter, read_video
+from jax_avatar.layout import parse_layout
 from jax_avatar.streaming.decode import NotFinite
 from jax_avatar.streaming.file import for_duration, stream_to_file
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.weights.files import load_json, save_json
 from jax_avatar.weights.folder import load_model

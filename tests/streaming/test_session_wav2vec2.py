@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar.layout import parse_layout
 from jax_avatar.models.params import merge
 from jax_avatar.streaming.features import DROPPED_FRAMES
-from jax_avatar.streaming.mesh import parse_layout
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.weights.folder import load_model, load_settings
 from tests.nano import save_model

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from jax_avatar.layout import make_mesh, parse_layout
 from jax_avatar.models.conditions import Conditions
-from jax_avatar.streaming.mesh import make_mesh, parse_layout
 from jax_avatar.streaming.pipeline import PipelinedStream, Register, slice_inputs
 from jax_avatar.streaming.plan import StreamPlan, stream_layout
 from jax_avatar.streaming.sampler import SequentialStream

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jax_avatar.data.latents import random_clips
+from jax_avatar.layout import make_training_mesh
 from jax_avatar.models.lora import add_adapter
 from jax_avatar.models.params import flatten
 from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.run.loop import train
-from jax_avatar.training.run.placement import make_training_mesh, place_batch, place_state
+from jax_avatar.training.run.placement import place_batch, place_state
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jax_avatar.layout import make_training_mesh, parse_training_layout
 from jax_avatar.models.sharding import clip_axes, constrain_params, on_mesh
 from jax_avatar.shapes import Array, IntScalar, PyTree
 from jax_avatar.training.run.accumulate import accumulate_gradients, clip_keys
 from jax_avatar.training.run.guards import check_update, guard_metrics, rate_factor
 from jax_avatar.training.run.loggers import check_project
 from jax_avatar.training.run.norms import average_distance, step_norms
-from jax_avatar.training.run.placement import make_training_mesh, parse_training_mesh
 from jax_avatar.training.run.profile import parse_profile
 from jax_avatar.training.run.state import update_state
 
@@ -191,7 +191,7 @@ class LoopConfig:
                 f"loop.schedule {self.schedule!r} must be one of {', '.join(SCHEDULES)}."
             )
         if self.mesh:
-            parse_training_mesh(self.mesh)
+            parse_training_layout(self.mesh)
         if self.accumulate < 1:
             raise ValueError(f"loop.accumulate {self.accumulate} must be at least 1.")
         for name in ("log_every", "evaluate_clips", "checkpoint_every", "keep"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jax_avatar.layout import make_training_mesh
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import abstract, merge
@@ -20,7 +21,6 @@ from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.rollout import RolloutConfig
 from jax_avatar.training.run.clock import PHASES, StepClock, Work, memory_peak
 from jax_avatar.training.run.loop import train
-from jax_avatar.training.run.placement import make_training_mesh
 from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages.flow import ForcingConfig
 from tests import nano

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.data.latents import random_clips
+from jax_avatar.layout import TrainingLayout, make_training_mesh, parse_training_layout
 from jax_avatar.models import sharding
 from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.sharding import on_mesh
@@ -18,13 +19,7 @@ from jax_avatar.training.distillation import Distiller
 from jax_avatar.training.rollout import Generator, RolloutConfig
 from jax_avatar.training.run.accumulate import accumulate_gradients
 from jax_avatar.training.run.loop import train
-from jax_avatar.training.run.placement import (
-    local_rows,
-    make_training_mesh,
-    parse_training_mesh,
-    place_batch,
-    place_state,
-)
+from jax_avatar.training.run.placement import local_rows, place_batch, place_state
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
@@ -301,4 +296,7 @@ def test_what_does_not_divide_is_named(text, options, message):
 
 def test_a_mesh_is_replicas_times_data_times_model():
     texts = ("4x2", "8", "16x8x1")
-    assert [parse_training_mesh(text) for text in texts] == [(1, 4, 2), (1, 8, 1), (16, 8, 1)]
+    layouts = [parse_training_layout(text) for text in texts]
+    assert layouts == [TrainingLayout(*sizes) for sizes in ((1, 4, 2), (1, 8, 1), (16, 8, 1))]
+    assert [str(layout) for layout in layouts] == ["4x2", "8x1", "16x8x1"]
+    assert [layout.num_devices for layout in layouts] == [8, 8, 128]

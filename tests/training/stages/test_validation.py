@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from jax_avatar.data.latents import random_clips
+from jax_avatar.layout import make_training_mesh
 from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.rollout import RolloutConfig
-from jax_avatar.training.run.placement import make_training_mesh, place_state
+from jax_avatar.training.run.placement import place_state
 from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages import build as stages
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights

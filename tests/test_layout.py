@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from jax_avatar.streaming.mesh import Layout, make_mesh, parse_layout
+from jax_avatar.layout import Layout, make_mesh, parse_layout
 
 
 @pytest.mark.parametrize(
