@@ -180,7 +180,7 @@ def save_text_encoder(folder, kind="json", **changes):
 
 def save_orbax(folder, params, config, metadata=None):
     """Writes a network's weights to the Orbax folder `folder`, as a conversion does."""
-    from jax_avatar.models.params import flatten
+    from jax_avatar.models.network import flatten
     from jax_avatar.weights.checkpoint_writer import ResumableCheckpointWriter
 
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}

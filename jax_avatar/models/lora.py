@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_avatar.models.params import flatten, unflatten
+from jax_avatar.models.network import flatten, unflatten
 from jax_avatar.shapes import Array, PyTree
 
 __all__ = [

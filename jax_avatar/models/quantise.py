@@ -22,7 +22,7 @@ from flax import nnx
 
 from jax_avatar.models.layers import AdaptedLinear, Adapter, linear
 from jax_avatar.models.lora import is_adapted
-from jax_avatar.models.params import flatten, unflatten
+from jax_avatar.models.network import flatten, unflatten
 from jax_avatar.shapes import Array, Float, PyTree
 
 __all__ = [

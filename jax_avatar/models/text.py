@@ -127,20 +127,20 @@ class UMT5Encoder(nnx.Module):
             mask: 1 at tokens, 0 at padding; at least one token per row.
         """
         x = self.embedding[...][ids].astype(self.config.dtype)
-        graphdef, state = nnx.split(self.blocks)
+        structure, state = nnx.split(self.blocks)
         if not is_recording():
 
             def layer(x, state):
-                return nnx.merge(graphdef, state)(x, mask), None
+                return nnx.merge(structure, state)(x, mask), None
 
             x, _ = jax.lax.scan(layer, x, state, unroll=self.config.unroll)
             return self.norm(x)
         for index in range(self.config.num_layers):
-            x = nnx.merge(graphdef, layer_at(state, index))(x, mask)
+            x = nnx.merge(structure, layer_at(state, index))(x, mask)
             tap(f"block{index}_out", x)
         return self.norm(x)
 
     def position_bias(self, layer: int, length: int) -> PositionBias:
         """Additive bias of a layer's scores `[1, heads, query, key]` of `length` tokens."""
-        graphdef, state = nnx.split(self.blocks)
-        return nnx.merge(graphdef, layer_at(state, layer)).position_bias(length)
+        structure, state = nnx.split(self.blocks)
+        return nnx.merge(structure, layer_at(state, layer)).position_bias(length)

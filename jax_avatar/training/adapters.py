@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.lora import adapter_leaves, with_adapter
-from jax_avatar.models.params import unflatten
+from jax_avatar.models.network import unflatten
 from jax_avatar.shapes import PyTree
 from jax_avatar.training.run.placement import place_state
 

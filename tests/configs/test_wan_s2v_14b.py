@@ -13,7 +13,7 @@ from conversion.rules import check
 from jax_avatar.diffusion.schedule import euler_schedule
 from jax_avatar.io.image import fit_size
 from jax_avatar.models.config import UMT5Config, wan_s2v_14b
-from jax_avatar.models.params import flatten
+from jax_avatar.models.network import flatten
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2Config
 from jax_avatar.planning.programs import abstract_model
 

@@ -11,7 +11,7 @@ import pytest
 from jax_avatar.data.records import finish_manifest, start_manifest, write_shard
 from jax_avatar.data.toy import toy_clips
 from jax_avatar.io.video import read_video
-from jax_avatar.models.params import flatten
+from jax_avatar.models.network import flatten
 from jax_avatar.weights.files import load_weights
 from jax_avatar.weights.folder import load_model, load_settings
 from launch import prepare_data

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_avatar.models.params import flatten, split
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.vae import rigid_head, warp
 from jax_avatar.models.vae.anchored import AnchoredVAE, AnchoredVAEConfig
 
@@ -202,7 +202,7 @@ def test_impossible_settings_are_refused(settings, message):
 def test_every_size_is_in_the_weights(settings):
     def shapes(config):
         vae = nnx.eval_shape(lambda: AnchoredVAE(config, rngs=nnx.Rngs(0)))
-        return {name: leaf.shape for name, leaf in flatten(split(vae)[1]).items()}
+        return {name: leaf.shape for name, leaf in flatten(Network.of(vae).params).items()}
 
     assert shapes(dataclasses.replace(NANO, **settings)) != shapes(NANO)
 

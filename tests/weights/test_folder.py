@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.models.lora import add_adapter, init_adapter
-from jax_avatar.models.params import flatten
+from jax_avatar.models.network import flatten
 from jax_avatar.weights.files import load_weights, save_json
 from jax_avatar.weights.folder import load_model, load_settings
 from jax_avatar.weights.settings import add_to_config

@@ -280,10 +280,10 @@ class Wav2Vec2(nnx.Module):
         positions = self.position(x)
         tap("positions", positions)
         x = x + positions
-        graphdef, state = nnx.split(self.layers)
+        structure, state = nnx.split(self.layers)
 
         def layer(x, state):
-            return nnx.merge(graphdef, state)(x, mask), x
+            return nnx.merge(structure, state)(x, mask), x
 
         x, states = jax.lax.scan(layer, x, state)
         return jnp.concatenate([states, self.norm_out(x)[None]])

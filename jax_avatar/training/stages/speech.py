@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jax_avatar.data.talking_people import speech
 from jax_avatar.data.talking_people.speech import Phone, Utterance
-from jax_avatar.models.params import abstract, merge, split
+from jax_avatar.models.network import Network
 from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder, log_mel
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.run.evaluation import AverageEvaluation
@@ -83,15 +83,15 @@ class SpeechTask:
         )
         targets = np.concatenate([units for _, units in clips])
         self.unit_std = (targets.std(0) + 0.02).astype(np.float32)
-        self.graphdef, _ = abstract(lambda: SpeechEncoder(self.config, rngs=nnx.Rngs(0)))
+        self.network = Network.abstract(SpeechEncoder, self.config)
 
     def init(self, key: Array) -> PyTree:
         """Fresh weights."""
-        return split(SpeechEncoder(self.config, rngs=nnx.Rngs(key)))[1]
+        return Network.of(SpeechEncoder(self.config, rngs=nnx.Rngs(key))).params
 
     def loss(self, params: PyTree, batch: dict, key: Array) -> tuple[Array, dict[str, Array]]:
         """Squared error of the units at every mel column, each unit by its own variance."""
-        encoder = merge(self.graphdef, params)
+        encoder = self.network.bind(params)
         predicted = encoder.dense_units(batch["wave"], self.task.clip_frames)
         error = (predicted - batch["units"]) / self.unit_std[None, None, None]
         loss = jnp.mean(error**2)
@@ -112,7 +112,7 @@ class SpeechTask:
     def evaluate(self, params: PyTree, step: int) -> dict[str, float]:
         """Pearson correlation per unit, on new sentences of known voices and of a new voice."""
         del step
-        encoder = merge(self.graphdef, params)
+        encoder = self.network.bind(params)
         found = {}
         for group, utterances in self.checks.items():
             scores = correlations(encoder, utterances)
@@ -162,9 +162,9 @@ def correlations(encoder: SpeechEncoder, utterances: list[Utterance]) -> dict[st
     waves = np.zeros((len(utterances), config.sample_range(0, longest)[1]), np.float32)
     for row, utterance in zip(waves, utterances, strict=True):
         row[: len(utterance.wave)] = utterance.wave[: len(row)]
-    graphdef, params = split(encoder)
+    network = Network.of(encoder)
     predicted = [
-        np.asarray(_read_units(graphdef, longest, params, wave))[:n]
+        np.asarray(_read_units(network, longest, wave))[:n]
         for wave, n in zip(waves, frames, strict=True)
     ]
     true = [target_units(u, config, n) for u, n in zip(utterances, frames, strict=True)]
@@ -175,9 +175,9 @@ def correlations(encoder: SpeechEncoder, utterances: list[Utterance]) -> dict[st
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _read_units(graphdef, num_frames, params, wave):
-    encoder = merge(graphdef, params)
+@functools.partial(jax.jit, static_argnums=1)
+def _read_units(network, num_frames, wave):
+    encoder = network.bind()
     return encoder.units(encoder.encode(wave[None, None], num_frames))[0, 0]
 
 

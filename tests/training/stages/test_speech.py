@@ -8,11 +8,10 @@ import librosa
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from jax_avatar.data.talking_people import speech
 from jax_avatar.data.talking_people.speech import Phone, Utterance
-from jax_avatar.models.params import abstract, merge
+from jax_avatar.models.network import Network
 from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
 from jax_avatar.training.run.step import Task
 from jax_avatar.training.stages.speech import (
@@ -126,7 +125,7 @@ def test_a_few_steps_teach_the_lips_of_whistled_speech(task, tmp_path):
     config = SpeechConfig(**config)
     assert config == task.config and len(config.mel_mean) == MODEL.bands
     assert metadata["pearson_r"]["new_voice/jawOpen"] == round(after["new_voice/jawOpen"], 3)
-    encoder = merge(abstract(lambda: SpeechEncoder(config, rngs=nnx.Rngs(0)))[0], loaded)
+    encoder = Network.abstract(SpeechEncoder, config).bind(loaded)
     scores = correlations(encoder, task.checks["new_voice"])
     assert scores["jawOpen"] == pytest.approx(after["new_voice/jawOpen"], abs=1e-5)
 
@@ -140,7 +139,7 @@ def test_shipped_weights_read_the_lips_of_a_real_voice():
     assets = resources.files("jax_avatar") / "assets"
     params, config, _ = load_weights(str(assets / "small"), "speech")
     config = SpeechConfig(**config)
-    encoder = merge(abstract(lambda: SpeechEncoder(config, rngs=nnx.Rngs(0)))[0], params)
+    encoder = Network.abstract(SpeechEncoder, config).bind(params)
     wave, _ = librosa.load(str(assets / "demo.flac"), sr=None)
     aligned = json.loads((assets / "demo_phones.json").read_text())
     phones = tuple(Phone(*phone) for phone in aligned["phones"])

@@ -9,7 +9,7 @@ import pytest
 
 from jax_avatar.data.latents import random_clips
 from jax_avatar.diffusion.schedule import few_step_schedule
-from jax_avatar.models.params import flatten
+from jax_avatar.models.network import flatten
 from jax_avatar.training import teacher
 from jax_avatar.training.stages import build as stages
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
