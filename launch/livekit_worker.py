@@ -70,18 +70,18 @@ def read_access() -> tuple[str, str]:
     return url, avatar_token(key, secret, FLAGS.room, FLAGS.identity, agent=FLAGS.agent)
 
 
-def load_core() -> AvatarSession:
+def load_session() -> AvatarSession:
     """The model with its portrait, compiled."""
     settings, image = load_settings(FLAGS.checkpoint), load_image(FLAGS.image)
     layout = stream_layout(settings, FLAGS.mesh)
     portrait = prepare_portrait(FLAGS.image, image, settings, FLAGS.size)
     prepare_jax(num_slices(layout))
-    core = AvatarSession(load_model(FLAGS.checkpoint, weights=FLAGS.dtype), portrait, layout)
-    core.warm_up()
+    session = AvatarSession(load_model(FLAGS.checkpoint, weights=FLAGS.dtype), portrait, layout)
+    session.warm_up()
     return core
 
 
-async def work(core: AvatarSession, url: str, token: str) -> None:
+async def work(session: AvatarSession, url: str, token: str) -> None:
     """Joins, serves, leaves."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
     room = rtc.Room()
@@ -92,7 +92,7 @@ async def work(core: AvatarSession, url: str, token: str) -> None:
     say(f"joined {room.name} as {room.local_participant.identity}")
     try:
         # Frame by frame, so that sound begins with the frame in which speech does.
-        async with LiveSession(core, LiveSettings(chunk_frames=1)) as live:
+        async with LiveSession(session, LiveSettings(chunk_frames=1)) as live:
             await serve_room(live, room, agent=FLAGS.agent, is_marked=FLAGS.watermark)
     finally:
         await room.disconnect()
@@ -104,7 +104,7 @@ def run() -> None:
     url, token = read_access()
     say("compiling")
     try:
-        asyncio.run(work(load_core(), url, token))
+        asyncio.run(work(load_session(), url, token))
     except asyncio.CancelledError:  # by SIGTERM
         say("stopped")
 
