@@ -195,12 +195,7 @@ def run(build: Callable, config: DiTConfig, size: str, repeats: int) -> dict:
     began = time.perf_counter()
     inputs = random_inputs(build, config, grid)
     made = time.perf_counter() - began
-    prefill = make_prefill(inputs.graphdef, jax.devices()[0])
-    began = time.perf_counter()
-    sink = jax.block_until_ready(prefill(inputs.params, inputs.conditions))
-    prefill_first = time.perf_counter() - began
-    prefill_times = measure(lambda: prefill(inputs.params, inputs.conditions), max(1, repeats // 4))
-
+    sink, prefill = time_prefill(inputs, max(1, repeats // 4))
     step = Step(inputs, empty_cache(config, 1, *grid), sink)
     for _ in range(2):
         jax.block_until_ready(step())
@@ -210,11 +205,35 @@ def run(build: Callable, config: DiTConfig, size: str, repeats: int) -> dict:
         moved = step()
     jax.block_until_ready(moved)
     back_to_back = (time.perf_counter() - began) / repeats
+    return {
+        **describe(config, grid, inputs, step, sink),
+        "make_weights_s": round(made, 2),
+        "compile_s": round(step.compile_s, 2),
+        "prefill": prefill,
+        "step": quantiles(times),
+        "step_back_to_back_ms": round(1000 * back_to_back, 3),
+        **rates(config, grid, times),
+        "memory": memory_use(
+            step.program,
+            weights=weight_bytes(inputs.params),
+            window_and_sink=weight_bytes((step.cache, sink)),
+        ),
+    }
 
+
+def time_prefill(inputs, repeats: int) -> tuple[Any, dict]:
+    """The sink, and how long it takes, compiling included and apart."""
+    prefill = make_prefill(inputs.graphdef, jax.devices()[0])
+    call = lambda: prefill(inputs.params, inputs.conditions)  # noqa: E731
+    began = time.perf_counter()
+    sink = jax.block_until_ready(call())
+    first = time.perf_counter() - began
+    return sink, {"first_s": round(first, 2)} | quantiles(measure(call, repeats))
+
+
+def describe(config: DiTConfig, grid: tuple[int, int], inputs, step, sink) -> dict:
+    """Shapes, types and kernels of what is timed."""
     tokens = config.frames_per_block * (grid[0] // 2) * (grid[1] // 2)
-    bound = lambda hardware: compute_bound(config, *grid, hardware, config.weights)  # noqa: E731
-    median, frames = float(np.median(times)), 4 * config.frames_per_block
-    steps = StreamPlan().num_steps
     return {
         "framework": "jax",
         "size": f"{8 * grid[0]}*{8 * grid[1]}",
@@ -233,21 +252,19 @@ def run(build: Callable, config: DiTConfig, size: str, repeats: int) -> dict:
         "custom_calls": custom_calls(step.program),
         "cached_text": "always: the sink holds the prompt's keys and values",
         "unroll": config.unroll,
-        "make_weights_s": round(made, 2),
-        "compile_s": round(step.compile_s, 2),
-        "prefill": {"first_s": round(prefill_first, 2)} | quantiles(prefill_times),
-        "step": quantiles(times),
-        "step_back_to_back_ms": round(1000 * back_to_back, 3),
+    }
+
+
+def rates(config: DiTConfig, grid: tuple[int, int], times: list[float]) -> dict:
+    """Operations and frames per second, and the share of the device's peak."""
+    bound = lambda hardware: compute_bound(config, *grid, hardware, config.weights)  # noqa: E731
+    median, frames = float(np.median(times)), 4 * config.frames_per_block
+    return {
         **speed(times, step_flops(config, *grid)),
         **share_of_peak(jax.devices()[0].device_kind, times, bound),
         # Frames per second of the transformer alone, its steps in turn or one per device.
-        "fps_sequential": round(frames / (steps * median), 3),
+        "fps_sequential": round(frames / (StreamPlan().num_steps * median), 3),
         "fps_pipelined": round(frames / median, 3),
-        "memory": memory_use(
-            step.program,
-            weights=weight_bytes(inputs.params),
-            window_and_sink=weight_bytes((step.cache, sink)),
-        ),
     }
 
 

@@ -130,6 +130,42 @@ def mean_scores(scores: list[dict[str, np.ndarray]]) -> dict:
     return {name: np.round(value.astype(np.float64), 5).tolist() for name, value in mean.items()}
 
 
+class Scorer:
+    """Statistics of all blocks of a stream, and scores of those in its windows.
+
+    Attributes:
+        starts: first blocks of the windows.
+        size: blocks of a window.
+        scores: of the blocks of each window.
+        means, stds: of every block's latents.
+        finite: whether all latents are.
+    """
+
+    def __init__(self, model, blocks: int, size: int, decode_all: bool):
+        self.starts, self.size = window_starts(blocks, size), size
+        self.scores = [[] for _ in self.starts]
+        # Filled in place: a list that grows would look like a leak.
+        self.means, self.stds = np.zeros(blocks), np.zeros(blocks)
+        self.finite = True
+        self._decoder, self._decode_all, self._number = Decoder(model), decode_all, 0
+
+    def take(self, latent) -> None:
+        """Scores a finished block."""
+        number, value = self._number, np.array(latent[0], np.float32)
+        self.finite = self.finite and bool(np.isfinite(value).all())
+        self.means[number], self.stds[number] = value.mean(), value.std()
+        first = [max(0, start - _CONTEXT_BLOCKS) for start in self.starts]
+        near = any(a <= number < s + self.size for a, s in zip(first, self.starts, strict=True))
+        if self._decode_all or near:
+            if not self._decode_all and number in first:
+                self._decoder.restart()
+            video = self._decoder(latent)
+            for start, scores in zip(self.starts, self.scores, strict=True):
+                if start <= number < start + self.size:
+                    scores.append(block_scores(value, video))
+        self._number += 1
+
+
 def run(session, features, seconds: float, window: float, decode_all: bool, progress=True) -> dict:
     """Streams and measures.
 
@@ -141,36 +177,14 @@ def run(session, features, seconds: float, window: float, decode_all: bool, prog
         decode_all: decode every block, not only those that are scored.
         progress: show a bar.
     """
-    model, stream = session.model, session.stream
-    block_s = session.format.block_s
+    stream, block_s = session.stream, session.format.block_s
     blocks = max(20, round(seconds / block_s))
     size = max(1, min(round(window / block_s), blocks // 4))
-    starts = window_starts(blocks, size)
-    decoder = Decoder(model)
-    scores = [[] for _ in starts]
-    # Filled in place: a list that grows would look like a leak.
-    wall, cpu, means, stds = (np.zeros(blocks) for _ in range(4))
+    scorer = Scorer(session.model, blocks, size, decode_all)
+    wall, cpu = np.zeros(blocks), np.zeros(blocks)
     every = max(1, blocks // 1000)
     memory = np.zeros((-(-blocks // every), 2))
-    number, finite = 0, True
-
-    def take(latent):
-        """Scores a finished block."""
-        nonlocal number, finite
-        value = np.array(latent[0], np.float32)
-        finite = finite and bool(np.isfinite(value).all())
-        means[number], stds[number] = value.mean(), value.std()
-        near = [s for s in starts if s - _CONTEXT_BLOCKS <= number < s + size]
-        if decode_all or near:
-            if not decode_all and number in (max(0, s - _CONTEXT_BLOCKS) for s in starts):
-                decoder.restart()
-            video = decoder(latent)
-            for start, window_scores in zip(starts, scores, strict=True):
-                if start <= number < start + size:
-                    window_scores.append(block_scores(value, video))
-        number += 1
-
-    arrays_before = None
+    arrays = []
     stream.reset()
     began = time.perf_counter()
     for block in tqdm(range(blocks), unit="block", disable=not progress, mininterval=2):
@@ -180,51 +194,62 @@ def run(session, features, seconds: float, window: float, decode_all: bool, prog
         wall[block] = time.perf_counter() - clock
         cpu[block] = time.process_time() - cpu_clock
         for latent in finished:
-            take(latent)
+            scorer.take(latent)
         del finished
         if block % every == 0:
             memory[block // every] = block, resident_mib()
-        if block == blocks // 10:
-            arrays_before = len(jax.live_arrays())
-    arrays_after = len(jax.live_arrays())
+        if block in (blocks // 10, blocks - 1):
+            arrays.append(len(jax.live_arrays()))
     for latent in stream.finish():
-        take(latent)
+        scorer.take(latent)
     elapsed = time.perf_counter() - began
-
-    warm = [(b, m) for b, m in memory if b >= blocks // 10]
-    tenth = max(1, blocks // 10)
-    ends = {"first_tenth": slice(tenth // 5, tenth), "last_tenth": slice(-tenth, None)}
-    latency = {name: quantiles(wall[part]) for name, part in ends.items()}
-    cpu_ms = {name: quantiles(cpu[part]) for name, part in ends.items()}
-    ratio = latency["last_tenth"]["median_ms"] / latency["first_tenth"]["median_ms"]
-    cpu_ratio = cpu_ms["last_tenth"]["median_ms"] / max(cpu_ms["first_tenth"]["median_ms"], 1e-6)
-    video_ks = np.arange(blocks) * block_s / 1000
     return {
         "video_s": round(blocks * block_s, 2),
         "blocks": blocks,
         "elapsed_s": round(elapsed, 1),
         "real_time_factor": round(blocks * block_s / elapsed, 2),
-        "finite": finite,
-        "memory": {
-            "first_mib": round(warm[0][1], 2),
-            "last_mib": round(warm[-1][1], 2),
-            "slope_mib_per_1000_blocks": round(1000 * slope(*zip(*warm, strict=True)), 4),
-            "samples": len(warm),
-            "tenths_mib": [round(float(m), 1) for _, m in memory[:: max(1, len(memory) // 10)]],
-            "live_arrays_after_a_tenth": arrays_before,
-            "live_arrays_at_the_end": arrays_after,
+        "finite": scorer.finite,
+        "memory": memory_report(memory, blocks, arrays),
+        "block_latency": tenths(wall),
+        "block_cpu_time": tenths(cpu, least_ms=1e-6),
+        "drift": drift(scorer, block_s),
+    }
+
+
+def memory_report(memory: np.ndarray, blocks: int, arrays: list[int]) -> dict:
+    """Growth of memory after the first tenth, over rows of block and MiB; arrays alive."""
+    warm = [(b, m) for b, m in memory if b >= blocks // 10]
+    return {
+        "first_mib": round(warm[0][1], 2),
+        "last_mib": round(warm[-1][1], 2),
+        "slope_mib_per_1000_blocks": round(1000 * slope(*zip(*warm, strict=True)), 4),
+        "samples": len(warm),
+        "tenths_mib": [round(float(m), 1) for _, m in memory[:: max(1, len(memory) // 10)]],
+        "live_arrays_after_a_tenth": arrays[0],
+        "live_arrays_at_the_end": arrays[1],
+    }
+
+
+def tenths(seconds: np.ndarray, least_ms: float = 0.0) -> dict:
+    """Times of the first and the last tenth of the blocks, and their ratio."""
+    tenth = max(1, len(seconds) // 10)
+    ends = {"first_tenth": slice(tenth // 5, tenth), "last_tenth": slice(-tenth, None)}
+    found = {name: quantiles(seconds[part]) for name, part in ends.items()}
+    first = max(found["first_tenth"]["median_ms"], least_ms)
+    return found | {"last_over_first": round(found["last_tenth"]["median_ms"] / first, 3)}
+
+
+def drift(scorer: Scorer, block_s: float) -> dict:
+    """Scores of the windows, and slopes of the latents' statistics."""
+    video_ks = np.arange(len(scorer.means)) * block_s / 1000
+    return {
+        "window_s": scorer.size * block_s,
+        "windows": {
+            name: {"start_s": start * block_s} | mean_scores(scores)
+            for name, start, scores in zip(_WINDOWS, scorer.starts, scorer.scores, strict=True)
         },
-        "block_latency": latency | {"last_over_first": round(ratio, 3)},
-        "block_cpu_time": cpu_ms | {"last_over_first": round(cpu_ratio, 3)},
-        "drift": {
-            "window_s": size * block_s,
-            "windows": {
-                name: {"start_s": start * block_s} | mean_scores(scores[i])
-                for i, (name, start) in enumerate(zip(_WINDOWS, starts, strict=True))
-            },
-            "latent_mean_slope_per_1000_s": round(slope(video_ks, means), 6),
-            "latent_std_slope_per_1000_s": round(slope(video_ks, stds), 6),
-        },
+        "latent_mean_slope_per_1000_s": round(slope(video_ks, scorer.means), 6),
+        "latent_std_slope_per_1000_s": round(slope(video_ks, scorer.stds), 6),
     }
 
 

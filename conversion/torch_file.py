@@ -11,7 +11,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,38 +164,15 @@ class TorchFile(Mapping):
 
 def _read(data: bytes) -> Any:
     """Follows a pickle's instructions on a stack of plain values."""
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        at = max(i for i, value in enumerate(stack) if value is _MARK)
-        values = stack[at + 1 :]
-        del stack[at:]
-        return values
-
-    def pop(count: int) -> list[Any]:
-        values = stack[-count:]
-        del stack[-count:]
-        return values
-
+    stack, memo = _Stack(), {}
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in ("PROTO", "FRAME"):
             continue
         if name == "STOP":
             return stack.pop()
-        if name == "MARK":
-            stack.append(_MARK)
-        elif name in ("NONE", "NEWTRUE", "NEWFALSE"):
-            stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-        elif name in _LITERALS:
+        if name in _LITERALS:
             stack.append(argument)
-        elif name in ("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT"):
-            stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[name]())
-        elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(tuple(pop(int(name[-1]))))
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
         elif name == "MEMOIZE":
@@ -204,32 +181,60 @@ def _read(data: bytes) -> Any:
             stack.append(memo[argument])
         elif name == "GLOBAL":
             stack.append(_Global(argument))
-        elif name == "STACK_GLOBAL":
-            stack.append(_Global(" ".join(pop(2))))
-        elif name == "BINPERSID":
-            stack.append(_storage(stack.pop()))
-        elif name == "REDUCE":
-            stack.append(_make(*pop(2)))
-        elif name == "SETITEM":
-            key, value = pop(2)
-            stack[-1][key] = value
-        elif name == "SETITEMS":
-            values = since_mark()
-            stack[-1].update(zip(values[::2], values[1::2], strict=True))
-        elif name == "APPEND":
-            value = stack.pop()
-            stack[-1].append(value)
-        elif name == "APPENDS":
-            values = since_mark()
-            stack[-1].extend(values)
-        elif name == "BUILD":
-            # Attributes of the state dictionary itself, such as its `_metadata`: not weights.
-            stack.pop()
+        elif name in _PUSHES:
+            stack.append(_PUSHES[name](stack))
+        elif name in _CHANGES:
+            _CHANGES[name](stack)
         else:
             raise ValueError(f"pickle instruction {name} has no place in a file of weights")
     raise ValueError("the pickle has no end")
 
 
+class _Stack(list):
+    """Values of a pickle under way."""
+
+    def take(self, count: int) -> list[Any]:
+        """The last values, removed."""
+        values = self[-count:]
+        del self[-count:]
+        return values
+
+    def since_mark(self) -> list[Any]:
+        """The values after the last mark, removed with it."""
+        at = max(i for i, value in enumerate(self) if value is _MARK)
+        values = self[at + 1 :]
+        del self[at:]
+        return values
+
+
+def _set_items(stack: _Stack, pairs: list[Any]) -> None:
+    stack[-1].update(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+_PUSHES: dict[str, Callable[[_Stack], Any]] = {
+    "MARK": lambda stack: _MARK,
+    "NONE": lambda stack: None,
+    "NEWTRUE": lambda stack: True,
+    "NEWFALSE": lambda stack: False,
+    "EMPTY_TUPLE": lambda stack: (),
+    "EMPTY_LIST": lambda stack: [],
+    "EMPTY_DICT": lambda stack: {},
+    "TUPLE": lambda stack: tuple(stack.since_mark()),
+    "TUPLE1": lambda stack: tuple(stack.take(1)),
+    "TUPLE2": lambda stack: tuple(stack.take(2)),
+    "TUPLE3": lambda stack: tuple(stack.take(3)),
+    "STACK_GLOBAL": lambda stack: _Global(" ".join(stack.take(2))),
+    "BINPERSID": lambda stack: _storage(stack.pop()),
+    "REDUCE": lambda stack: _make(*stack.take(2)),
+}
+_CHANGES: dict[str, Callable[[_Stack], None]] = {
+    "SETITEM": lambda stack: _set_items(stack, stack.take(2)),
+    "SETITEMS": lambda stack: _set_items(stack, stack.since_mark()),
+    "APPEND": lambda stack: stack[-2].append(stack.pop()),
+    "APPENDS": lambda stack: (values := stack.since_mark(), stack[-1].extend(values)),
+    # Attributes of the state dictionary itself, such as its `_metadata`: not weights.
+    "BUILD": lambda stack: stack.pop(),
+}
 _LITERALS = (
     "BININT",
     "BININT1",

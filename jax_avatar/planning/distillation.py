@@ -147,9 +147,8 @@ def plan_distillation(
     programs = distillation_programs(model, grid, mesh, rollout, settings, attention=attention)
     limit, uses, seconds = 1e9 * hardware.memory_gb, [], {}
     for program in programs:
-        say(f"{program.name}: compiling for {compiled_for}")
-        made = compile_program(program, stands_in=hardware.platform != program.platform)
-        say(f"{program.name}: {made.refused or 'compiled'}, {made.seconds:.0f} s")
+        stands_in = hardware.platform != program.platform
+        made = compile_program(program, compiled_for, say=say, stands_in=stands_in)
         used = {name: Figure(placed_bytes(tree), "computed") for name, tree in program.held.items()}
         if not made.refused:
             used["gradients, activations, history"] = Figure(float(made.temporaries), "compiled")

@@ -245,13 +245,28 @@ def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Devi
     return Program(f"VAE, decoding {latents} latents", following, arguments, device.platform, held)
 
 
-def compile_program(program: Program, *, stands_in: bool = False) -> Compiled:
+def compile_program(
+    program: Program,
+    compiled_for: str = "",
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    stands_in: bool = False,
+) -> Compiled:
     """Compiles, and asks the compiler what it made; a refusal is an answer.
 
     Args:
         program: to compile.
+        compiled_for: the devices, for messages.
+        say: told what is being done, since compiling takes minutes.
         stands_in: whether a program for CPUs is made in place of one for an accelerator.
     """
+    say(f"{program.name}: compiling for {compiled_for}")
+    made = _compile(program, stands_in)
+    say(f"{program.name}: {made.refused or 'compiled'}, {made.seconds:.0f} s")
+    return made
+
+
+def _compile(program: Program, stands_in: bool) -> Compiled:
     lowered = program.function.trace(*program.arguments).lower(
         lowering_platforms=(program.platform,)
     )

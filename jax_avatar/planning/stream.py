@@ -120,40 +120,24 @@ def plan_stream(
         ValueError: the layout does not fit the transformer, or no slice is large enough.
     """
     devices, compiled_for = stand_ins(hardware, lambda devices: make_mesh(layout, devices))
-    mesh, vae_device = make_mesh(layout, devices)
+    _, vae_device = make_mesh(layout, devices)
     attention = "splash" if devices[0].platform == "tpu" else "xla"
     weights = "" if dtype == "bf16" else dtype
     programs = {
         "step": step_program(model, grid, layout, devices, attention=attention, weights=weights),
         "decode": decode_program(model, grid, vae_device),
     }
-    made = {}
-    for part, program in programs.items():
-        if part in parts:
-            say(f"{program.name}: compiling for {compiled_for}")
-            made[part] = compile_program(program)
-            outcome = made[part].refused or "compiled"
-            say(f"{program.name}: {outcome}, {made[part].seconds:.0f} s")
+    made = {
+        part: compile_program(program, compiled_for, say=say)
+        for part, program in programs.items()
+        if part in parts
+    }
     held = {part: _held(program.held) for part, program in programs.items()}
     scores = 0.0
     if hardware.platform == "gpu":
         scores = _score_bytes(model.dit.config, grid) / layout.stage_devices
     working = {part: _working(made.get(part), scores * (part == "step")) for part in programs}
-
-    def use(role, count, *roles):
-        # One program runs at a time.
-        larger = max((working[part] for part in roles), key=total_bytes)
-        kept = {name: figure for part in roles for name, figure in held[part].items()}
-        reasons = [made[part].refused for part in roles if part in made and made[part].refused]
-        limit = 1e9 * hardware.memory_gb
-        return DeviceUse(role, count, kept | larger, limit, "; ".join(reasons))
-
-    if layout.has_vae_slice:
-        uses = (use("denoising", mesh.size, "step"), use("VAE", 1, "decode"))
-    else:
-        uses = (use("denoising", mesh.size - 1, "step"),) if mesh.size > 1 else ()
-        uses += (use("denoising and VAE", 1, "step", "decode"),)
-
+    uses = _uses(made, held, working, layout, 1e9 * hardware.memory_gb)
     figures = _arithmetic(model, grid, made)
     figures |= _bounds(model, grid, programs, held, figures, layout, hardware, dtype)
     widths = _widths(model, programs["step"], uses, layout, hardware)
@@ -165,6 +149,23 @@ def plan_stream(
 
 
 # ---- bytes ------------------------------------------------------------------------------
+
+
+def _uses(made, held, working, layout: Layout, limit: float) -> tuple[DeviceUse, ...]:
+    """Devices by what they do."""
+
+    def use(role, count, *parts):
+        # One program runs at a time.
+        larger = max((working[part] for part in parts), key=total_bytes)
+        kept = {name: figure for part in parts for name, figure in held[part].items()}
+        reasons = [made[part].refused for part in parts if part in made and made[part].refused]
+        return DeviceUse(role, count, kept | larger, limit, "; ".join(reasons))
+
+    count = layout.stages * layout.stage_devices
+    if layout.has_vae_slice:
+        return use("denoising", count, "step"), use("VAE", 1, "decode")
+    last = use("denoising and VAE", 1, "step", "decode")
+    return (use("denoising", count - 1, "step"), last) if count > 1 else (last,)
 
 
 def _held(trees: Mapping[str, PyTree]) -> dict[str, Figure]:

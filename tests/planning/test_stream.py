@@ -174,7 +174,7 @@ def test_a_byte_per_weight_halves_the_large_linears(large):
 
 def test_what_the_compiler_refuses_does_not_fit(nano, monkeypatch):
     refusal = planning.Compiled(0, 0, 0, 0.0, 0.0, "Used 40G of 16G hbm.")
-    monkeypatch.setattr(planning, "compile_program", lambda program: refusal)
+    monkeypatch.setattr(planning, "compile_program", lambda *_, **__: refusal)
     needs = plan_stream(nano, GRID, parse_layout("5", 4), HARDWARE["h200"])
     assert not needs.fits
     assert "the compiler refuses: Used 40G of 16G hbm." in plan_as_text(needs, HARDWARE["h200"])
