@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from jax_avatar.models.params import merge, split
+from jax_avatar.models.network import Network
 from jax_avatar.models.vae.light import (
     LightVAE,
     LightVAEConfig,
@@ -152,7 +152,7 @@ class VAETask:
             )
         self.model, self.settings, self.train, self.held_out = model, loss, train, held_out
         self.seed = seed
-        self.graphdef = split(nnx.eval_shape(lambda: LightVAE(model, rngs=nnx.Rngs(0))))[0]
+        self.network = Network.abstract(LightVAE, model)
         # Made now and not when first needed, which may be inside a compiled function.
         self._start_params = self._start(jax.random.key(seed))
         self._reconstruct = jax.jit(lambda params, video: self._apply(params, video))
@@ -183,7 +183,9 @@ class VAETask:
                     f"{self.model.to_dict()} is to be trained; make the model settings equal."
                 )
             return params
-        build = jax.jit(lambda key: split(LightVAE(self.model, rngs=nnx.Rngs(params=key)))[1])
+        build = jax.jit(
+            lambda key: Network.of(LightVAE(self.model, rngs=nnx.Rngs(params=key))).params
+        )
         return with_patch_basis(build(key), self._fit_basis())
 
     def _fit_basis(self) -> PatchBasis:
@@ -215,7 +217,7 @@ class VAETask:
         jitter_key, level_key, noise_key = jax.random.split(key, 3)
         video = batch["video"].astype(jnp.float32) / 127.5 - 1.0
         video = _jitter(jitter_key, video, settings.colour_jitter)
-        model = merge(self.graphdef, self.model_params(params))
+        model = self.network.bind(self.model_params(params))
         latent = model.encode(video)
         level = settings.latent_noise * jax.random.uniform(
             level_key, (latent.shape[0], latent.shape[1], 1, 1, 1)
@@ -282,7 +284,7 @@ class VAETask:
         if self.settings.train_encoder:
             rng = np.random.default_rng([self.seed, 3])
             video = np.stack([self._window(rng, cropped=False)[0] for _ in range(64)])
-            encode = jax.jit(lambda params, video: merge(self.graphdef, params).encode(video))
+            encode = jax.jit(lambda params, video: self.network.bind(params).encode(video))
             video = video / np.float32(127.5) - 1
             latent = np.concatenate([np.asarray(encode(weights, clip[None])) for clip in video])
             old_mean, old_std = np.asarray(config.latent_mean), np.asarray(config.latent_std)
@@ -294,7 +296,7 @@ class VAETask:
         save_weights(folder, "vae", weights, config.to_dict(), metadata, dtype="float16")
 
     def _apply(self, params: dict[str, Any], video: Video) -> Video:
-        model = merge(self.graphdef, params)
+        model = self.network.bind(params)
         return model.decode(model.encode(video))
 
     def _window(self, rng: np.random.Generator, cropped: bool) -> tuple[np.ndarray, np.ndarray]:
