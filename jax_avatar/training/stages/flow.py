@@ -29,7 +29,7 @@ from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import LAST_FRAME, MOTION_LATENTS, DiT
 from jax_avatar.models.lora import init_adapter
-from jax_avatar.models.params import abstract, merge, split
+from jax_avatar.models.network import Network
 from jax_avatar.shapes import Array, Latent, PyTree
 from jax_avatar.training.adapters import AdapterConfig, FrozenBase
 from jax_avatar.training.run.step import LoopConfig
@@ -215,16 +215,14 @@ class ForcingTask:
             )
         self.model, self.settings, self.clips = model, settings, clips
         self.name, self.seed, self._pose = name, seed, pose
-        self._network, self.batch_size = network, settings.batch_size
+        self.batch_size = settings.batch_size
         self._files = files or ForcingFiles()
         self.stream_settings = dict(self._files.stream)
         self.content_hash = clips.content_hash
         self.windows = self._windows(clips, settings.still_share)
-        self.graphdef, self._shapes = abstract(lambda: network(model, rngs=nnx.Rngs(0)))
-        self._trained = self.graphdef
+        self.transformer = self._trained = Network.abstract(network, model)
         if settings.adapter_rank:
-            adapted = settings.adapted(model)
-            self._trained, _ = abstract(lambda: network(adapted, rngs=nnx.Rngs(0)))
+            self._trained = Network.abstract(network, settings.adapted(model))
         self._base = FrozenBase(self._start_or_draw)
         self.reader = None
         if settings.mouth_probe_weight:
@@ -295,7 +293,7 @@ class ForcingTask:
     def init(self, key: Array) -> PyTree:
         """Random parameters or those to start from; or a fresh adapter."""
         if self.settings.adapter_rank:
-            return init_adapter(self._shapes, self.settings.adapter_rank, key)
+            return init_adapter(self.transformer.params, self.settings.adapter_rank, key)
         return self._start_or_draw(None, key)
 
     def frozen(self, mesh: Mesh | None = None) -> PyTree | None:
@@ -305,7 +303,7 @@ class ForcingTask:
     @property
     def streamed(self) -> tuple[Any, DiTConfig]:
         """Structure and size of the transformer that `bound` gives parameters of."""
-        return self._trained, self.settings.adapted(self.model)
+        return self._trained.structure, self._trained.config
 
     def bound(self, params: PyTree, mesh: Mesh | None = None) -> PyTree:
         """Parameters of the transformer, adapters beside the base, from what is trained."""
@@ -352,7 +350,8 @@ class ForcingTask:
         if self._files.start:
             return self._files.start(mesh)
         key = jax.random.key(self.seed) if key is None else key
-        return split(self._network(self.model, rngs=nnx.Rngs(params=key)))[1]
+        build = self.transformer.module_class
+        return Network.of(build(self.model, rngs=nnx.Rngs(params=key))).params
 
     def _export(self, write, weights, folder, metadata):
         params, adapter = self.settings.stored(self._base, weights)
@@ -402,7 +401,7 @@ class ForcingTask:
             audio=told["features"],
         )
         inputs = (noisy, 1000 * sigma, conditions)
-        dit = merge(self._trained, params)
+        dit = self._trained.bind(params)
         if self.settings.form == "bidirectional":
             return dit.bidirectional(*inputs)
         first, face = self._places(key, len(noisy))

@@ -11,7 +11,6 @@ from jax_avatar.data.latents import LatentClips
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import merge
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
@@ -105,7 +104,7 @@ def test_before_training_the_clean_prediction_is_the_portrait():
     noise = jax.random.normal(jax.random.key(1), clean.shape)
     noisy = (1 - sigma) * clean + sigma * noise
     portrait = jnp.broadcast_to(batch["reference"], clean.shape)
-    velocity = merge(task.graphdef, params).block_causal(
+    velocity = task.transformer.bind(params).block_causal(
         noisy,
         jnp.full(clean.shape[:2], 1000 * sigma),
         Conditions(
