@@ -26,8 +26,8 @@ from conversion.readers import SAFETENSORS_NAMES
 from conversion.rules import Ignore, Move, plan_export
 from jax_avatar.weights.checksums import keep_checksums, rewriting
 from jax_avatar.weights.fields import fill_fields
-from jax_avatar.weights.files import load_json
 from jax_avatar.weights.orbax import StoredWeights
+from jax_avatar.weights.settings import read_config
 from launch import cli
 
 __all__ = ["export_network", "kind_of", "main"]
@@ -71,7 +71,7 @@ def export_network(
             f"{folder} holds {stored.config['weights']} weights, which are rounded; export the "
             "checkpoint that was converted without --dtype."
         )
-    table = kind.table(fill_fields(kind.restore, stored.config, f"{folder}: config"))
+    table = kind.table(fill_fields(kind.config_class, stored.config, f"{folder}: config"))
     tensors = [_moved_back(stored, move) for move in plan_export(stored.leaves, table)]
     for name, array in stored.read_kept().items():
         tensors.append(_Tensor(name, array.shape, array.dtype, lambda array=array: array))
@@ -91,7 +91,7 @@ def kind_of(folder: str | Path) -> NetworkKind:
         ValueError: there is none beside it, or the network has no official form.
     """
     folder = Path(folder).resolve()
-    content = load_json(folder.parent / "config.json")
+    content = read_config(folder.parent, ())
     for kind in NETWORKS.values():
         if kind.part == folder.name and kind.kind == content.get(folder.name):
             return kind

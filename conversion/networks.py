@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from conversion import umt5, wan_dit, wan_vae, wav2vec2
 from conversion.readers import is_shard, open_weights, read_index
 from conversion.rules import Table, infer_leaves
 from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
-from jax_avatar.models.dit import DiT
 from jax_avatar.models.network import Network, flatten
-from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from jax_avatar.models.text import UMT5Encoder
-from jax_avatar.models.vae.wan import WanVAE
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2Config
 from jax_avatar.weights.files import load_json
+from jax_avatar.weights.kinds import KINDS
 from jax_avatar.weights.whole_file import BrokenFile, unfinished_downloads
 
 __all__ = [
@@ -46,9 +43,7 @@ class NetworkKind:
         licence: of the published weights, as their page states it.
         marks: endings of tensor names, one of which every such file has.
         config: (file, name -> shape) -> config of the network.
-        leaves: (config, official name -> shape) -> our flat path -> shape and type.
         table: config -> rules.
-        restore: config from the plain fields of a checkpoint's header.
         official_names: (names, config) -> official name -> name in the file, for networks that
             are published in more than one spelling.
     """
@@ -59,10 +54,25 @@ class NetworkKind:
     licence: str
     marks: tuple[str, ...]
     config: Callable[[Path, Shapes], Any]
-    leaves: Callable[[Any, Shapes], dict[str, Any]]
     table: Callable[[Any], Table]
-    restore: Callable[..., Any]
     official_names: Callable[[Mapping[str, str], Any], dict[str, str]] | None = None
+
+    @property
+    def config_class(self) -> type:
+        """The dataclass that `config` returns."""
+        return LoraConfig if self.part == "lora" else KINDS[self.part][self.kind].config
+
+    def leaves(self, config: Any, shapes: Shapes) -> dict[str, Any]:
+        """Our flat path -> shape and type.
+
+        Args:
+            config: of the network.
+            shapes: official name -> shape.
+        """
+        if self.part == "lora":
+            # A LoRA does not tell the size of its transformer; that is checked when they meet.
+            return infer_leaves(shapes, wan_dit.LORA_TABLE)
+        return flatten(Network.abstract(KINDS[self.part][self.kind].network, config).params)
 
     def open(self, path: Path) -> tuple[Mapping[str, np.ndarray], Any]:
         """Weights under their official names, and the network's config."""
@@ -188,10 +198,6 @@ def find_weights(kind: NetworkKind, source: str | Path) -> Path:
     )
 
 
-def _module_leaves(build: Callable[..., nnx.Module]) -> Callable[..., dict[str, Any]]:
-    return lambda config, shapes: flatten(Network.abstract(build, config).params)
-
-
 def _dit_config(path: Path, shapes: Shapes) -> DiTConfig:
     beside = path.parent / "config.json"
     if not beside.is_file():
@@ -259,10 +265,7 @@ NETWORKS = {
             "see the page of the download (Live Avatar)",
             (".lora_A.weight", ".lora_A.default.weight"),
             _lora_config,
-            # A LoRA does not tell the size of its transformer; that is checked when they meet.
-            lambda config, shapes: infer_leaves(shapes, wan_dit.LORA_TABLE),
             lambda config: wan_dit.LORA_TABLE,
-            LoraConfig,
             lambda names, config: {wan_dit.plain_lora_name(n): old for n, old in names.items()},
         ),
         NetworkKind(
@@ -272,9 +275,7 @@ NETWORKS = {
             "Apache-2.0 (Wan2.2-S2V-14B)",
             ("casual_audio_encoder.weights", "audio_injector.injector.0.q.weight"),
             _dit_config,
-            _module_leaves(DiT),
             lambda config: wan_dit.TABLE,
-            DiTConfig,
         ),
         NetworkKind(
             "vae",
@@ -283,9 +284,7 @@ NETWORKS = {
             "Apache-2.0 (Wan 2.1)",
             ("decoder.conv1.weight", "post_quant_conv.weight"),
             _vae_config,
-            _module_leaves(WanVAE),
             lambda config: wan_vae.TABLE,
-            WanVAEConfig,
             lambda names, config: wan_vae.official_names(names, config.num_res_blocks),
         ),
         NetworkKind(
@@ -295,9 +294,7 @@ NETWORKS = {
             "Apache-2.0 (google/umt5-xxl)",
             ("pos_embedding.embedding.weight", "SelfAttention.relative_attention_bias.weight"),
             _text_config,
-            _module_leaves(UMT5Encoder),
             lambda config: umt5.TABLE,
-            UMT5Config,
             lambda names, config: umt5.official_names(names),
         ),
         NetworkKind(
@@ -307,9 +304,7 @@ NETWORKS = {
             "Apache-2.0 (wav2vec2-large-xlsr-53-english)",
             ("encoder.pos_conv_embed.conv.bias",),
             _speech_config,
-            _module_leaves(Wav2Vec2),
             lambda config: wav2vec2.TABLE,
-            Wav2Vec2Config,
             lambda names, config: wav2vec2.official_names(names),
         ),
     )
