@@ -39,7 +39,7 @@ def clip_scores(
         unmoved), `sharp` and `face_sharp` (energy of the gradient over the truth's), `closed_lid`
         and `wide_mouth` (PSNR in the boxes of eyes and mouth in such frames; missing without any),
         `lip_r` and `lip_amplitude`, `lid_r` and `lid_amplitude`, `motion` (change per frame over
-        the truth's), `jump` (change between windows over change inside, over the truth's).
+        the truth's), `jump` (share of it between windows, over the truth's; missing without any).
     """
     side = frames.shape[1]
     mouth, *eyes = _inside(truth.boxes, side).swapaxes(0, 1)
@@ -66,11 +66,10 @@ def clip_scores(
         read = (lids.predict(small, boxes[:, 1]) + lids.predict(small, boxes[:, 2])) / 2
         row["lid_r"], row["lid_amplitude"] = _agreement(read, closed)
     change, true_change = (_change(x) for x in (small, resized(truth.frames, PROBE_SIDE)))
-    border = slice(WINDOW - 1, None, WINDOW)
     row["motion"] = change.mean() / true_change.mean()
-    row["jump"] = (change[border].mean() / change.mean()) / (
-        true_change[border].mean() / true_change.mean()
-    )
+    if change.any():
+        at_border, truly = (x[WINDOW - 1 :: WINDOW].mean() for x in (change, true_change))
+        row["jump"] = at_border / truly / row["motion"]
     return {name: float(value) for name, value in row.items()}
 
 
@@ -107,7 +106,7 @@ def blinks(truth: MovedPortrait) -> Float[np.ndarray, " T"]:
     return (own[:, lids] * SCALE[lids]).mean(-1)
 
 
-def resized(frames: _Frames, side: int) -> _Frames:
+def resized(frames: _Frames, side: int) -> UInt8[np.ndarray, "T h w 3"]:
     """Frames at another size, averaged where they shrink."""
     if frames.shape[1] == side:
         return frames
@@ -137,12 +136,12 @@ def _sharpness(frames: _Frames, truth: _Frames, where: Float[np.ndarray, "T H W"
         dx, dy = np.diff(x, axis=2)[:, :-1], np.diff(x, axis=1)[:, :, :-1]
         return ((dx**2 + dy**2).sum(-1) * where[:, :-1, :-1]).sum()
 
-    return energy(frames) / energy(truth)
+    return float(energy(frames) / energy(truth))
 
 
 def _agreement(read: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     """Correlation, and spread over the truth's."""
-    return np.corrcoef(read, truth)[0, 1], read.std() / truth.std()
+    return float(np.corrcoef(read, truth)[0, 1]), float(read.std() / truth.std())
 
 
 def _change(frames: _Frames) -> Float[np.ndarray, " t"]:

@@ -23,7 +23,7 @@ from jax_avatar.data.talking_people.moved_portraits import (
     MovedPortraitsConfig,
     load_moved_portrait,
 )
-from jax_avatar.models.params import abstract, merge, split
+from jax_avatar.models.network import Network
 from jax_avatar.models.vae.anchored import FLOW, GROUP, SIDE, AnchoredVAE, AnchoredVAEConfig
 from jax_avatar.models.vae.warp import shrunk
 from jax_avatar.shapes import Scalar
@@ -108,7 +108,7 @@ class AnchoredTask:
         seed: int = 0,
     ):
         self.model, self.settings, self.pictures, self.seed = model, task, pictures, seed
-        self.graphdef, _ = abstract(lambda: AnchoredVAE(model, rngs=nnx.Rngs(0)))
+        self.network = Network.abstract(AnchoredVAE, model)
         self._start, basis = self._first_params()
         self._basis = jax.tree.map(jnp.asarray, basis)
         self._decode = jax.jit(self._decoded)
@@ -117,7 +117,9 @@ class AnchoredTask:
         """Random networks, or those of `start_from`; the basis is no parameter."""
         if self._start is not None:
             return self._start
-        build = jax.jit(lambda key: split(AnchoredVAE(self.model, rngs=nnx.Rngs(params=key)))[1])
+        build = jax.jit(
+            lambda key: Network.of(AnchoredVAE(self.model, rngs=nnx.Rngs(params=key))).params
+        )
         params = dict(build(key))
         del params["basis"]
         return params
@@ -143,7 +145,7 @@ class AnchoredTask:
     ) -> tuple[Array, dict[str, Array]]:
         """Errors of picture, edges, flow, mask, paint, shape and of the encoder's motion."""
         task = self.settings
-        vae = merge(self.graphdef, self.model_params(params))
+        vae = self.network.bind(self.model_params(params))
         colour_key, noise_key = jax.random.split(key)
         frames, portrait = _recoloured(colour_key, batch, task.colour_jitter)
         motion = batch["motion"]
@@ -230,7 +232,7 @@ class AnchoredTask:
 
     def _decoded(self, params: dict[str, Any], portrait: Array, windows: Array) -> Array:
         """Frames of one portrait from its true motion, uint8 values as floats."""
-        vae = merge(self.graphdef, params)
+        vae = self.network.bind(params)
         latent = vae.basis.to_latent(windows).reshape(1, -1, *self.model.latent_shape)
         ready = vae.prepare(portrait[None].astype(jnp.float32) / 127.5 - 1)
         picture, _ = vae.decode_next(ready, latent)
