@@ -1,4 +1,4 @@
-"""Checksums of a folder's weights: `checksums.json`, SHA-256 of every file as `sha256sum` has it.
+"""Checksums of a folder's weights: `checksums.json`, SHA-256 of every file as by `sha256sum`.
 
     {"sha256": {"vae.safetensors": "...", "dit/params/head.kernel/0.0": "..."}}
 
@@ -44,7 +44,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def keep_checksums(folder: str | Path) -> None:
-    """From now on the folder has checksums of the networks that are written into it."""
+    """Makes a folder keep checksums of the networks that are written into it from now on."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -74,7 +74,7 @@ def recorded(folder: str | Path, name: str | None = None) -> dict[str, str]:
 
 
 def check_files(folder: str | Path, files: Iterable[str]) -> None:
-    """Compares files with their checksums, several at a time; those without one pass.
+    """Compares files with their checksums, several at a time; files without one pass.
 
     Args:
         folder: that holds them.
@@ -101,7 +101,7 @@ def check_files(folder: str | Path, files: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def rewriting(folder: str | Path, name: str, *, source: str | Path | None = None) -> Iterator[None]:
-    """Writes a network in here; a folder with checksums then has those of what was written.
+    """Context for writing a network, after which a folder with checksums has the new ones.
 
     Args:
         folder: of the model.
@@ -128,7 +128,7 @@ def rewriting(folder: str | Path, name: str, *, source: str | Path | None = None
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Keeps other processes from changing what several of them write in a folder."""
+    """Lock of a folder that several processes write into."""
     with contextlib.ExitStack() as stack:
         # Some file systems have no locks.
         with contextlib.suppress(OSError):
@@ -140,7 +140,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def take_lock(folder: str | Path) -> Callable[[], None]:
-    """Claims a folder that one process at a time may write; returns what gives it back.
+    """Exclusive lock of a folder that one process at a time may write; returns its release.
 
     Raises:
         BlockingIOError: another one has it.
@@ -159,7 +159,7 @@ def take_lock(folder: str | Path) -> Callable[[], None]:
 
 
 def _exchange(folder: Path, name: str, sums: dict[str, str]) -> dict[str, str]:
-    """Puts a network's checksums in the place of those that are returned."""
+    """Replaces a network's checksums, and returns the old ones."""
     with locked(folder):
         present = recorded(folder)
         old = {file: digest for file, digest in present.items() if _is_of(file, name)}

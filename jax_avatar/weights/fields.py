@@ -108,5 +108,5 @@ def _plain(kind: type, value: Any, name: str) -> Any:
 
 
 def _wrong(kind: Any, value: Any, name: str) -> ValueError:
-    told = kind.__name__ if isinstance(kind, type) else str(kind).replace("collections.abc.", "")
-    return ValueError(f"{name}: {value!r} came, expected a value of type {told}.")
+    wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("collections.abc.", "")
+    return ValueError(f"{name}: {value!r} came, expected a value of type {wanted}.")

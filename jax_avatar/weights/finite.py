@@ -1,4 +1,4 @@
-"""A fast look for NaN and infinity in weights, on the host and on devices."""
+"""Fast search for NaN and infinity in weights, on the host and on devices."""
 
 from collections.abc import Mapping
 

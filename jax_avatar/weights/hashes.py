@@ -35,7 +35,7 @@ def content_hash(folder: str | Path, name: str) -> str:
 
 
 def base_hash(folder: str | Path) -> str:
-    """A hash that tells two bases apart, from some numbers of every weight.
+    """Hash that distinguishes bases, from some numbers of every weight.
 
     It does not depend on the kind of file. The motion packer, which training may drop, is left out.
 

@@ -36,7 +36,7 @@ _MOST_HEADER_BYTES = 100_000_000  # as of the format's own library
 
 
 SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-"""Type -> what safetensors calls it."""
+"""Type -> its name in safetensors."""
 
 
 class SafetensorsFile(Mapping):
@@ -93,12 +93,12 @@ class SafetensorsFile(Mapping):
         expected = self._start + (places[-1][1] if places else 0)
         if size < expected:
             raise BrokenFile(
-                f"{self.path} is cut off: it has {size} bytes, its header tells of {expected}; "
+                f"{self.path} is cut off: it has {size} bytes, its header expects {expected}; "
                 "download or copy it again."
             )
         if size > expected:
             raise BrokenFile(
-                f"{self.path} has {size} bytes, its header tells of {expected}; download or copy "
+                f"{self.path} has {size} bytes, its header expects {expected}; download or copy "
                 "it again."
             )
 

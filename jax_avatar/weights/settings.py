@@ -33,8 +33,8 @@ class StreamSettings(Sampling):
         warmup_latents: latents of the still portrait decoded before the stream, and thrown away.
         decode_latents: latents that are decoded at once; None decodes whole blocks. With fewer the
             first frames of a block are there sooner, and more programs are started.
-        portrait_error: reconstruction error (RMS, pixels in [-1, 1]) above which a portrait is
-            unlike anything the model has seen; 0 never says so.
+        portrait_error: reconstruction error (RMS, pixels in [-1, 1]) above which a portrait
+            triggers a warning, as unlike the training data; 0 disables it.
         audio_window: "rolling", audio is encoded block by block as it comes, or "whole", all of it
             at once after its end, as the official pipelines treat files.
         speech_device: where audio is encoded: "host", a CPU device of its own, or "vae", with the
@@ -88,20 +88,20 @@ class StreamSettings(Sampling):
             )
         return latents
 
-    def check_training(self, told: "StreamSettings") -> None:
+    def check_training(self, changed: "StreamSettings") -> None:
         """Refuses to stream a model otherwise than it was trained.
 
         Args:
-            told: the settings to stream with.
+            changed: the settings to stream with.
 
         Raises:
             ValueError: their noise levels, sampler, history or audio context are others.
         """
-        wrong = [name for name in _TRAINED if getattr(self, name) != getattr(told, name)]
+        wrong = [name for name in _TRAINED if getattr(self, name) != getattr(changed, name)]
         if wrong:
             of = lambda settings: ", ".join(f"{n} {getattr(settings, n)}" for n in wrong)  # noqa: E731
             raise ValueError(
-                f"the model was trained with {of(self)}; the stream was told {of(told)}. Leave "
+                f"the model was trained with {of(self)}; this stream has {of(changed)}. Leave "
                 f"stream.{wrong[0]} as the model has it, or, for an ablation, pass --force_sampler "
                 "(force_sampler=True)."
             )

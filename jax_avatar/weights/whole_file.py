@@ -1,4 +1,4 @@
-"""Files that a download or a copy left unfinished, named as such before anybody reads them."""
+"""Detection of incomplete files: cut downloads, pointers to large files, error pages."""
 
 import json
 import re
@@ -23,7 +23,7 @@ class BrokenFile(ValueError):
 
 
 def check_whole(path: str | Path, *, is_text: bool = False) -> int:
-    """Looks at the first bytes of a file.
+    """Checks the first bytes of a file.
 
     Args:
         path: of the file.
@@ -53,7 +53,7 @@ def check_whole(path: str | Path, *, is_text: bool = False) -> int:
 
 
 def content_kind(path: str | Path) -> str:
-    """Another format that the first bytes of a file tell, or ""."""
+    """Another format, recognised by the first bytes of a file, or ""."""
     with open(path, "rb") as file:
         head = file.read(8)
     return next((kind for mark, kind in _CONTENT if head.startswith(mark)), "")

@@ -66,10 +66,10 @@ def test_rounded_weights_are_stored_as_they_are(folder, weights):
 
 
 @pytest.mark.parametrize(
-    ("stored", "told", "message"),
+    ("stored", "changed", "message"),
     [
-        ({}, {"sigmas": (1.0, 0.5, 0.0)}, r"sigmas \(1.0, 0.75.*told sigmas \(1.0, 0.5, 0.0\)"),
-        ({}, {"sampler": "renoise"}, "trained with sampler euler; .* told sampler renoise"),
+        ({}, {"sigmas": (1.0, 0.5, 0.0)}, r"sigmas \(1.0, 0.75.*has sigmas \(1.0, 0.5, 0.0\)"),
+        ({}, {"sampler": "renoise"}, "trained with sampler euler; this stream has sampler renoise"),
         ({"refresh": "clean"}, {"refresh": "none"}, "trained with refresh clean; .* refresh none"),
         ({}, {"refresh": "fixed"}, "trained with refresh none; .* refresh fixed"),
         ({"cache": "exit_only"}, {"cache": "per_step"}, "cache exit_only; .* cache per_step"),
@@ -82,15 +82,15 @@ def test_rounded_weights_are_stored_as_they_are(folder, weights):
     ],
 )
 def test_a_stream_unlike_the_training_is_refused_unless_it_is_forced(
-    tmp_path, stored, told, message
+    tmp_path, stored, changed, message
 ):
     stream = {"fps": 16, "size": [64, 64], "sigmas": [1.0, 0.75, 0.5, 0.0], **stored}
     content = {"name": "n", "dit": "wan_s2v", "vae": "light", "speech": "mel", "stream": stream}
     save_json(tmp_path / "config.json", content)
     with pytest.raises(ValueError, match=f"{message}.*--force_sampler"):
-        load_settings(tmp_path, **told)
-    forced = load_settings(tmp_path, force_sampler=True, **told)
-    assert {name: getattr(forced, name) for name in told} == told
+        load_settings(tmp_path, **changed)
+    forced = load_settings(tmp_path, force_sampler=True, **changed)
+    assert {name: getattr(forced, name) for name in changed} == changed
     same = load_settings(tmp_path, sink_distance=(3, 3), **stored)  # nothing that was trained
     assert same.sigmas == (1.0, 0.75, 0.5, 0.0) and same.sink_distance == (3, 3)
 
