@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import NANO, emit, environment, measure, quantiles
+from benchmarks.common import emit, environment, measure, quantiles
 from benchmarks.dit_step import Step, random_inputs
 from benchmarks.vae_decode import TINY, Decoding
 from benchmarks.yardstick_torch import load_torch, step_inputs
@@ -33,6 +33,7 @@ from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.network import flatten
 from jax_avatar.streaming.sampler import make_prefill
+from jax_avatar.testing import NANO
 from launch import cli
 
 MIDDLE = DiTConfig(
@@ -50,7 +51,7 @@ MIDDLE = DiTConfig(
 
 SIZES = {
     False: (MIDDLE, (24, 24), WanVAEConfig(dim=32), (12, 12)),
-    True: (NANO.replace(framepack=True), (8, 8), TINY, (8, 8)),
+    True: (NANO, (8, 8), TINY, (8, 8)),
 }
 _TOLERANCE = 1e-3
 _PAUSE = 0.3  # seconds, for threads that wait in a loop to fall asleep

@@ -1,6 +1,5 @@
 """Helpers of the benchmarks: environment, statistics of times, random models, a voice."""
 
-import dataclasses
 import json
 import os
 import platform
@@ -19,17 +18,14 @@ import numpy as np
 from flax import nnx
 
 from jax_avatar.io.audio import AudioReader
-from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.dit import DiT
 from jax_avatar.models.network import Network
 from jax_avatar.models.portrait_dit import PortraitDiT
-from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
-from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
-from jax_avatar.weights.files import save_json, save_weights
+from jax_avatar.models.speech.mel import SpeechConfig
+from jax_avatar.models.vae.light import LightVAEConfig
+from jax_avatar.testing import NANO, make_network, save_model, save_networks
 from jax_avatar.weights.folder import SMALL, AvatarModel, load_model
 
 __all__ = [
-    "NANO",
     "SMALL_CONFIG",
     "emit",
     "environment",
@@ -48,26 +44,9 @@ __all__ = [
 ROOT = Path(__file__).parents[1]
 DEMO = SMALL.parent / "demo.flac"
 
-NANO = DiTConfig(
-    width=24,
-    ffn_width=32,
-    num_heads=2,
-    num_layers=2,
-    freq_width=8,
-    text_width=4,
-    text_len=3,
-    latent_channels=4,
-    pose_channels=4,
-    audio_width=6,
-    audio_layers=2,
-    num_audio_tokens=2,
+SMALL_CONFIG = NANO.replace(
     audio_history=1,
     framepack=False,
-    zero_init=False,
-)
-"""The smallest transformer with every part: 16 latent tokens a frame at 64x64 pixels."""
-
-SMALL_CONFIG = NANO.replace(
     width=192,
     ffn_width=768,
     num_heads=4,
@@ -224,36 +203,18 @@ def save_random_model(folder: str | Path, size: str = "nano") -> Path:
     """Writes a model folder of random weights: "nano" 64x64, or the shape of "small" 96x96."""
     if size not in ("nano", "small"):
         raise ValueError(f"random model {size!r} is unknown; nano or small are known.")
-    folder = Path(folder)
     if size == "nano":
-        config, build, kind, pixels = NANO, DiT, "wan_s2v", 64
-        speech = SpeechConfig(bands=8, width=6, dilations=(1,))
-        vae = LightVAEConfig(
-            z_dim=4, latent_width=8, frame_width=8, stem_width=8, latent_blocks=1, frame_blocks=1
-        )
-    else:
-        config, build, kind, pixels = SMALL_CONFIG, PortraitDiT, "portrait", 96
-        speech, vae = SpeechConfig(), LightVAEConfig()
-    params = random_weights(lambda: build(config, rngs=nnx.Rngs(0)))
-    # The head starts at zero, which would make the velocity independent of everything.
-    kernel = params["head"]["kernel"]
-    params["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
-    fields = dataclasses.asdict(config) | {"dtype": "float32", "param_dtype": "float32"}
-    save_weights(folder, "dit", params, fields)
-    params = random_weights(lambda: LightVAE(vae, rngs=nnx.Rngs(1)))
-    save_weights(folder, "vae", params, dataclasses.asdict(vae))
-    params = random_weights(lambda: SpeechEncoder(speech, rngs=nnx.Rngs(2)))
-    save_weights(folder, "speech", params, dataclasses.asdict(speech))
+        return save_model(folder, name="random-nano")
     stream = {
         "fps": 16,
-        "size": [pixels, pixels],
+        "size": [96, 96],
         "sigmas": [1.0, 0.9, 0.75, 0.5, 0.0],
         "pose": "reference",
         "warmup_latents": 2,
     }
-    content = {"name": f"random-{size}", "dit": kind, "vae": "light", "speech": "mel"}
-    save_json(folder / "config.json", content | {"stream": stream})
-    return folder
+    dit = make_network(SMALL_CONFIG, kind=PortraitDiT)
+    networks = (dit, SpeechConfig(), LightVAEConfig())
+    return save_networks(folder, "random-small", *networks, stream, kind="portrait")
 
 
 def random_weights(build: Callable[[], nnx.Module]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.common import NANO, SMALL_CONFIG, emit, environment, measure, quantiles
+from benchmarks.common import SMALL_CONFIG, emit, environment, measure, quantiles
 from benchmarks.device import (
     custom_calls,
     latent_grid,
@@ -46,10 +46,11 @@ from jax_avatar.models.sharding import kv_sharding
 from jax_avatar.planning.stream import compute_bound, step_flops
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import make_prefill, make_step
+from jax_avatar.testing import NANO
 from launch import cli
 
 CONFIGS: dict[str, tuple[Callable, Callable[[], DiTConfig], str]] = {
-    "nano": (DiT, lambda: NANO, "64*64"),
+    "nano": (DiT, lambda: NANO.replace(framepack=False), "64*64"),
     "small": (PortraitDiT, lambda: SMALL_CONFIG, "96*96"),
     "14b": (DiT, wan_s2v_14b, "384*704"),
 }

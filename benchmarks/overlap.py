@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.common import NANO, emit, environment, random_weights
+from benchmarks.common import emit, environment, random_weights
 from jax_avatar.layout import make_mesh, parse_layout
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
@@ -37,6 +37,7 @@ from jax_avatar.models.params import abstract
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
+from jax_avatar.testing import NANO
 from launch import cli
 
 CORES = {"sequential": 1, "pipelined": 2}
@@ -57,9 +58,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def mid_size(width: int, layers: int) -> DiTConfig:
     """A transformer large enough that a step outweighs its dispatch."""
-    return NANO.replace(
-        width=width, ffn_width=4 * width, num_heads=max(1, width // 64), num_layers=layers
-    )
+    heads = max(1, width // 64)
+    size = {"width": width, "ffn_width": 4 * width, "num_heads": heads, "num_layers": layers}
+    return NANO.replace(**size, framepack=False, audio_history=1)
 
 
 def make_stream(kind: str, config: DiTConfig, grid: int):

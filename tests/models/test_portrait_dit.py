@@ -7,7 +7,6 @@ from flax import nnx
 
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.conditions import Conditions
-from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.network import Network
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.speech.tokens import (
@@ -15,24 +14,9 @@ from jax_avatar.models.speech.tokens import (
     CausalAudioEncoder,
     NormalisedAudioEncoder,
 )
+from jax_avatar.testing import NANO
 
-CONFIG = DiTConfig(
-    width=24,
-    ffn_width=48,
-    num_heads=2,
-    num_layers=2,
-    freq_width=32,
-    text_width=4,
-    text_len=2,
-    latent_channels=4,
-    pose_channels=4,
-    audio_width=6,
-    audio_layers=2,
-    audio_inject_layers=(0,),
-    audio_history=1,
-    framepack=False,
-    zero_init=False,
-)
+CONFIG = NANO.replace(audio_history=1, framepack=False)
 
 
 KEY = jax.random.key(3)

@@ -9,31 +9,15 @@ import pytest
 from jax_avatar.data.encode import mouth_cells
 from jax_avatar.data.latents import LatentClips
 from jax_avatar.models.conditions import Conditions
-from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.portrait_dit import PortraitDiT
+from jax_avatar.testing import NANO
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
 from jax_avatar.training.stages.mouth_reader import fit_mouth_reader
 
-MODEL = DiTConfig(
-    width=24,
-    ffn_width=48,
-    num_heads=2,
-    num_layers=2,
-    freq_width=32,
-    text_width=4,
-    text_len=2,
-    latent_channels=4,
-    pose_channels=4,
-    audio_width=6,
-    audio_layers=2,
-    audio_inject_layers=(0,),
-    audio_history=1,
-    framepack=False,
-    zero_init=False,
-)
+MODEL = NANO.replace(audio_history=1, framepack=False)
 KEY = jax.random.key(11)
 SETTINGS = ForcingConfig(
     batch_size=2, latents=6, shift=2.0, shared_share=0.5, smallest_sigma=0.4,

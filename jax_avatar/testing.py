@@ -1,0 +1,166 @@
+"""The smallest networks that still have every part, for tests and benchmarks."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_avatar.models.conditions import Conditions
+from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.dit import DiT
+from jax_avatar.models.network import Network
+from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
+from jax_avatar.weights.files import save_json, save_weights
+
+__all__ = [
+    "GRID",
+    "NANO",
+    "make_audio",
+    "make_conditions",
+    "make_latents",
+    "make_network",
+    "save_model",
+    "save_networks",
+]
+
+NANO = DiTConfig(
+    width=24,
+    ffn_width=32,
+    num_heads=2,
+    num_layers=2,
+    freq_width=8,
+    text_width=4,
+    text_len=3,
+    latent_channels=4,
+    pose_channels=4,
+    audio_width=6,
+    audio_layers=2,
+    num_audio_tokens=2,
+    zero_init=False,
+)
+"""Size of the transformer."""
+
+GRID = (8, 8)
+"""Latent rows and columns: every pool of the motion packer has a token."""
+
+
+def make_network(config: DiTConfig = NANO, seed: int = 0, kind: type[DiT] = DiT) -> Network:
+    """A transformer of random weights, the head's included (it starts at zero)."""
+    network = Network.of(kind(config, rngs=nnx.Rngs(seed)))
+    kernel = network.params["head"]["kernel"]
+    network.params["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(seed), kernel.shape)
+    return network
+
+
+def make_conditions(config: DiTConfig = NANO, batch: int = 1, seed: int = 1) -> Conditions:
+    """Random portrait, prompt and pose; motion where the network packs it."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    latent = (batch, 1, *GRID, config.latent_channels)
+    motion = (batch, 19, *GRID, config.latent_channels)
+    pose = (batch, config.frames_per_block, *GRID, config.pose_channels)
+    return Conditions(
+        text=jax.random.normal(keys[0], (batch, 2, config.text_width)),
+        reference=jax.random.normal(keys[1], latent),
+        motion=jax.random.normal(keys[2], motion) if config.framepack else None,
+        pose=jax.random.normal(keys[3], pose),
+    )
+
+
+def make_audio(blocks: int, config: DiTConfig = NANO, speakers: int = 1, seed: int = 2):
+    """Random speech features, one array per block."""
+    frames = 4 * config.frames_per_block
+    shape = (blocks, 1, speakers, frames, config.audio_layers, config.audio_width)
+    return np.asarray(jax.random.normal(jax.random.key(seed), shape))
+
+
+def make_latents(frames: int, config: DiTConfig = NANO, batch: int = 1, seed: int = 3):
+    """Random latents of a clip."""
+    shape = (batch, frames, *GRID, config.latent_channels)
+    return jnp.asarray(jax.random.normal(jax.random.key(seed), shape))
+
+
+def save_model(
+    folder: str | Path,
+    *,
+    name: str = "nano",
+    speech: str = "mel",
+    framepack: bool = False,
+    **stream: Any,
+) -> Path:
+    """Writes a model folder of random nano networks, with pixels as `GRID` says.
+
+    Args:
+        folder: where to.
+        name: of the model.
+        speech: kind of its front end; "wav2vec2" makes 25 frames per second, "mel" 16.
+        framepack: the transformer has the motion packer.
+        **stream: settings other than these.
+    """
+    if speech == "wav2vec2":
+        front_end = Wav2Vec2Config(
+            width=6, num_layers=1, num_heads=2, ffn_width=8, conv_widths=(4,) * 7,
+            position_kernel=16, position_groups=2, look_back_s=0.96,
+        )  # fmt: skip
+    else:
+        front_end = SpeechConfig(bands=8, width=6, dilations=(1,))
+    vae = LightVAEConfig(
+        z_dim=4, latent_width=8, frame_width=8, stem_width=8, latent_blocks=1, frame_blocks=1
+    )
+    settings = {
+        "fps": front_end.fps,
+        "size": [8 * GRID[0], 8 * GRID[1]],
+        "sigmas": [1.0, 0.75, 0.5, 0.25, 0.0],
+        "aas_after_blocks": 4,
+        "sink_distance": [16, 16],
+        "pose": "reference",
+        "warmup_latents": 2,
+    }
+    dit = make_network(NANO.replace(framepack=framepack))
+    return save_networks(folder, name, dit, front_end, vae, settings | stream)
+
+
+def save_networks(
+    folder: str | Path,
+    name: str,
+    dit: Network,
+    speech: SpeechConfig | Wav2Vec2Config,
+    vae: LightVAEConfig,
+    stream: dict[str, Any],
+    *,
+    kind: str = "wan_s2v",
+) -> Path:
+    """Writes a model folder in float32; speech encoder and VAE get random weights.
+
+    Args:
+        folder: where to.
+        name: of the model.
+        dit: the transformer.
+        speech: size of the speech encoder.
+        vae: size of the VAE.
+        stream: settings of streaming.
+        kind: of the transformer.
+    """
+
+    def save(part, config, params):
+        fields = dataclasses.asdict(config)
+        fields |= {key: "float32" for key in ("dtype", "param_dtype") if key in fields}
+        save_weights(folder, part, params, fields)
+
+    is_mel = isinstance(speech, SpeechConfig)
+    if is_mel:
+        encoder = Network.of(SpeechEncoder(speech, rngs=nnx.Rngs(6)))
+    else:
+        encoder = Network.of(jax.jit(lambda: Wav2Vec2(speech, rngs=nnx.Rngs(6)))())
+    save("dit", dit.config, dit.params)
+    save("vae", vae, Network.of(LightVAE(vae, rngs=nnx.Rngs(5))).params)
+    save("speech", speech, encoder.params)
+    kinds = {"dit": kind, "vae": "light", "speech": "mel" if is_mel else "wav2vec2"}
+    folder = Path(folder)
+    save_json(folder / "config.json", {"name": name, **kinds, "stream": stream})
+    return folder
