@@ -194,15 +194,15 @@ class DiT(TokenEmbedding):
             The velocity, and the window with this block in it.
         """
         n = _num_tokens(noisy)
-        num_cond = sink.key.shape[2]
-        window = position.slot * n + num_cond
-        length = num_cond + position.filled * n
+        num_sink = sink.key.shape[2]
+        window = position.slot * n + num_sink
+        length = num_sink + position.filled * n
 
-        def look(query, own, cond, index, carry):
-            keys = write(carry[0], cond[0], index)
-            keys = write(keys, own[0], index, 0, window)
-            values = write(carry[1], cond[1], index)
-            values = write(values, own[1], index, 0, window)
+        def look(query, block_kv, sink_kv, index, carry):
+            keys, values = (
+                write(write(slots, of_sink, index), of_block, index, 0, window)
+                for slots, of_sink, of_block in zip(carry, sink_kv, block_kv, strict=True)
+            )
             key, value = keys[index], values[index]
             seen = attend(query, key, value, key_length=length, kernel=self.config.attention)
             return seen, (keys, values), None
@@ -242,13 +242,13 @@ class DiT(TokenEmbedding):
         n = _num_tokens(noisy)
         length = sink.key.shape[2] + position.filled * n
 
-        def look(query, own, cond, index, carry):
+        def look(query, block_kv, sink_kv, index, carry):
             key, value = (
-                jnp.concatenate([c, o, p.astype(o.dtype)], axis=1)
-                for c, o, p in zip(cond, own, past(index), strict=True)
+                jnp.concatenate([of_sink, of_block, of_past.astype(of_block.dtype)], axis=1)
+                for of_sink, of_block, of_past in zip(sink_kv, block_kv, past(index), strict=True)
             )
             seen = attend(query, key, value, key_length=length, kernel=self.config.attention)
-            return seen, carry, own
+            return seen, carry, block_kv
 
         velocity, _, (key, value) = self._one_block(
             noisy, timestep, conditions, sink, position, look, None
@@ -330,17 +330,17 @@ class DiT(TokenEmbedding):
     def _one_block(self, noisy, timestep, conditions, sink, position, look, carry):
         """One block of a stream; `look` decides what it sees.
 
-        `look(query, own, cond, layer, carry) -> (seen, carry, kept)`: `own` and `cond` are keys,
-        rotated, and values of the block and of the sink.
+        `look(query, block_kv, sink_kv, layer, carry) -> (seen, carry, kept)`: both are keys,
+        rotated, and values.
         """
         config, (_, t, h, w, _) = self.config, noisy.shape
         embedding, time_rows = self._time(timestep)
         pose = self._pose_of(conditions, t)
         x = self.noisy_tokens(noisy, pose)
         positions = TokenPositions(config, (h, w), config.half_rotary)
-        own = positions.frames(position.frame)
-        cond = positions.sink(position.reference, sink.groups)
-        for name, rotation in (("noisy", own), ("cond", cond)):
+        block_at = positions.frames(position.frame)
+        sink_at = positions.sink(position.reference, sink.groups)
+        for name, rotation in (("noisy", block_at), ("cond", sink_at)):
             tap(f"rope_{name}_cos", rotation.cos)
             tap(f"rope_{name}_sin", rotation.sin)
         inject = self._injection(conditions, t, "clip")
@@ -351,9 +351,9 @@ class DiT(TokenEmbedding):
 
             def self_attention(query, key, value):
                 seen, carried, kept = look(
-                    rotate(query, own),
-                    (rotate(key, own), value),
-                    (rotate(sink_key, cond), sink_value),
+                    rotate(query, block_at),
+                    (rotate(key, block_at), value),
+                    (rotate(sink_key, sink_at), sink_value),
                     index,
                     carry,
                 )

@@ -229,7 +229,7 @@ INVARIANTS = (
             "sink_frame(config, size * block, sink_distance)\n    frames",
             invariants("moving_everything_in_time_changes_nothing")),
     Mistake(10, "only queries are turned", "models/dit.py",
-            "(rotate(key, own), value)", "(key, value)",
+            "(rotate(key, block_at), value)", "(key, value)",
             invariants("moving_everything_in_time_changes_nothing")),
     Mistake(10, "in the training form only the reference moves", "models/tokens.py",
             "at(first + jnp.arange(t))", "at(jnp.arange(t))",
