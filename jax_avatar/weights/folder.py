@@ -137,14 +137,14 @@ def load_text_encoder(folder: str | Path) -> Network:
 
 def export_model(
     folder: str | Path,
-    source: str,
+    source: str | Path,
     params: PyTree,
     config: DiTConfig,
     metadata: Mapping[str, Any],
     *,
     stream: Mapping[str, Any],
     name: str = "",
-    others: Mapping[str, str] | None = None,
+    others: Mapping[str, str | Path] | None = None,
     adapter: tuple[PyTree, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes a model folder around a trained transformer: `config.json` and all its networks.

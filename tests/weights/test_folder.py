@@ -1,18 +1,26 @@
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
 from jax_avatar.models.lora import add_adapter, init_adapter
 from jax_avatar.models.network import flatten
-from jax_avatar.weights.files import load_weights, save_json
-from jax_avatar.weights.folder import load_model, load_settings
+from jax_avatar.weights.files import load_weights, save_json, save_weights
+from jax_avatar.weights.folder import export_model, load_model, load_settings
+from jax_avatar.weights.networks import kind_of, load_network
 from jax_avatar.weights.settings import add_to_config
 from tests.nano import save_model, save_orbax
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("saved"))
+
+
 @pytest.fixture
-def folder(tmp_path):
-    return save_model(tmp_path / "model")
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
 
 
 def nbytes(params):
@@ -93,6 +101,22 @@ def test_a_stream_unlike_the_training_is_refused_unless_it_is_forced(
     assert {name: getattr(forced, name) for name in changed} == changed
     same = load_settings(tmp_path, sink_distance=(3, 3), **stored)  # nothing that was trained
     assert same.sigmas == (1.0, 0.75, 0.5, 0.0) and same.sink_distance == (3, 3)
+
+
+def test_a_network_alone_is_known_by_its_fields_and_exported_by_its_kind(folder, tmp_path):
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    alone.mkdir()
+    for part in ("vae", "speech"):
+        shutil.move(folder / f"{part}.safetensors", alone)
+    assert (kind_of(alone, "vae"), kind_of(alone, "speech")) == ("light", "mel")
+    # The folder's own networks were of other kinds.
+    add_to_config(folder, {"vae": "wan", "speech": "wav2vec2"})
+    dit, others = load_network(folder, "dit", "wan_s2v"), {"vae": alone, "speech": alone}
+    export_model(out, folder, dit.params, dit.config, {}, stream={"fps": 16}, others=others)
+    assert load_model(out).settings == load_settings(folder)
+    save_weights(alone, "vae", {"w": np.ones(2, np.float32)}, {"nose": 1})
+    with pytest.raises(ValueError, match=f"vae in {alone} is none of light, wan; pass the folder"):
+        kind_of(alone, "vae")
 
 
 def test_a_network_is_not_streamed_below_its_smallest_level(tmp_path):
