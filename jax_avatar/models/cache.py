@@ -1,4 +1,4 @@
-"""Streaming state: the sink, and one rolling window of keys and values per denoising step.
+"""Keys and values of the past: sink and rolling windows of a stream, history of a rollout.
 
     key slots:  | sink, rotated anew every call | block | block | block | block |
                   never rolls out                 oldest is overwritten
@@ -6,6 +6,7 @@
 Filled slots are always a prefix, so attention needs a length and no mask.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,9 @@ from jax_avatar.shapes import Array, IntScalar
 
 __all__ = [
     "BlockPosition",
+    "History",
     "KVCache",
+    "Past",
     "Sink",
     "block_position",
     "empty_cache",
@@ -28,6 +31,10 @@ __all__ = [
     "sink_frame",
     "write",
 ]
+
+
+Past = Callable[[IntScalar], tuple[Array, Array]]
+"""Number of a layer -> keys and values of earlier blocks, `[b s m e]` each, filled ones first."""
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +63,60 @@ class KVCache:
 
     key: Any  # l b s m e, rotated
     value: Any  # l b s m e
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class History:
+    """Keys and values of the past blocks of a rollout, in slots of whole blocks.
+
+    Block `g` is in slot `g % w`: all blocks of a clip, or a ring of the last ones. Layers only read
+    it, one after the other: a window that is carried through them, as in a stream, would be kept
+    once per layer for their gradient.
+
+    With an axis of steps in front, every denoising step has a ring of its own.
+    """
+
+    key: Any  # w l b n m e, or i w l b n m e; rotated
+    value: Any
+
+    @classmethod
+    def empty(cls, slots: tuple[int, ...], block: tuple[int, ...], dtype: Any) -> "History":
+        """A history with nothing in it.
+
+        Args:
+            slots: their number, after that of the steps if each has its own.
+            block: shape of a block's keys, `l b n m e`.
+            dtype: of the numbers.
+        """
+        zeros = jnp.zeros((*slots, *block), dtype)
+        return cls(zeros, zeros)
+
+    def append(self, block: KVCache, number: IntScalar, step: IntScalar | None = None) -> "History":
+        """The history with one more block.
+
+        Args:
+            block: its keys and values, `[l b n m e]`.
+            number: of the block.
+            step: whose ring it enters, where each has its own.
+        """
+        slots = self.key.shape[-6]
+        if not slots:
+            return self
+        index = (*(() if step is None else (step,)), number % slots)
+        return History(write(self.key, block.key, *index), write(self.value, block.value, *index))
+
+    def last(self, count: int, number: IntScalar, step: IntScalar | None = None) -> Past:
+        """Keys and values of the `count` blocks before block `number`; arguments as in `append`."""
+        # A ring of `count` slots is read whole: slices start within it in any case.
+        first = jnp.maximum(number - count, 0)
+        index = (*(() if step is None else (step,)), first)
+
+        def past(layer):
+            parts = (self.key, self.value)
+            return tuple(_tokens(_layer_of(part, index, count, layer)) for part in parts)
+
+        return past
 
 
 @jax.tree_util.register_dataclass
@@ -177,3 +238,21 @@ def empty_cache(config: DiTConfig, batch: int, height: int, width: int) -> KVCac
     slots = config.cond_tokens(height, width) + config.ring_frames * tokens
     shape = (config.num_layers, batch, slots, config.num_heads, config.head_dim)
     return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def _layer_of(blocks, first, count, layer):
+    """`[.. w l b n m e]` -> some blocks of one layer, `[.. w b n m e]`.
+
+    One slice inside the scan over layers, not one of the step before: what does not depend on the
+    layer is moved out of the scan, and would be a copy of the window of all layers.
+    """
+    axis = len(first)  # of layers
+    starts = [jnp.int32(i) for i in (*first, layer)] + [jnp.int32(0)] * (blocks.ndim - axis - 1)
+    sizes = (*[1] * (axis - 1), count, 1, *blocks.shape[axis + 1 :])
+    return jnp.squeeze(jax.lax.dynamic_slice(blocks, starts, sizes), axis)
+
+
+def _tokens(blocks):
+    """`[.. w b n m e]`, one of what is in front, -> `[b (w n) m e]`."""
+    w, b, n, *heads = blocks.shape[-5:]
+    return jnp.moveaxis(blocks.reshape(w, b, n, *heads), 0, 1).reshape(b, w * n, *heads)

@@ -9,7 +9,6 @@
 All forms run the same layers. The network predicts the velocity `noise - clean`.
 """
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -19,7 +18,7 @@ from flax import nnx
 
 from jax_avatar.models.attention import attend, block_causal_mask
 from jax_avatar.models.block import Block, run_layers
-from jax_avatar.models.cache import BlockPosition, KVCache, Sink, write
+from jax_avatar.models.cache import BlockPosition, KVCache, Past, Sink, write
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.layers import (
@@ -46,7 +45,6 @@ from jax_avatar.shapes import Array, Float, Int, IntScalar, Latent, TextStates, 
 
 __all__ = ["LAST_FRAME", "MOTION_LATENTS", "DiT"]
 
-Past = Callable[[Array], tuple[Array, Array]]
 Frame = Int[Array, " b"] | IntScalar
 
 

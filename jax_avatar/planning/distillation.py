@@ -9,6 +9,7 @@ layers of a block or of the critic's clip, and one layer's insides.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,16 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import abstract
-from jax_avatar.models.sharding import clip_axes, on_mesh
+from jax_avatar.models.sharding import clip_axes
 from jax_avatar.planning.hardware import Hardware
 from jax_avatar.planning.programs import AbstractModel, Program, compile_program, placed_bytes
 from jax_avatar.planning.quantities import DeviceUse, Figure, Needs
 from jax_avatar.planning.training import placed, summed_over_replicas, training_devices
-from jax_avatar.training.distill_state import DistillConfig, Told
-from jax_avatar.training.distillation import make_distiller
-from jax_avatar.training.rollout import RolloutConfig
+from jax_avatar.training.distill_state import ClipBatch, DistillConfig
+from jax_avatar.training.distillation import compiled_updates, make_distillation, start
+from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.placement import abstract_on, clip_devices
 from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.weights.kinds import KINDS
@@ -60,12 +62,12 @@ def distillation_programs(
     build = KINDS["dit"][model.dit.metadata["kind"]].network
     base = abstract(lambda: build(config, rngs=nnx.Rngs(0)))[1]
     loop = LoopConfig(num_steps=1000, betas=(0.0, 0.999))
-    distiller = make_distiller(build, config, rollout, settings, loop)
+    setup = make_distillation(build, config, rollout, settings, loop)
     trained = settings.trained(base)
-    state = abstract_on(mesh, jax.eval_shape(distiller.start, trained, trained))
+    state = abstract_on(mesh, jax.eval_shape(functools.partial(start, setup), trained, trained))
     base = abstract_on(mesh, base)
     key = placed(jax.random.key(0), NamedSharding(mesh, PartitionSpec()))
-    arguments = (state, _told(config, grid, settings, mesh), key, base)
+    arguments = (state, _batch(config, grid, settings, mesh), key, base)
     held = {
         "frozen base": base,
         "generator and critic": (state.generator, state.critic),
@@ -74,14 +76,8 @@ def distillation_programs(
     }
     platform = mesh.devices.flat[0].platform
     return [
-        Program(
-            f"{role}'s update",
-            jax.jit(on_mesh(getattr(distiller, f"update_{role}"), mesh), donate_argnums=0),
-            arguments,
-            platform,
-            held,
-        )
-        for role in ("generator", "critic")
+        Program(f"{role}'s update", update, arguments, platform, held)
+        for role, update in compiled_updates(setup, mesh).items()
     ]
 
 
@@ -171,7 +167,7 @@ def plan_distillation(
     return Needs(compiled_for, tuple(uses), figures, 0, advice, seconds, remarks)
 
 
-def _told(config, grid, settings, mesh) -> Told:
+def _batch(config, grid, settings, mesh) -> ClipBatch:
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((settings.batch_size, *shape), dtype)
 
@@ -179,5 +175,8 @@ def _told(config, grid, settings, mesh) -> Told:
     portrait = array(1, *grid, config.latent_channels)
     features = array(1, 4 * settings.latents, config.audio_layers, config.audio_width)
     pose = array(1, *grid, config.pose_channels)
-    told = Told(text, text, portrait, features, pose, array(dtype=jnp.int32))
-    return placed(told, NamedSharding(mesh, PartitionSpec(clip_axes(mesh.shape))))
+    conditions = Conditions(
+        text=text, null_text=text, reference=portrait, audio=features, pose=pose
+    )
+    batch = ClipBatch(conditions, array(dtype=jnp.int32))
+    return placed(batch, NamedSharding(mesh, PartitionSpec(clip_axes(mesh.shape))))

@@ -5,6 +5,7 @@ settings --> schedule: steps, learning rates, noise levels, batch
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jax_avatar.io.image import fit_size
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.params import abstract
 from jax_avatar.models.speech.mel import SpeechEncoder
@@ -23,8 +25,8 @@ from jax_avatar.models.vae.light import LightVAE
 from jax_avatar.planning.programs import Compiled, Program, compile_program
 from jax_avatar.planning.training import still_clips
 from jax_avatar.shapes import PyTree
-from jax_avatar.training.distill_state import Told
-from jax_avatar.training.distillation import make_distiller
+from jax_avatar.training.distill_state import ClipBatch
+from jax_avatar.training.distillation import compiled_updates, make_distillation, start
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, compiled_step, learning_rate, make_optimiser
 from jax_avatar.training.stages.build import read_sections
@@ -151,8 +153,8 @@ class _Plan:
         if not is_dmd:
             self._hold(jax.eval_shape(self._started, trained))
             return
-        self.distiller = make_distiller(self.kind, model, sections["rollout"], task, loop)
-        self._hold(jax.eval_shape(self.distiller.start, trained, trained))
+        self.setup = make_distillation(self.kind, model, sections["rollout"], task, loop)
+        self._hold(jax.eval_shape(functools.partial(start, self.setup), trained, trained))
 
     def programs(self) -> Iterator[Program]:
         """The compiled parts of a step."""
@@ -168,12 +170,11 @@ class _Plan:
             arguments = (self.state, batch, key, self.base)
             yield Program("step", compiled_step(made, self.loop), arguments, platform, {})
             return
-        arguments = (self.state, self._told(), key, self.base)
-        for role in ("generator", "critic"):
-            update = jax.jit(getattr(self.distiller, f"update_{role}"), donate_argnums=0)
+        arguments = (self.state, self._batch(), key, self.base)
+        for role, update in compiled_updates(self.setup).items():
             yield Program(f"{role}'s update", update, arguments, platform, {})
 
-    def _told(self) -> Told:
+    def _batch(self) -> ClipBatch:
         task, model = self.sections["task"], self.sections["model"]
 
         def array(*shape):
@@ -184,7 +185,10 @@ class _Plan:
         states = (1, 4 * task.latents, model.audio_layers, model.audio_width)
         pose = array(1, *self.grid, model.pose_channels)
         row = jax.ShapeDtypeStruct((task.batch_size,), jnp.int32)
-        return Told(text, text, still, array(*states), pose, row)
+        conditions = Conditions(
+            text=text, null_text=text, reference=still, audio=array(*states), pose=pose
+        )
+        return ClipBatch(conditions, row)
 
     def _started(self, params):
         return start_state(params, make_optimiser(self.loop))

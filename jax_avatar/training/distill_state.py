@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.shapes import PyTree
 from jax_avatar.training.adapters import AdapterConfig
 from jax_avatar.training.dmd import NORMALIZERS
 from jax_avatar.training.run.step import SCHEDULES
 
-__all__ = ["SCHEDULE_COUNTS", "DistillConfig", "DistillState", "Told"]
+__all__ = ["SCHEDULE_COUNTS", "ClipBatch", "DistillConfig", "DistillState"]
 
 SCHEDULE_COUNTS = ("steps", "updates")
 _COUNTS = ("batch_size", "generator_every", "latents", "monitor_every", "max_critic_steps")
@@ -111,6 +112,10 @@ class DistillConfig(AdapterConfig):
                 f"task.replay_limit {self.replay_limit} must not be negative; 0 takes the dtype's."
             )
 
+    def is_generator_step(self, step: int) -> bool:
+        """True if the generator is updated in a step, counted from 0."""
+        return (step + 1) % self.generator_every == 0
+
     def replay_limit_for(self, dtype: jnp.dtype) -> float:
         """The limit of `replay_error` for a compute type."""
         return self.replay_limit or (1e-3 if dtype == jnp.float32 else 1e-2)
@@ -132,7 +137,7 @@ class DistillState:
         generator_updates: that were made.
         critic_updates: that were made.
         guard: updates that were not, since something was not finite or too large.
-        watch: what the monitors have summed up.
+        watch: the monitors' sums; the name is that of stored checkpoints.
     """
 
     step: Any
@@ -155,21 +160,13 @@ class DistillState:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Told:
-    """Conditions of a batch, and the null condition for classifier-free guidance.
+class ClipBatch:
+    """Conditions of clips to generate, and their numbers.
 
     Attributes:
-        text: prompt states, `b p f`.
-        null_text: of the negative prompt.
-        reference: portraits' latents, `b 1 h w c`.
-        features: speech features, `b u T k a`; zeros in the null condition.
-        pose: pose latents of one latent frame, `b 1 h w c`.
-        row: number of each clip in the whole batch, `b`; with it goes the clip's chance.
+        conditions: with `null_text`; their pose is one latent frame, which holds for all.
+        row: number of each clip in the whole batch, `b`; with it go the clip's random numbers.
     """
 
-    text: Any
-    null_text: Any
-    reference: Any
-    features: Any
-    pose: Any
+    conditions: Conditions
     row: Any

@@ -16,7 +16,7 @@ from jax_avatar.planning.training import (
     training_devices,
     training_program,
 )
-from jax_avatar.training.rollout import RolloutConfig
+from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.stages.flow import ForcingConfig
 from tests.nano import CONFIG, GRID
 from tests.planning.test_stream import NANO

@@ -22,7 +22,7 @@ FILES = {
     "LightVAEConfig": "models/vae/light.py",
     "LoopConfig": "training/run/step.py",
     "MovedPortraitsConfig": "data/talking_people/moved_portraits.py",
-    "RolloutConfig": "training/rollout.py",
+    "RolloutConfig": "training/rollout_plan.py",
     "SamplerConfig": "training/teacher.py",
     "SpeechConfig": "models/speech/mel.py",
     "SpeechTaskConfig": "training/stages/speech.py",

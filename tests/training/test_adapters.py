@@ -13,7 +13,7 @@ from jax_avatar.layout import make_training_mesh
 from jax_avatar.models.lora import add_adapter
 from jax_avatar.models.params import flatten
 from jax_avatar.training.distill_state import DistillConfig
-from jax_avatar.training.rollout import RolloutConfig
+from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.placement import place_batch, place_state
 from jax_avatar.training.run.state import start_state

@@ -1,49 +1,59 @@
 """What critic and teacher are asked, and how strongly adapters act."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training import distillation
-from jax_avatar.training.distill_state import DistillConfig, Told
-from jax_avatar.training.distillation import Distiller
-from jax_avatar.training.rollout import Generator, RolloutConfig
-from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.models.conditions import Conditions
+from jax_avatar.training.distill_state import ClipBatch, DistillConfig
+from jax_avatar.training.scores import score_gradient
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False)
 KEY = jax.random.key(4)
 
 
-def asked_of(clips, told, monkeypatch):
-    """All that networks are asked: which one, the noisy clip, its level, what it is told."""
+@dataclasses.dataclass
+class Network:
+    """A score network that calls a function of its own."""
+
+    velocity: Callable
+
+    def bidirectional(self, noisy, timestep, conditions):
+        return self.velocity(noisy, timestep, conditions)
+
+
+def gradient_in(critic, teacher, clips, batch, settings):
+    networks = Network(critic), Network(teacher)
+    return score_gradient(*networks, clips, batch, KEY, settings, frames_per_block=3)
+
+
+def asked_of(clips, batch):
+    """All that networks are asked: which one, the noisy clip, its level, and its conditions."""
     names, questions = [], []
 
-    class Network:
-        def __init__(self, graphdef, params):
-            self.name = params
+    def velocity(name, noisy, timestep, given):
+        names.append(name)
+        questions.append((noisy, timestep, given.text, given.reference, given.audio))
+        return jnp.zeros_like(noisy)
 
-        def bidirectional(self, noisy, timestep, given):
-            names.append(self.name)
-            questions.append((noisy, timestep, given.text, given.reference, given.audio))
-            return jnp.zeros_like(noisy)
-
-    monkeypatch.setattr(distillation, "merge", Network)
-    settings, loop = DistillConfig(guidance_scale=4.0, latents=3), LoopConfig(1, warmup_steps=0)
-    made = Distiller(Generator(None, MODEL, RolloutConfig()), None, settings, loop)
+    networks = [functools.partial(velocity, name) for name in ("critic", "teacher")]
+    settings = DistillConfig(guidance_scale=4.0, latents=3)
 
     @jax.jit
-    def ask(clips, told):
-        made.generator_slope("critic", "teacher", clips, told, KEY)
+    def ask(clips, batch):
+        gradient_in(*networks, clips, batch, settings)
         return questions
 
-    return names, ask(clips, told)
+    return names, ask(clips, batch)
 
 
-def test_the_teacher_is_guided_away_from_silence_and_the_negative_prompt(monkeypatch):
+def test_the_teacher_is_guided_away_from_silence_and_the_negative_prompt():
     """The portrait stays; all are asked for the same noisy clip, at one level."""
     rng = np.random.default_rng(0)
 
@@ -54,8 +64,10 @@ def test_the_teacher_is_guided_away_from_silence_and_the_negative_prompt(monkeyp
     text, null_text, reference, features = (
         normal(3, 4), normal(3, 4), normal(1, 4, 4, 4), normal(1, 12, 2, 6),
     )  # fmt: skip
-    told = Told(text, null_text, reference, features, pose, np.arange(2))
-    asked, questions = asked_of(clips, told, monkeypatch)
+    conditions = Conditions(
+        text=text, null_text=null_text, reference=reference, audio=features, pose=pose
+    )
+    asked, questions = asked_of(clips, ClipBatch(conditions, np.arange(2)))
     assert asked == ["critic", "teacher", "teacher"]
     own, null = (text, reference, features), (null_text, reference, np.zeros_like(features))
     for (noisy, timestep, *heard), expected in zip(questions, (own, own, null), strict=True):
@@ -71,36 +83,39 @@ def normal(*shape, seed=0):
 
 
 CLIPS = normal(8, 3, 4, 4, 4)
-TOLD = Told(
-    normal(8, 3, 4), normal(8, 3, 4, seed=1), normal(8, 1, 4, 4, 4), normal(8, 1, 12, 2, 6),
-    normal(8, 1, 4, 4, 4, seed=1), np.arange(8),
-)  # fmt: skip
+BATCH = ClipBatch(
+    Conditions(
+        text=normal(8, 3, 4),
+        null_text=normal(8, 3, 4, seed=1),
+        reference=normal(8, 1, 4, 4, 4),
+        audio=normal(8, 1, 12, 2, 6),
+        pose=normal(8, 1, 4, 4, 4, seed=1),
+    ),
+    np.arange(8),
+)
 
 
-def velocity_of(noisy, told):
+def velocity_of(noisy, given):
     """A teacher in which prompt and speech act together, not one beside the other."""
-    text, speech = (jnp.sin(x.reshape(8, -1).sum(1)) for x in (told.text, told.features))
+    text, speech = (jnp.sin(x.reshape(8, -1).sum(1)) for x in (given.text, given.audio))
     return noisy * (1 + text + speech + text * speech)[:, None, None, None, None]
 
 
-def slope_of(monkeypatch, *, critic=velocity_of, asked=None, **settings):
+def slope_of(*, critic=velocity_of, asked=None, **settings):
     """Gradient in the clips with the toy teacher, and the noise level of every clip."""
 
-    class Network:
-        def __init__(self, graphdef, params):
-            self.name = params
+    def velocity(name, function, noisy, timestep, given):
+        if asked is not None:
+            jax.debug.callback(lambda: asked.append(name))
+        return function(noisy, given)
 
-        def bidirectional(self, noisy, timestep, given):
-            if asked is not None:
-                jax.debug.callback(lambda: asked.append(self.name))
-            told = dataclasses.replace(TOLD, text=given.text, features=given.audio)
-            return (critic if self.name == "critic" else velocity_of)(noisy, told)
-
-    monkeypatch.setattr(distillation, "merge", Network)
-    config, loop = DistillConfig(latents=3, **settings), LoopConfig(1, warmup_steps=0)
-    made = Distiller(Generator(None, MODEL, RolloutConfig()), None, config, loop)
-    ask = jax.jit(lambda clips, told: made.generator_slope("critic", "teacher", clips, told, KEY))
-    slope, metrics = ask(CLIPS, TOLD)
+    networks = [
+        functools.partial(velocity, name, function)
+        for name, function in (("critic", critic), ("teacher", velocity_of))
+    ]
+    config = DistillConfig(latents=3, **settings)
+    ask = jax.jit(lambda clips, batch: gradient_in(*networks, clips, batch, config))
+    slope, metrics = ask(CLIPS, BATCH)
     jax.effects_barrier()
     return np.asarray(slope), np.asarray(metrics["scores"]["sigma"])
 
@@ -108,22 +123,22 @@ def slope_of(monkeypatch, *, critic=velocity_of, asked=None, **settings):
 APART = {"guidance_scale": 5.0, "text_guidance_scale": 2.0}
 
 
-def test_a_critic_that_is_the_teacher_guided_apart_leaves_no_gradient(monkeypatch):
-    def guided(noisy, told):
-        silent = dataclasses.replace(told, features=jnp.zeros_like(told.features))
-        null = dataclasses.replace(silent, text=TOLD.null_text)
-        full, silent, null = (velocity_of(noisy, told) for told in (told, silent, null))
+def test_a_critic_that_is_the_teacher_guided_apart_leaves_no_gradient():
+    def guided(noisy, given):
+        silent = given.with_audio(jnp.zeros_like(given.audio))
+        null = silent.with_text(BATCH.conditions.null_text)
+        full, silent, null = (velocity_of(noisy, each) for each in (given, silent, null))
         return null + 2 * (silent - null) + 5 * (full - silent)
 
-    assert np.abs(slope_of(monkeypatch, critic=guided, **APART)[0]).max() < 1e-6
+    assert np.abs(slope_of(critic=guided, **APART)[0]).max() < 1e-6
     for other in ({"guidance_scale": 5.0}, {**APART, "text_guidance_scale": 1.0}):
-        assert np.abs(slope_of(monkeypatch, critic=guided, **other)[0]).max() > 1e-3
+        assert np.abs(slope_of(critic=guided, **other)[0]).max() > 1e-3
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_equal_scales_apart_are_the_standard_form(monkeypatch, scale):
-    together, _ = slope_of(monkeypatch, guidance_scale=scale)
-    apart, _ = slope_of(monkeypatch, guidance_scale=scale, text_guidance_scale=scale)
+def test_equal_scales_apart_are_the_standard_form(scale):
+    together, _ = slope_of(guidance_scale=scale)
+    apart, _ = slope_of(guidance_scale=scale, text_guidance_scale=scale)
     np.testing.assert_allclose(apart, together, atol=1e-6)
     assert np.any(together) == (scale != 1)
 
@@ -141,17 +156,17 @@ def test_equal_scales_apart_are_the_standard_form(monkeypatch, scale):
         ({**APART, "guidance_bounds": (0.0, 0.021)}, 1),
     ],
 )
-def test_the_teacher_is_not_asked_for_what_is_not_guided(monkeypatch, settings, forwards):
+def test_the_teacher_is_not_asked_for_what_is_not_guided(settings, forwards):
     asked = []
-    slope_of(monkeypatch, asked=asked, **settings)
+    slope_of(asked=asked, **settings)
     assert asked.count("teacher") == forwards and asked.count("critic") == 1
 
 
-def test_only_levels_within_the_band_are_guided(monkeypatch):
-    plain, sigma = slope_of(monkeypatch, guidance_scale=1.0)
-    guided, _ = slope_of(monkeypatch, **APART)
+def test_only_levels_within_the_band_are_guided():
+    plain, sigma = slope_of(guidance_scale=1.0)
+    guided, _ = slope_of(**APART)
     low, high = np.sort(sigma)[[2, 5]].tolist()
-    banded, _ = slope_of(monkeypatch, **APART, guidance_bounds=(low, high))
+    banded, _ = slope_of(**APART, guidance_bounds=(low, high))
     is_in = (low <= sigma) & (sigma <= high)
     assert 0 < is_in.sum() < len(sigma)
     np.testing.assert_array_equal(banded[~is_in], plain[~is_in])

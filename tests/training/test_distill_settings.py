@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jax_avatar.training.dmd import score_level
+from jax_avatar.training.scores import sample_noise, score_gradient
 from tests.training import toy
-from tests.training.toy import LOOP, ROLLOUT, SETTINGS, make, make_told, run, start, update, weight
+from tests.training.toy import LOOP, ROLLOUT, SETTINGS, make, make_batch, run, start, update, weight
 
 RATES = {"generator": LOOP.learning_rate, "critic": SETTINGS.critic_learning_rate}
 ROLES = pytest.mark.parametrize("name", RATES)
@@ -66,7 +67,7 @@ def test_both_networks_learn_at_their_own_rate_and_warm_up_in_outer_steps():
     np.testing.assert_allclose(moved["critic"], warm * RATES["critic"], rtol=2e-2)
     counts = (state.step, state.critic_updates, state.generator_updates)
     assert [int(count) for count in counts] == [9, 9, 3]
-    assert [made.is_generator_step(step) for step in range(6)] == 2 * [False, False, True]
+    assert [made.settings.is_generator_step(step) for step in range(6)] == 2 * [False, False, True]
 
 
 @ROLES
@@ -141,7 +142,7 @@ def test_level_and_noise_of_a_clip_share_no_key(monkeypatch):
 
         monkeypatch.setattr(jax.random, name, noted)
     clips = jnp.zeros((8, toy.LATENTS, *toy.GRID, toy.CHANNELS))
-    jax.jit(make()._noise)(toy.KEY, clips, np.arange(8))
+    jax.jit(sample_noise, static_argnums=3)(toy.KEY, clips, np.arange(8), SETTINGS)
     jax.effects_barrier()
     assert len(keys) == len({tuple(map(int, key)) for key in keys}) == 2 * 8
 
@@ -210,21 +211,23 @@ def test_the_critic_predicts_velocities_of_the_generators_clips():
     error = velocity - (noise - clips_of(found.rollouts[0]))
     np.testing.assert_allclose(found.metrics["loss"], np.square(error).mean(), rtol=1e-4)
     assert weight(question["params"]) == 2.0
-    for name in ("text", "reference", "features"):
-        np.testing.assert_array_equal(question[name], getattr(make_told(), name))
+    given = make_batch().conditions
+    expected = {"text": given.text, "reference": given.reference, "features": given.audio}
+    for name, value in expected.items():
+        np.testing.assert_array_equal(question[name], value)
 
 
 def test_the_generator_is_pulled_from_the_critic_to_the_guided_teacher():
     """The teacher is asked twice; without speech and with the negative prompt the second time."""
-    state, told = dataclasses.replace(start(), ema=toy.params(5.0)), make_told()
+    state, given = dataclasses.replace(start(), ema=toy.params(5.0)), make_batch().conditions
     found = update("generator", state)
     assert [weight(question["params"]) for question in found.asked] == [2.0, -1.0, -1.0]
-    silence = jnp.zeros_like(told.features)
-    given = [(told.text, told.features)] * 2 + [(told.null_text, silence)]
-    for question, (text, features) in zip(found.asked, given, strict=True):
+    silence = jnp.zeros_like(given.audio)
+    expected = [(given.text, given.audio)] * 2 + [(given.null_text, silence)]
+    for question, (text, features) in zip(found.asked, expected, strict=True):
         np.testing.assert_array_equal(question["text"], text)
         np.testing.assert_array_equal(question["features"], features)
-        np.testing.assert_array_equal(question["reference"], told.reference)
+        np.testing.assert_array_equal(question["reference"], given.reference)
     (rollout,) = found.rollouts
     assert weight(rollout["params"]) == 0.5
 
@@ -248,13 +251,18 @@ def test_the_generator_is_pulled_from_the_critic_to_the_guided_teacher():
 
 def test_the_normaliser_is_that_of_a_clip_or_of_a_block():
     """Blocks five times as large are pulled as strongly, or a fifth as strongly."""
-    told = make_told()
     clips = jnp.ones((toy.CLIPS, toy.LATENTS, *toy.GRID, toy.CHANNELS))
     clips = clips * jnp.repeat(jnp.array([1.0, 5.0]), 3)[None, :, None, None, None]
     ratio = {}
     for kind in ("clip", "block"):
-        made = make(gradient_limit=1e6, normalizer=kind)
-        slope, _ = jax.jit(made.generator_slope)(toy.params(2.0), toy.BASE, clips, told, toy.KEY)
+        setup = make(gradient_limit=1e6, normalizer=kind)
+        networks = setup.student(toy.params(2.0)), setup.teacher(toy.BASE)
+
+        @jax.jit
+        def gradient(clips, batch, networks=networks, settings=setup.settings):
+            return score_gradient(*networks, clips, batch, toy.KEY, settings, frames_per_block=3)
+
+        slope, _ = gradient(clips, make_batch())
         size = np.abs(slope).mean((2, 3, 4))
         ratio[kind] = np.median(size[:, 5] / size[:, 0])
     assert ratio["clip"] == pytest.approx(1, abs=0.01) and ratio["block"] < 0.5

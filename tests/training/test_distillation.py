@@ -9,15 +9,18 @@ import pytest
 
 from jax_avatar.data.latents import random_clips
 from jax_avatar.diffusion.sampling import Sampling
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.lora import add_adapter, init_adapter
-from jax_avatar.models.params import flatten
+from jax_avatar.models.params import flatten, merge
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.training import distillation
-from jax_avatar.training.distill_state import DistillConfig, Told
-from jax_avatar.training.distillation import Distiller
-from jax_avatar.training.rollout import Generator, RolloutConfig
+from jax_avatar.training.distill_state import ClipBatch, DistillConfig
+from jax_avatar.training.distillation import Distillation, rollout_inputs
+from jax_avatar.training.rollout import exit_block, self_forcing
+from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.training.scores import score_gradient
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.weights.files import load_json, load_weights, save_json
 from jax_avatar.weights.folder import load_model
@@ -36,33 +39,39 @@ LOOP = LoopConfig(
 KEY = jax.random.key(11)
 
 
-def make_told(seed=0, b=2, grid=(4, 4), config=MODEL):
+def make_batch(seed=0, b=2, grid=(4, 4), config=MODEL):
     keys = jax.random.split(jax.random.key(seed), 3)
     reference = jax.random.normal(keys[0], (b, 1, *grid, 4))
     features = (b, 1, 24, config.audio_layers, config.audio_width)
     text = jax.random.normal(keys[2], (b, 2, config.text_width))
     features, row = jax.random.normal(keys[1], features), np.arange(b, dtype=np.int32)
-    return Told(text, jnp.zeros_like(text), reference, features, reference, row)
+    conditions = Conditions(
+        text=text, null_text=jnp.zeros_like(text), reference=reference, audio=features,
+        pose=reference,
+    )  # fmt: skip
+    return ClipBatch(conditions, row)
 
 
 @functools.cache
-def distiller():
+def distillation_of():
+    """The step's constants, and the base."""
     graphdef, base = nano.make_dit(MODEL)
     config = SETTINGS.adapted(MODEL)
-    generator = Generator(nano.make_dit(config)[0], config, ROLLOUT)
-    return Distiller(generator, graphdef, SETTINGS, LOOP), base
+    student = functools.partial(merge, nano.make_dit(config)[0])
+    teacher = functools.partial(merge, graphdef)
+    return Distillation(student, teacher, RolloutPlan(config, ROLLOUT), SETTINGS, LOOP), base
 
 
 @functools.cache
 def compiled(role):
-    made, _ = distiller()
-    return jax.jit(getattr(made, f"update_{role}"))
+    setup, _ = distillation_of()
+    return jax.jit(functools.partial(getattr(distillation, f"update_{role}"), setup))
 
 
 def start():
-    made, base = distiller()
+    setup, base = distillation_of()
     adapters = [init_adapter(base, SETTINGS.adapter_rank, key) for key in jax.random.split(KEY)]
-    return made.start(*adapters)
+    return distillation.start(setup, *adapters)
 
 
 def with_other_average(state):
@@ -70,8 +79,8 @@ def with_other_average(state):
     return dataclasses.replace(state, ema=jax.tree.map(lambda p: p + 1, state.ema))
 
 
-def update(role, state, told=None):
-    return compiled(role)(state, told or make_told(), KEY, distiller()[1])
+def update(role, state, batch=None):
+    return compiled(role)(state, batch or make_batch(), KEY, distillation_of()[1])
 
 
 def assert_same(left, right):
@@ -124,9 +133,10 @@ def test_the_average_copies_when_it_starts_and_then_lags():
 
 @pytest.mark.parametrize("role", ["generator", "critic"])
 def test_what_is_not_finite_is_counted_and_changes_nothing(role):
-    state, told = with_other_average(start()), make_told()
-    broken = dataclasses.replace(told, features=told.features.at[0, 0, 3].set(jnp.nan))
-    after, _ = update(role, state, broken)
+    state, batch = with_other_average(start()), make_batch()
+    audio = batch.conditions.audio.at[0, 0, 3].set(jnp.nan)
+    broken = batch.conditions.with_audio(audio)
+    after, _ = update(role, state, dataclasses.replace(batch, conditions=broken))
     assert after.guard.skipped.tolist() == [1, 0, 0]  # the clips are to blame
     for name in ("generator", "critic", "ema", "generator_optimiser", "critic_optimiser"):
         assert_same(getattr(after, name), getattr(state, name))
@@ -145,18 +155,18 @@ def test_what_is_not_finite_is_counted_and_changes_nothing(role):
     ],
 )
 def test_a_replay_that_strays_changes_nothing(monkeypatch, dtype, limit, error, is_taken):
-    made, base = distiller()
+    setup, base = distillation_of()
     settings = dataclasses.replace(SETTINGS, replay_limit=limit)
-    generator = dataclasses.replace(made.generator, config=MODEL.replace(dtype=dtype))
-    made, state = dataclasses.replace(made, settings=settings, generator=generator), start()
+    plan = RolloutPlan(MODEL.replace(dtype=dtype), ROLLOUT)
+    setup, state = dataclasses.replace(setup, settings=settings, plan=plan), start()
 
-    def clip_gradient(generator, bind, weights, *_):
+    def gradient(bind, weights, *_):
         scores = {name: jnp.ones(2) for name in ("sigma", "critic", "teacher")}
         metrics = {"dmd_loss": jnp.float32(1), "scores": scores, "replay_error": jnp.float32(error)}
         return jax.tree.map(jnp.ones_like, weights), jnp.zeros((2, 6, 4, 4, 4)), metrics
 
-    monkeypatch.setattr(distillation, "clip_gradient", clip_gradient)
-    after, metrics = made.update_generator(state, make_told(), KEY, base)
+    monkeypatch.setattr(distillation, "gradient_of", lambda plan: gradient)
+    after, metrics = distillation.update_generator(setup, state, make_batch(), KEY, base)
     assert float(metrics["replay_error"]) == np.float32(error)
     assert is_same(after.generator, state.generator) != is_taken
     assert after.guard.skipped.tolist() == [0, 0, 0 if is_taken else 1]
@@ -169,26 +179,27 @@ def behind(state):
 
 @pytest.mark.parametrize(("settings", "count"), [({}, 1), ({"max_critic_steps": 10}, 3)])
 def test_the_critic_learns_more_than_once_only_where_it_may(monkeypatch, settings, count):
-    made, base = distiller()
-    made = dataclasses.replace(made, settings=dataclasses.replace(SETTINGS, **settings))
+    setup, base = distillation_of()
+    setup = dataclasses.replace(setup, settings=dataclasses.replace(SETTINGS, **settings))
 
-    def learn(self, state, *_):
+    def learn(setup, state, *_):
         return dataclasses.replace(state, critic_updates=state.critic_updates + 1), {}
 
-    monkeypatch.setattr(Distiller, "_teach_critic", learn)
-    state, _ = made.update_critic(behind(start()), make_told(), KEY, base)
+    monkeypatch.setattr(distillation, "teach_critic", learn)
+    state, _ = distillation.update_critic(setup, behind(start()), make_batch(), KEY, base)
     assert (int(state.critic_updates), int(state.step)) == (count, 1)
 
 
 @pytest.mark.slow
 def test_a_critic_that_lags_learns_several_times_in_a_step_on_other_clips():
     state, lagging = start(), behind(start())
-    made, base = distiller()
+    setup, base = distillation_of()
     settings = dataclasses.replace(SETTINGS, max_critic_steps=10)
-    patient = jax.jit(dataclasses.replace(made, settings=settings).update_critic)
+    setup = dataclasses.replace(setup, settings=settings)
+    patient = jax.jit(functools.partial(distillation.update_critic, setup))
 
     def update(role, state):
-        return patient(state, make_told(), KEY, base)
+        return patient(state, make_batch(), KEY, base)
 
     once, first = update("critic", state)
     thrice, last = update("critic", lagging)
@@ -201,15 +212,22 @@ def test_a_critic_that_lags_learns_several_times_in_a_step_on_other_clips():
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_fresh_adapters_agree_with_the_teacher_only_without_guidance(scale):
-    made, base = distiller()
     settings = dataclasses.replace(SETTINGS, guidance_scale=scale)
-    made = dataclasses.replace(made, settings=settings)
-    critic = made.settings.bind(base)(start().critic)
     clips = jax.random.normal(KEY, (2, 6, 4, 4, 4))
-    slope = jax.jit(made.generator_slope)
-    value, metrics = slope(critic, base, clips, make_told(), KEY)
+    value, metrics = jax.jit(gradient_in(settings))(start().critic, distillation_of()[1], clips)
     assert bool(np.abs(value).max() > 0) == (scale != 1)
     np.testing.assert_array_equal(metrics["scores"]["critic"], metrics["scores"]["teacher"])
+
+
+def gradient_in(settings):
+    """`(critic's adapter, base, clips) -> gradient of the loss in the clips, metrics`."""
+    setup, batch = distillation_of()[0], make_batch()
+
+    def gradient(critic, base, clips):
+        networks = setup.bind(base)(critic), setup.teacher(base)
+        return score_gradient(*networks, clips, batch, KEY, settings, frames_per_block=3)
+
+    return gradient
 
 
 def largest(tree):
@@ -218,21 +236,26 @@ def largest(tree):
 
 def test_only_adapters_are_trained():
     """Critic, teacher, the blocks before their exit and all history are constants."""
-    made, base = distiller()
-    state, told = start(), make_told()
-    bind, clips = made.settings.bind(base), jax.random.normal(KEY, (2, 6, 4, 4, 4))
+    setup, base = distillation_of()
+    state, clips = start(), jax.random.normal(KEY, (2, 6, 4, 4, 4))
+    bind, plan = setup.bind(base), setup.plan
 
-    def loss(critic, teacher):
-        return made.generator_slope(bind(critic), teacher, clips, told, KEY)[1]["dmd_loss"]
+    def loss(critic, base):
+        return gradient_in(SETTINGS)(critic, base, clips)[1]["dmd_loss"]
 
     value, slopes = jax.jit(jax.value_and_grad(loss, (0, 1)))(state.critic, base)
     assert value > 0 and largest(slopes) == 0
 
-    one, draws = jax.tree.map(lambda leaf: leaf[0], made._clips(told, KEY))
-    trace = jax.jit(made.generator.rollout)(bind(state.generator), one, draws, 1)
+    one, draws = jax.tree.map(lambda leaf: leaf[0], rollout_inputs(setup, make_batch(), KEY))
+
+    @jax.jit
+    def roll(adapter):
+        return self_forcing(bind(adapter), bind(adapter), one, draws, 1, plan)
+
+    trace = roll(state.generator)
 
     def exit(adapter, trace):
-        clean = made.generator.exit_block(bind(adapter), trace, one, draws, 1, 1)
+        clean = exit_block(bind(adapter), trace, one, draws, 1, plan, 1)
         return jnp.sum(jnp.sin(clean))
 
     for_adapter, for_trace = jax.jit(jax.grad(exit, (0, 1)))(state.generator, trace)
@@ -242,16 +265,20 @@ def test_only_adapters_are_trained():
 
 
 def test_fresh_adapters_change_nothing_at_all():
-    made, base = distiller()
-    one, draws = jax.tree.map(lambda leaf: leaf[0], made._clips(make_told(), KEY))
-    plain = dataclasses.replace(made.generator, graphdef=made.teacher, config=MODEL)
-    clips = [
-        jax.jit(generator.rollout)(params, one, draws, 1).clean
-        for generator, params in (
-            (made.generator, made.settings.bind(base)(start().generator)),
-            (plain, base),
-        )
-    ]
+    setup, base = distillation_of()
+    one, draws = jax.tree.map(lambda leaf: leaf[0], rollout_inputs(setup, make_batch(), KEY))
+
+    def roll(network, params, config):
+        plan = RolloutPlan(config, ROLLOUT)
+
+        def run(params):
+            net = network(params)
+            return self_forcing(net, net, one, draws, 1, plan).clean
+
+        return jax.jit(run)(params)
+
+    params = setup.settings.bind(base)(start().generator)
+    clips = [roll(setup.student, params, setup.plan.config), roll(setup.teacher, base, MODEL)]
     np.testing.assert_array_equal(*clips)
 
 
@@ -309,9 +336,9 @@ def test_clips_are_cut_with_their_speech_and_differ_by_role(tmp_path):
     assert_same(made.batches(1), made.batches(1))
     pairs = [made.batches(step) for step in (1, 3, 5, 7)]
     assert sum(is_same(pair["critic"], pair["generator"]) for pair in pairs) < 2
-    told = made.batches(1)["critic"]
-    index = [np.abs(clips.reference - r).sum((1, 2, 3, 4)).argmin() for r in told.reference]
-    for features, i in zip(told.features[:, 0], index, strict=True):
+    given = made.batches(1)["critic"].conditions
+    index = [np.abs(clips.reference - r).sum((1, 2, 3, 4)).argmin() for r in given.reference]
+    for features, i in zip(given.audio[:, 0], index, strict=True):
         cuts = [clips.features[i, 4 * s : 4 * s + 24].astype(np.float32) for s in (0, 1)]
         assert any(np.array_equal(features, cut) for cut in cuts)
 

@@ -10,21 +10,20 @@ import pytest
 
 from jax_avatar.diffusion.flow import noise_from_velocity
 from jax_avatar.diffusion.step import move
-from jax_avatar.models.cache import block_position, empty_cache
+from jax_avatar.models.cache import History, block_position, empty_cache
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.params import merge
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.state import add_context
-from jax_avatar.training import distillation
-from jax_avatar.training import rollout as rollout_module
-from jax_avatar.training.distill_state import DistillConfig, Told
-from jax_avatar.training.distillation import Distiller
+from jax_avatar.training import rollout_plan
+from jax_avatar.training.distill_state import ClipBatch, DistillConfig
 from jax_avatar.training.dmd import generator_gradient
-from jax_avatar.training.rollout import Clip, Generator, RolloutConfig, draw, joined
+from jax_avatar.training.rollout import ClipDenoiser, concat_blocks, exit_block, self_forcing
+from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan, sample_randomness
 from jax_avatar.training.run.guards import check_update
-from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.training.scores import score_gradient
 from tests import nano
 
 GRID, BLOCKS = (4, 4), 2
@@ -42,16 +41,16 @@ def network(config=MODEL, kind=DiT):
 def make_clip(blocks=BLOCKS, seed=0):
     keys = jax.random.split(jax.random.key(seed), 4)
     audio = (1, 1, 4 * FRAMES * blocks, MODEL.audio_layers, MODEL.audio_width)
-    return Clip(
+    return Conditions(
         text=jax.random.normal(keys[0], (1, 2, MODEL.text_width)),
         reference=jax.random.normal(keys[1], (1, 1, *GRID, 4)),
-        features=jax.random.normal(keys[2], audio),
+        audio=jax.random.normal(keys[2], audio),
         pose=jax.random.normal(keys[3], (1, FRAMES, *GRID, 4)),
     )
 
 
 def make_draws(blocks=BLOCKS, settings=SETTINGS):
-    return draw(jax.random.key(5), settings, blocks, (1, FRAMES, *GRID, 4))
+    return sample_randomness(jax.random.key(5), settings, blocks, (1, FRAMES, *GRID, 4))
 
 
 def difference(left, right):
@@ -65,14 +64,34 @@ def difference(left, right):
 # ---- the gradient ---------------------------------------------------------------------------
 
 EXIT = 1
-MAKER = Generator(network()[0], MODEL, SETTINGS)
+PLAN = RolloutPlan(MODEL, SETTINGS)
+
+
+def bind(params, config=MODEL):
+    return merge(network(config)[0], params)
+
+
+def roll(clip, draws, exit_step, config=MODEL):
+    return rollout_of(config)(network(config)[1], clip, draws, exit_step)
+
+
+@functools.cache
+def rollout_of(config):
+    plan = RolloutPlan(config, SETTINGS)
+
+    @jax.jit
+    def run(params, clip, draws, exit_step):
+        net = bind(params, config)
+        return self_forcing(net, net, clip, draws, exit_step, plan)
+
+    return run
 
 
 @functools.cache
 def rolled():
     """A rollout, and the slope of a loss that is not linear in its clip."""
     clip, draws = make_clip(), make_draws()
-    trace = jax.jit(MAKER.rollout)(network()[1], clip, draws, EXIT)
+    trace = roll(clip, draws, EXIT)
     return clip, draws, trace, jnp.sin(3 * trace.clean)
 
 
@@ -83,7 +102,7 @@ def make_pull():
     @jax.jit
     def pull(slope, number):
         def exits(params):
-            return MAKER.exit_block(params, trace, clip, draws, EXIT, number)
+            return exit_block(bind(params), trace, clip, draws, EXIT, PLAN, number)
 
         return jax.vjp(exits, network()[1])[1](slope)[0]
 
@@ -106,14 +125,15 @@ def chained_gradients():
     clip, draws, trace, slope = rolled()
 
     def loss(params, is_detached):
-        written, total = (jnp.zeros_like(trace.key), jnp.zeros_like(trace.value)), 0.0
+        history, total = jax.tree.map(jnp.zeros_like, trace.history), 0.0
+        denoiser = ClipDenoiser(PLAN, clip, draws, trace.sink)
         for number in range(BLOCKS):
-            start, sink = trace.start[number], trace.sink
-            clean, own = MAKER._exit(params, start, EXIT, clip, draws, sink, number, written)
+            clean, kv = denoiser.exit(bind(params), trace.start[number], history, number, EXIT)
             total += jnp.sum(slope[number] * clean)
             # The same numbers either way: only the gradient knows.
-            own = [jnp.where(is_detached, jax.lax.stop_gradient(part), part) for part in own]
-            written = tuple(w.at[number].set(part) for w, part in zip(written, own, strict=True))
+            detached = jax.lax.stop_gradient(kv)
+            kv = jax.tree.map(lambda d, a: jnp.where(is_detached, d, a), detached, kv)
+            history = history.append(kv, number)
         return total
 
     run = jax.jit(jax.grad(loss))
@@ -128,23 +148,23 @@ def test_the_gradient_knows_whether_history_is_detached():
 
 def test_the_gradient_knows_whether_a_block_sees_itself(monkeypatch):
     """Algorithm 2 as printed leaves a block's own keys and values in its history."""
-    before, position_in = rollout_module._before, rollout_module.position_in
+    last, position_in = History.last, rollout_plan.position_in
 
-    def with_own(written, number, window):
-        return before(written, number + 1, window)
+    def with_own(history, count, number, step=None):
+        return last(history, count, number + 1, step)
 
     def one_more(*args, **kwargs):
         position = position_in(*args, **kwargs)
         filled = jnp.minimum(position.filled + 1, MODEL.ring_blocks)
         return dataclasses.replace(position, filled=filled)
 
-    monkeypatch.setattr(rollout_module, "_before", with_own)
-    monkeypatch.setattr(rollout_module, "position_in", one_more)
+    monkeypatch.setattr(History, "last", with_own)
+    monkeypatch.setattr(rollout_plan, "position_in", one_more)
     assert difference(summed(make_pull(), rolled()[3]), right_gradient()) > 1e-2
 
 
 def test_the_gradient_knows_over_what_it_is_normalised():
-    clean = joined(rolled()[2].clean)
+    clean = concat_blocks(rolled()[2].clean)
     fake, real = jax.random.normal(jax.random.key(1), (2, *clean.shape))
     real = real * jnp.linspace(0.5, 1.5, clean.shape[1])[None, :, None, None, None]
     pull, grads = make_pull(), []
@@ -160,7 +180,7 @@ def test_the_gradient_knows_over_what_it_is_normalised():
 
 def speech(blocks):
     """Features that change in every video frame."""
-    return make_clip(blocks).features
+    return make_clip(blocks).audio
 
 
 def block_causal(config, noisy, timestep, features, *, kind=DiT, context="block_reset", **options):
@@ -239,27 +259,24 @@ def test_one_layer_sees_its_window_and_nothing_else():
     assert changed_blocks(before, made[1]) == [False, True, False, False, False]
 
     clip, draws = make_clip(5), make_draws(5)
-    made = Generator(network(ONE_LAYER)[0], ONE_LAYER, SETTINGS)
-    roll, params = jax.jit(made.rollout), network(ONE_LAYER)[1]
-    before = joined(roll(params, clip, draws, 0).clean)
-    louder = dataclasses.replace(clip, features=clip.features.at[:, :, 12:24].add(1.0))
-    assert changed_blocks(before, joined(roll(params, louder, draws, 0).clean)) == [
+    before = concat_blocks(roll(clip, draws, 0, ONE_LAYER).clean)
+    louder = clip.with_audio(clip.audio.at[:, :, 12:24].add(1.0))
+    assert changed_blocks(before, concat_blocks(roll(louder, draws, 0, ONE_LAYER).clean)) == [
         False, True, False, False, False,
     ]  # fmt: skip
     noisier = dataclasses.replace(draws, noise=draws.noise.at[1].add(1.0))
-    assert changed_blocks(before, joined(roll(params, clip, noisier, 0).clean)) == [
+    assert changed_blocks(before, concat_blocks(roll(clip, noisier, 0, ONE_LAYER).clean)) == [
         False, True, True, False, False,
     ]  # fmt: skip
     # Later steps see what earlier steps saw, so it goes further there, but never back.
-    before, after = (joined(roll(params, clip, d, 2).clean) for d in (draws, noisier))
+    before, after = (concat_blocks(roll(clip, d, 2, ONE_LAYER).clean) for d in (draws, noisier))
     assert changed_blocks(before, after) == [False, True, True, True, True]
 
 
 def test_moving_everything_in_time_changes_nothing():
     clip, draws = make_clip(), make_draws()
-    roll, params = jax.jit(MAKER.rollout), network()[1]
     made = [
-        roll(params, clip, dataclasses.replace(draws, first_frame=jnp.int32(frame)), 2).clean
+        roll(clip, dataclasses.replace(draws, first_frame=jnp.int32(frame)), 2).clean
         for frame in (40, 900, 3)
     ]
     np.testing.assert_allclose(made[0], made[1], atol=1e-5)
@@ -289,26 +306,25 @@ def test_renoising_with_the_predicted_noise_is_eulers_step():
 # ---- a clip that the teacher agrees with ----------------------------------------------------
 
 
-def test_an_update_without_a_normaliser_is_small_and_made(monkeypatch):
+def test_an_update_without_a_normaliser_is_small_and_made():
     """The teacher predicts the clip itself: the normaliser is zero. So does the critic in part."""
     made = jax.random.normal(jax.random.key(0), (2, 2 * FRAMES, *GRID, 4))
     away = jnp.zeros_like(made).at[..., :2].set(1.0)
-    critic, teacher = {"away": away}, {"away": 0 * away}
 
     class Network:
-        def __init__(self, graphdef, params):
-            self.away = params["away"]
+        def __init__(self, away):
+            self.away = away
 
         def bidirectional(self, noisy, timestep, conditions):
             return (noisy - made - self.away) / (timestep[:, :, None, None, None] / 1000)
 
-    monkeypatch.setattr(distillation, "merge", Network)
-    settings = DistillConfig(batch_size=2, latents=2 * FRAMES)
-    loop = LoopConfig(num_steps=9, warmup_steps=0)
-    distiller = Distiller(MAKER, MAKER.graphdef, settings, loop)
-    clip = make_clip(2)
-    told = Told(clip.text, clip.text, clip.reference, clip.features, clip.pose[:, :1], np.arange(2))
-    slope, metrics = distiller.generator_slope(critic, teacher, made, told, jax.random.key(1))
+    settings, clip = DistillConfig(batch_size=2, latents=2 * FRAMES), make_clip(2)
+    conditions = dataclasses.replace(clip, null_text=clip.text, pose=clip.pose[:, :1])
+    slope, metrics = score_gradient(
+        *(Network(away), Network(0 * away), made, ClipBatch(conditions, np.arange(2))),
+        *(jax.random.key(1), settings),
+        frames_per_block=FRAMES,
+    )
     assert metrics["normalizer"] < 1e-5
     limit = settings.gradient_limit / made.size
     np.testing.assert_allclose(jnp.abs(slope[..., :2]), limit, rtol=1e-6)

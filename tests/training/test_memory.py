@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import adapter_leaves, with_adapter
-from jax_avatar.models.params import abstract, unflatten
+from jax_avatar.models.params import abstract, merge, unflatten
 from jax_avatar.planning.programs import STAND_IN_OPTIONS
-from jax_avatar.training.rollout import Clip, Generator, RolloutConfig, clip_gradient, draw
+from jax_avatar.training.blockwise import gradient_of
+from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan, sample_randomness
 
 GRID, BLOCKS = (16, 16), (3, 5, 7)
 MODEL = DiTConfig(
@@ -33,24 +35,25 @@ def temporaries(algorithm, blocks):
     structure, _ = abstract(lambda: DiT(MODEL, rngs=nnx.Rngs(0)))
     base = abstract(lambda: DiT(PLAIN, rngs=nnx.Rngs(0)))[1]
     adapter = unflatten(adapter_leaves(base, MODEL.adapter_rank))
-    made = Generator(structure, MODEL, settings)
+    plan = RolloutPlan(MODEL, settings)
 
     def run(base, adapter, key):
         keys = jax.random.split(key, 1)
-        clips = Clip(
+        clips = Conditions(
             text=jnp.ones((1, 1, 2, MODEL.text_width)),
             reference=jnp.ones((1, 1, 1, *GRID, 4)),
-            features=jnp.ones((1, 1, 1, 12 * blocks, MODEL.audio_layers, MODEL.audio_width)),
+            audio=jnp.ones((1, 1, 1, 12 * blocks, MODEL.audio_layers, MODEL.audio_width)),
             pose=jnp.ones((1, 1, 3, *GRID, 4)),
         )
-        draws = jax.vmap(lambda key: draw(key, settings, blocks, (1, 3, *GRID, 4)))(keys)
-        return clip_gradient(
-            made,
-            lambda adapter: with_adapter(base, adapter),
+        block = (1, 3, *GRID, 4)
+        draws = jax.vmap(lambda key: sample_randomness(key, settings, blocks, block))(keys)
+        return gradient_of(plan)(
+            lambda adapter: merge(structure, with_adapter(base, adapter)),
             adapter,
             clips,
             draws,
             1,
+            plan,
             lambda x: (jnp.sin(3 * x), {}),
         )
 

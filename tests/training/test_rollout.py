@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import itertools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,13 @@ from jax_avatar.streaming import sampler as sampler_module
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.state import add_context
-from jax_avatar.training import rollout as rollout_module
-from jax_avatar.training.rollout import (
-    Clip,
-    Draws,
-    Generator,
+from jax_avatar.training.blockwise import gradient_of
+from jax_avatar.training.rollout import concat_blocks, self_forcing
+from jax_avatar.training.rollout_plan import (
+    RandomDraws,
     RolloutConfig,
-    clip_gradient,
-    draw,
-    joined,
+    RolloutPlan,
+    sample_randomness,
 )
 from tests import nano
 
@@ -32,15 +29,16 @@ BLOCKS = 3
 MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)
 SETTINGS = RolloutConfig(sigmas=(1.0, 0.9, 0.6, 0.0), shift_max=40)
 GRID = (4, 4)
+KEY = jax.random.key(5)
 
 
 def make_clip(seed=0, blocks=BLOCKS, config=MODEL):
     keys = jax.random.split(jax.random.key(seed), 4)
     audio = (1, 1, 12 * blocks, config.audio_layers, config.audio_width)
-    return Clip(
+    return Conditions(
         text=jax.random.normal(keys[0], (1, 2, config.text_width)),
         reference=jax.random.normal(keys[1], (1, 1, *GRID, 4)),
-        features=jax.random.normal(keys[2], audio),
+        audio=jax.random.normal(keys[2], audio),
         pose=jax.random.normal(keys[3], (1, 3, *GRID, 4)),
     )
 
@@ -50,8 +48,8 @@ def make_clips(count):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *clips)
 
 
-def make_draws(settings=SETTINGS, seed=5, blocks=BLOCKS):
-    return draw(jax.random.key(seed), settings, blocks, (1, 3, *GRID, 4))
+def make_draws(settings=SETTINGS, key=KEY, blocks=BLOCKS):
+    return sample_randomness(key, settings, blocks, (1, 3, *GRID, 4))
 
 
 @functools.cache
@@ -59,8 +57,10 @@ def network(config=MODEL, kind=DiT):
     return nano.make_dit(config, kind=kind)
 
 
-def generator(settings=SETTINGS, config=MODEL):
-    return Generator(network(config)[0], config, settings)
+def roll(conditions, draws, exit_step, settings=SETTINGS, config=MODEL, net=None, **options):
+    net = net or in_forms(config)
+    plan = RolloutPlan(config, settings)
+    return self_forcing(net, net, conditions, draws, exit_step, plan, **options)
 
 
 def norm(tree):
@@ -73,25 +73,28 @@ def difference(left, right):
     return norm(jax.tree.map(lambda a, b: a - b, left, right)) / norm(right)
 
 
-class InPieces:
+class InForms:
     """The network with its forms compiled one by one: all variants of a rollout share them."""
 
     def __init__(self, graphdef, params):
         self.graphdef, self.params = graphdef, params
 
-    def prefill(self, *told):
-        return compiled_form(self.graphdef, "prefill")(self.params, *told)
+    def prefill(self, conditions):
+        return self.run("prefill", conditions)
 
     def project_prompt(self, text):
-        return compiled_form(self.graphdef, "project_prompt")(self.params, text)
+        return self.run("project_prompt", text)
 
     def block_after(self, noisy, timestep, conditions, past, sink, position):
         layers = [past(layer) for layer in range(len(sink.key))]
         # The first block's empty past is no clip's own; vmap would compile for it once more.
         own = 0 * noisy[0, 0, 0, 0, 0]
         history = [jnp.stack(parts) + own for parts in zip(*layers, strict=True)]
-        seen = (noisy, timestep, conditions, history, sink, position)
-        return compiled_form(self.graphdef, "block_after")(self.params, *seen)
+        return self.run("block_after", noisy, timestep, conditions, history, sink, position)
+
+    def run(self, name, *args):
+        with jax.disable_jit(False):
+            return compiled_form(self.graphdef, name)(self.params, *args)
 
 
 @functools.cache
@@ -109,42 +112,30 @@ def compiled_form(graphdef, name):
     return jax.jit(run)
 
 
-def scan_in_python(body, carry, xs, *, reverse=False, unroll=1):
-    made = {}
-    for number in sorted(range(len(xs)), reverse=reverse):
-        carry, made[number] = body(carry, xs[number])
-    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *[made[n] for n in range(len(xs))])
-
-
-def loop_in_python(start, stop, body, carry):
-    for number in range(start, int(stop)):
-        carry = body(jnp.int32(number), carry)
-    return carry
+def in_forms(config=MODEL, kind=DiT):
+    return InForms(*network(config, kind))
 
 
 @pytest.fixture
-def in_pieces(monkeypatch):
+def in_pieces():
     """Loops over blocks and steps run in Python, so that nothing longer than a form is compiled."""
-    lax = types.SimpleNamespace(**vars(jax.lax))
-    lax.scan, lax.fori_loop = scan_in_python, loop_in_python
-    monkeypatch.setattr(rollout_module, "jax", types.SimpleNamespace(**vars(jax) | {"lax": lax}))
-    monkeypatch.setattr(rollout_module, "merge", InPieces)
+    with jax.disable_jit():
+        yield
 
 
 def gradients(settings, config, exit_steps, algorithm, compiler):
     """Gradient, clips and metrics."""
-    made = generator(dataclasses.replace(settings, gradient=algorithm), config)
-    told, params = make_clips(2), network(config)[1]
-    draws = jax.vmap(lambda key: draw(key, settings, BLOCKS, (1, 3, *GRID, 4)))(
-        jax.random.split(jax.random.key(3), 2)
-    )
+    plan = RolloutPlan(config, dataclasses.replace(settings, gradient=algorithm))
+    conditions, (graphdef, params) = make_clips(2), network(config)
+    draws = jax.vmap(lambda key: make_draws(settings, key))(jax.random.split(jax.random.key(3), 2))
+    bind = functools.partial(InForms if compiler is not jax.jit else merge, graphdef)
 
     @compiler
     def run(params, exit_step):
         def score(clips):
             return jnp.sin(3 * clips), {}
 
-        return clip_gradient(made, lambda p: p, params, told, draws, exit_step, score)
+        return gradient_of(plan)(bind, params, conditions, draws, exit_step, plan, score)
 
     return [run(params, step) for step in exit_steps]
 
@@ -210,8 +201,14 @@ def assert_the_stream_is_the_rollout(settings, ring_blocks, kind=DiT, compiler=l
     config = MODEL.replace(ring_blocks=ring_blocks)
     clip, chance = make_clip(blocks=blocks), make_draws(settings, blocks=blocks)
     graphdef, params = network(config, kind)
-    roll = compiler(Generator(graphdef, config, settings).rollout)
-    trace = roll(params, clip, chance, settings.num_steps - 1)
+    plan, last = RolloutPlan(config, settings), settings.num_steps - 1
+    bind = functools.partial(InForms if compiler is not jax.jit else merge, graphdef)
+
+    @compiler
+    def rolled(params, clip, chance):
+        return self_forcing(bind(params), bind(params), clip, chance, last, plan)
+
+    trace = rolled(params, clip, chance)
 
     def new_noise(block, step, shape):
         key = jax.random.fold_in(jax.random.fold_in(chance.renoise_key, block + 1), step)
@@ -225,10 +222,11 @@ def assert_the_stream_is_the_rollout(settings, ring_blocks, kind=DiT, compiler=l
         distance=lambda block, step: chance.distance[block, step],
     )
     conditions = Conditions(text=clip.text, reference=clip.reference, pose=clip.pose)
-    stream = SequentialStream(graphdef, params, config, plan, conditions)
-    for block in range(blocks):
-        (latent,) = stream.push(clip.features[:, :, 12 * block : 12 * block + 12])
-        np.testing.assert_allclose(trace.clean[block], latent, atol=1e-5, rtol=1e-5)
+    with jax.disable_jit(False):  # a stream is compiled
+        stream = SequentialStream(graphdef, params, config, plan, conditions)
+        for block in range(blocks):
+            (latent,) = stream.push(clip.audio[:, :, 12 * block : 12 * block + 12])
+            np.testing.assert_allclose(trace.clean[block], latent, atol=1e-5, rtol=1e-5)
 
 
 def students(history, steps):
@@ -266,18 +264,18 @@ def test_it_is_so_for_the_rollout_compiled_as_one_program(history, shared_progra
 @pytest.mark.parametrize("context", ["block_reset", "clip"])
 def test_a_rollout_hears_what_a_stream_hears(context, in_pieces, monkeypatch):
     settings, given = dataclasses.replace(SETTINGS, audio_context=context), []
-    run = InPieces.block_after
+    run = InForms.block_after
 
     def block_after(self, noisy, timestep, conditions, *others):
         given.append(np.asarray(conditions.audio))
         conditions = conditions.with_audio(conditions.audio[:, :, -12:])
         return run(self, noisy, timestep, conditions, *others)
 
-    monkeypatch.setattr(InPieces, "block_after", block_after)
+    monkeypatch.setattr(InForms, "block_after", block_after)
     clip, plan, earlier = make_clip(), StreamPlan(audio_context=context), None
-    generator(settings).rollout(network()[1], clip, make_draws(settings), 1)
+    roll(clip, make_draws(settings), 1, settings)
     for block in range(BLOCKS):
-        features = clip.features[:, :, 12 * block : 12 * block + 12]
+        features = clip.audio[:, :, 12 * block : 12 * block + 12]
         heard, earlier = add_context(plan, features, earlier)
         for audio in given[2 * block : 2 * block + 2]:
             np.testing.assert_array_equal(audio, heard)
@@ -285,24 +283,30 @@ def test_a_rollout_hears_what_a_stream_hears(context, in_pieces, monkeypatch):
 
 def test_without_pass_b_the_window_is_history_enough(in_pieces):
     """Four blocks in two slots: the third overwrites the first, and the fourth sees no other."""
-    made = generator(config=MODEL.replace(ring_blocks=3))
+    config = MODEL.replace(ring_blocks=3)
     clip, chance = make_clip(blocks=4), make_draws(blocks=4)
     whole, short = (
-        made.rollout(network()[1], clip, chance, 1, keeps_history=keeps) for keeps in (True, False)
+        roll(clip, chance, 1, config=config, net=in_forms(), keeps_history=keeps)
+        for keeps in (True, False)
     )
-    assert (len(whole.key), len(short.key)) == (4, 2)
+    assert (len(whole.history.key), len(short.history.key)) == (4, 2)
     np.testing.assert_allclose(short.clean, whole.clean, atol=1e-6)
 
 
 @pytest.mark.parametrize("cache", ["per_step", "exit_only"])
 def test_history_is_read_layer_by_layer(cache):
     """The window of all layers is a large part of the memory; a copy of it would be, too."""
-    made = generator(dataclasses.replace(SETTINGS, cache=cache))
-    run = jax.make_jaxpr(lambda params: made.rollout(params, make_clip(), make_draws(), 2).clean)
+    settings, (graphdef, params) = dataclasses.replace(SETTINGS, cache=cache), network()
+    clip, draws = make_clip(), make_draws()
+
+    @jax.make_jaxpr
+    def run(params):
+        return roll(clip, draws, 2, settings, net=merge(graphdef, params)).clean
+
     history = (3 * GRID[0] * GRID[1] // 4, MODEL.num_heads, MODEL.head_dim)  # of one block, layer
     sizes = [
         read.aval.size // np.prod(history)
-        for equation in equations(run(network()[1]).jaxpr)
+        for equation in equations(run(params).jaxpr)
         if equation.primitive.name in ("dynamic_slice", "gather")
         for read in equation.outvars
         if read.aval.shape[-3:] == history
@@ -321,12 +325,9 @@ def equations(jaxpr):
 
 def test_later_audio_changes_no_earlier_block(in_pieces):
     clip, chance = make_clip(), make_draws()
-    roll = generator().rollout
-    before = roll(network()[1], clip, chance, 2).clean
-    other = dataclasses.replace(
-        clip, features=clip.features.at[:, :, 24:].set(clip.features[:, :, :12])
-    )
-    after = roll(network()[1], other, chance, 2).clean
+    before = roll(clip, chance, 2).clean
+    other = clip.with_audio(clip.audio.at[:, :, 24:].set(clip.audio[:, :, :12]))
+    after = roll(other, chance, 2).clean
     np.testing.assert_array_equal(after[:2], before[:2])
     assert np.abs(after[2] - before[2]).max() > 1e-4
 
@@ -334,12 +335,12 @@ def test_later_audio_changes_no_earlier_block(in_pieces):
 def test_only_the_exit_step_is_differentiated(in_pieces):
     """At the last of three steps, weights that only earlier steps or blocks used get nothing."""
     clip, chance = make_clip(), make_draws()
-    made = generator(dataclasses.replace(SETTINGS, gradient="clip"))
+    settings = dataclasses.replace(SETTINGS, gradient="clip")
 
     def last_block(scale):
         # The audio of earlier blocks acts on the last one through history alone.
-        heard = dataclasses.replace(clip, features=clip.features.at[:, :, :24, :, 0].add(scale))
-        return jnp.sum(jnp.square(made.rollout(network()[1], heard, chance, 2).clean[2]))
+        heard = clip.with_audio(clip.audio.at[:, :, :24, :, 0].add(scale))
+        return jnp.sum(jnp.square(roll(heard, chance, 2, settings).clean[2]))
 
     run = jax.value_and_grad(last_block)
     value, slope = run(0.0)
@@ -351,40 +352,47 @@ def test_every_mode_of_history_is_another_clip(in_pieces):
     clips = []
     for change in changes:
         settings = dataclasses.replace(SETTINGS, **change)
-        roll = generator(settings).rollout
-        clips.append(roll(network()[1], make_clip(), make_draws(), 2).clean)
+        clips.append(roll(make_clip(), make_draws(), 2, settings).clean)
     for other in clips[1:]:
         np.testing.assert_allclose(other[0], clips[0][0], atol=1e-6)  # it has no past
         assert np.abs(other[2] - clips[0][2]).max() > 1e-4
 
 
+class Exact(InForms):
+    """`velocity = noise - clean` of what the block was last noised with."""
+
+    def __init__(self, clean, draws, steps, *, renoises):
+        super().__init__(*network())
+        self.clean, self.draws, self.renoises = clean, draws, renoises
+        self.places = itertools.product(range(len(clean)), range(steps))  # in the order of calls
+
+    def block_after(self, *args):
+        _, kv = super().block_after(*args)
+        g, step = next(self.places)
+        is_new = self.renoises and step > 0
+        noise = self.draws.new_noise(g, step - 1) if is_new else self.draws.noise[g]
+        return noise - self.clean[g], kv
+
+
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
-def test_an_exact_velocity_leads_to_the_clean_clip(sampler, monkeypatch, in_pieces):
-    """`velocity = noise - clean` of what the block was last noised with, at any exit."""
+def test_an_exact_velocity_leads_to_the_clean_clip(sampler, in_pieces):
+    """By any steps to any exit."""
     settings = dataclasses.replace(SETTINGS, sampler=sampler)
-    made, chance = generator(settings), make_draws(settings)
-    clean = jax.random.normal(jax.random.key(8), chance.noise.shape)
-    real = Generator._velocity
-
-    def exact(self, params, latent, sigma, clip, draws, sink, number, step, past):
-        _, own = real(self, params, latent, sigma, clip, draws, sink, number, step, past)
-        fresh = self._fresh_noise(draws, number, max(step - 1, 0), latent.shape)
-        noise = draws.noise[number] if fresh is None or step == 0 else fresh
-        return noise - clean[number], own
-
-    monkeypatch.setattr(Generator, "_velocity", exact)
-    for step in range(3):
-        trace = made.rollout(network()[1], make_clip(), chance, step)
+    draws = make_draws(settings)
+    clean = jax.random.normal(jax.random.key(8), draws.noise.shape)
+    for exit_step in range(3):
+        net = Exact(clean, draws, exit_step + 1, renoises=sampler == "renoise")
+        trace = roll(make_clip(), draws, exit_step, settings, net=net)
         np.testing.assert_allclose(trace.clean, clean, atol=1e-5)
 
 
 def test_chance_depends_on_the_key_and_stays_in_its_ranges():
-    many = jax.vmap(lambda key: draw(key, SETTINGS, 2, (1, 1, 2, 2, 1)))
+    many = jax.vmap(lambda key: sample_randomness(key, SETTINGS, 2, (1, 1, 2, 2, 1)))
     drawn = many(jax.random.split(jax.random.key(0), 400))
-    assert isinstance(drawn, Draws)
+    assert isinstance(drawn, RandomDraws)
     assert (drawn.distance.min(), drawn.distance.max()) == (4, 30)
     assert (drawn.first_frame.min(), drawn.first_frame.max()) == (0, 40)
-    per_clip = draw(
+    per_clip = sample_randomness(
         jax.random.key(0),
         dataclasses.replace(SETTINGS, sink_distance_per="clip"),
         2,
@@ -395,7 +403,7 @@ def test_chance_depends_on_the_key_and_stays_in_its_ranges():
 
 def test_blocks_join_in_time():
     blocks = jnp.arange(6.0).reshape(2, 1, 3, 1, 1, 1)
-    np.testing.assert_array_equal(joined(blocks).ravel(), np.arange(6))
+    np.testing.assert_array_equal(concat_blocks(blocks).ravel(), np.arange(6))
 
 
 def test_settings_nobody_knows_are_named():

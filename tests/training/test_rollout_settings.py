@@ -4,16 +4,18 @@ velocity = 1 + mean noise level of the past     key = the block as given     val
 """
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.models.cache import Sink
-from jax_avatar.training import rollout as rollout_module
-from jax_avatar.training.rollout import Clip, Generator, RolloutConfig, clip_gradient, draw
+from jax_avatar.models.cache import KVCache, Sink
+from jax_avatar.models.conditions import Conditions
+from jax_avatar.training.blockwise import gradient_of
+from jax_avatar.training.corrupt import make_corrupt
+from jax_avatar.training.rollout import self_forcing
+from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan, sample_randomness
 from tests import nano
 
 MODEL = nano.CONFIG.replace(framepack=False, ring_blocks=2)
@@ -24,7 +26,7 @@ KEY = jax.random.key(2)
 
 
 class Network:
-    def __init__(self, graphdef, params):
+    def __init__(self, params):
         self.bias = params["bias"]
 
     def prefill(self, conditions):
@@ -39,27 +41,28 @@ class Network:
         own = latent.reshape(1, b, t * h * w // 4, 1, 4 * c)
         level = jnp.broadcast_to(timestep[0, 0] / 1000, own.shape)
         velocity = jnp.broadcast_to(self.bias + 1 + past(0)[1].mean(), latent.shape)
-        return velocity, SimpleNamespace(key=own, value=level)
+        return velocity, KVCache(own, level)
 
 
 def make_draws(settings, seed=2):
-    return draw(jax.random.key(seed), settings, BLOCKS, SHAPE)
+    return sample_randomness(jax.random.key(seed), settings, BLOCKS, SHAPE)
 
 
 def make_clip():
     features = jnp.zeros((1, 1, 12 * BLOCKS, 2, 6))
-    return Clip(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1, *SHAPE[2:])), features, jnp.zeros(SHAPE))
+    text, reference = jnp.zeros((1, 1, 4)), jnp.zeros((1, 1, *SHAPE[2:]))
+    return Conditions(text=text, reference=reference, pose=jnp.zeros(SHAPE), audio=features)
 
 
-def roll(monkeypatch, exit_step=2, **changes):
+def roll(exit_step=2, **changes):
     """A rollout, its draws, and keys and values as blocks, `N b t h w c`."""
-    monkeypatch.setattr(rollout_module, "merge", Network)
     settings = dataclasses.replace(SETTINGS, **changes)
-    made, draws = Generator("graph", MODEL, settings), make_draws(settings)
-    params = {"bias": jnp.float32(0)}
-    trace = jax.jit(made.rollout)(params, make_clip(), draws, exit_step)
-    as_blocks = [np.asarray(part).reshape(trace.clean.shape) for part in (trace.key, trace.value)]
-    return trace, draws, *as_blocks
+    plan, draws = RolloutPlan(MODEL, settings), make_draws(settings)
+    net = Network({"bias": jnp.float32(0)})
+    run = jax.jit(lambda clip, draws: self_forcing(net, net, clip, draws, exit_step, plan))
+    trace = run(make_clip(), draws)
+    parts = (trace.history.key, trace.history.value)
+    return trace, draws, *(np.asarray(part).reshape(trace.clean.shape) for part in parts)
 
 
 def independent(*noises, limit=0.15):
@@ -70,8 +73,8 @@ def independent(*noises, limit=0.15):
 # ---- history ------------------------------------------------------------------------------
 
 
-def test_every_step_sees_history_at_its_own_level(monkeypatch):
-    trace, draws, keys, levels = roll(monkeypatch)
+def test_every_step_sees_history_at_its_own_level():
+    trace, draws, keys, levels = roll()
     np.testing.assert_array_equal(keys, trace.start)
     np.testing.assert_allclose(levels, 0.25)
     moved = trace.start - draws.noise
@@ -83,29 +86,29 @@ def test_every_step_sees_history_at_its_own_level(monkeypatch):
     np.testing.assert_allclose(left[1:], -0.25 * 1.25, atol=1e-5)
 
 
-def test_with_one_history_every_step_sees_that_of_the_exit(monkeypatch):
-    trace, draws, _, _ = roll(monkeypatch, cache="exit_only")
+def test_with_one_history_every_step_sees_that_of_the_exit():
+    trace, draws, _, _ = roll(cache="exit_only")
     np.testing.assert_allclose((trace.start - draws.noise)[1:], -0.75 * 1.25, atol=1e-5)
 
 
-def test_a_clean_history_is_that_of_the_finished_block(monkeypatch):
-    trace, _, keys, levels = roll(monkeypatch, refresh="clean")
+def test_a_clean_history_is_that_of_the_finished_block():
+    trace, _, keys, levels = roll(refresh="clean")
     np.testing.assert_allclose(keys, trace.clean, atol=1e-6)
     np.testing.assert_array_equal(levels, 0)
 
 
-def test_a_fixed_history_is_noised_anew_to_its_level(monkeypatch):
-    trace, draws, keys, levels = roll(monkeypatch, refresh="fixed", refresh_sigma=0.4)
+def test_a_fixed_history_is_noised_anew_to_its_level():
+    trace, draws, keys, levels = roll(refresh="fixed", refresh_sigma=0.4)
     np.testing.assert_allclose(levels, 0.4, rtol=1e-6)
     noise = (keys - 0.6 * np.asarray(trace.clean)) / 0.4
     assert abs(noise.std() - 1) < 0.05
     assert independent(*noise, *draws.noise)
 
 
-def test_renoising_takes_new_noise_for_every_block_and_step(monkeypatch):
+def test_renoising_takes_new_noise_for_every_block_and_step():
     starts = []
     for exit_step in (1, 2):
-        trace, draws, _, _ = roll(monkeypatch, exit_step, sampler="renoise")
+        trace, draws, _, _ = roll(exit_step, sampler="renoise")
         starts.append(np.asarray(trace.start))
     # The first step predicts noise - 1 (2 where there is a past) from level 1, and noises it.
     past = np.array([1.0, 2, 2])[:, None, None, None, None, None]
@@ -121,27 +124,28 @@ def test_renoising_takes_new_noise_for_every_block_and_step(monkeypatch):
 
 @pytest.mark.parametrize("on", RolloutConfig.CHOICES["kv_noise_on"])
 def test_keys_and_values_get_noise_relative_to_their_size_where_told(on):
-    made = Generator("graph", MODEL, dataclasses.replace(SETTINGS, kv_noise=0.3, kv_noise_on=on))
-    draws = make_draws(SETTINGS)
+    corrupt, draws = make_corrupt(0.3, on), make_draws(SETTINGS)
     # Two layers and two clips of different size.
     size = jnp.array([[1.0, 3], [5, 9]])[:, :, None, None, None]
-    own = jnp.broadcast_to(size, (2, 2, 200, 1, 16)), jnp.broadcast_to(2 * size, (2, 2, 200, 1, 16))
+    own = KVCache(*(jnp.broadcast_to(n * size, (2, 2, 200, 1, 16)) for n in (1, 2)))
     noises = []
     for number, step in ((0, 0), (1, 0), (0, 1)):
-        corrupted = made._corrupted(own, draws, number, step)
-        for part, new, chosen in zip(own, corrupted, (on in "k both", on in "v both"), strict=True):
-            noise = np.asarray((new - part) / part)
+        corrupted = corrupt(own, draws.corrupt_key(number, step))
+        for name, chosen in (("key", on in "k both"), ("value", on in "v both")):
+            part = getattr(own, name)
+            noise = np.asarray((getattr(corrupted, name) - part) / part)
             assert noise.any() == chosen
             if chosen:
                 np.testing.assert_allclose(noise.std((2, 3, 4)), 0.3, rtol=0.06)
                 noises += list(noise.reshape(4, -1))
     assert independent(*noises)
-    assert made._corrupted((own[0] * 0, own[1]), draws, 0, 0)[0].any() == 0
+    silent = dataclasses.replace(own, key=0 * own.key)
+    assert corrupt(silent, draws.corrupt_key(0, 0)).key.any() == 0
 
 
 @pytest.mark.parametrize("on_sink", [False, True])
-def test_the_sink_gets_noise_if_told(on_sink, monkeypatch):
-    trace, _, keys, levels = roll(monkeypatch, 1, kv_noise=0.2, kv_noise_sink=on_sink)
+def test_the_sink_gets_noise_if_told(on_sink):
+    trace, _, keys, levels = roll(1, kv_noise=0.2, kv_noise_sink=on_sink)
     assert (trace.sink.key != 1).any() == (trace.sink.value != 2).any() == on_sink
     noise = (levels - 0.75) / 0.75
     assert abs(noise.std() - 0.2) < 0.02
@@ -156,7 +160,7 @@ def test_the_sink_gets_noise_if_told(on_sink, monkeypatch):
 def test_places_are_drawn_from_their_whole_ranges():
     settings = dataclasses.replace(SETTINGS, sink_distance=(8, 11), shift_max=5)
     keys = jax.random.split(KEY, 400)
-    many = jax.vmap(lambda key: draw(key, settings, 2, (1, 1, 2, 2, 1)))(keys)
+    many = jax.vmap(lambda key: sample_randomness(key, settings, 2, (1, 1, 2, 2, 1)))(keys)
     assert set(np.unique(many.distance)) == {8, 9, 10, 11}
     assert set(np.unique(many.first_frame)) == set(range(6))
     # Of every block, of every step and of the refresh one of its own.
@@ -184,10 +188,9 @@ def test_nothing_in_the_draws_of_a_clip_shares_a_key(monkeypatch):
 
 
 @pytest.mark.parametrize("gradient", RolloutConfig.CHOICES["gradient"])
-def test_exits_are_repeated_one_by_one_or_differentiated_in_the_rollout(gradient, monkeypatch):
+def test_exits_are_repeated_one_by_one_or_differentiated_in_the_rollout(gradient):
     """Only the former can tell how well it repeated them."""
-    monkeypatch.setattr(rollout_module, "merge", Network)
-    made = Generator("graph", MODEL, dataclasses.replace(SETTINGS, gradient=gradient))
+    plan = RolloutPlan(MODEL, dataclasses.replace(SETTINGS, gradient=gradient))
     one = make_clip(), make_draws(SETTINGS)
     clips, draws = jax.tree.map(lambda leaf: leaf[None], one)
 
@@ -195,8 +198,8 @@ def test_exits_are_repeated_one_by_one_or_differentiated_in_the_rollout(gradient
         return jnp.ones_like(clips), {}
 
     def run(weights):
-        return clip_gradient(made, lambda p: p, weights, clips, draws, 1, score)
+        return gradient_of(plan)(Network, weights, clips, draws, 1, plan, score)
 
-    grads, clips_made, metrics = jax.jit(run)({"bias": jnp.float32(0)})
-    np.testing.assert_allclose(grads["bias"], -0.75 * clips_made.size, rtol=1e-5)
+    grads, generated, metrics = jax.jit(run)({"bias": jnp.float32(0)})
+    np.testing.assert_allclose(grads["bias"], -0.75 * generated.size, rtol=1e-5)
     assert ("replay_error" in metrics) == (gradient == "blocks")

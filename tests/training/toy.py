@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_avatar.models.cache import Sink
-from jax_avatar.training import distillation
-from jax_avatar.training.distill_state import DistillConfig, Told
-from jax_avatar.training.distillation import Distiller
-from jax_avatar.training.rollout import Generator, RolloutConfig, Trace
+from jax_avatar.models.cache import History, Sink
+from jax_avatar.models.conditions import Conditions
+from jax_avatar.training import blockwise, distillation, rollout, scores
+from jax_avatar.training.distill_state import ClipBatch, DistillConfig
+from jax_avatar.training.distillation import Distillation
+from jax_avatar.training.rollout import Trace
+from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan
 from jax_avatar.training.run.step import LoopConfig
 from tests import nano
 
@@ -48,45 +50,50 @@ def weight(params):
 BASE = params(-1)
 
 
-def make_told(seed=0):
+def make_batch(seed=0):
     """Conditions of a batch, those of every clip its own."""
     keys = jax.random.split(jax.random.key(seed), 4)
-    return Told(
+    conditions = Conditions(
         text=jax.random.normal(keys[0], (CLIPS, 2, MODEL.text_width)),
         null_text=jax.random.normal(keys[3], (CLIPS, 2, MODEL.text_width)),
         reference=jax.random.normal(keys[1], (CLIPS, 1, *GRID, CHANNELS)),
-        features=jax.random.normal(keys[2], (CLIPS, 1, 4 * LATENTS, 2, 6)),
+        audio=jax.random.normal(keys[2], (CLIPS, 1, 4 * LATENTS, 2, 6)),
         pose=jnp.zeros((CLIPS, 1, *GRID, CHANNELS)),
-        row=np.arange(CLIPS, dtype=np.int32),
     )
+    return ClipBatch(conditions, np.arange(CLIPS, dtype=np.int32))
 
 
 _asked, _rollouts, _keys = [], [], []  # while an update is traced
 
 
 def put_in_place(monkeypatch):
-    """Puts such networks in the place of the transformer, and notes what they are given."""
-    monkeypatch.setattr(distillation, "merge", _Network)
-    monkeypatch.setattr(Generator, "rollout", _rollout)
-    monkeypatch.setattr(Generator, "exit_block", _exit_block)
-    for name, first in (("roll_out", 1), ("clip_gradient", 2)):
-        monkeypatch.setattr(distillation, name, _noted(getattr(distillation, name), first))
-    for name in ("_clips", "_noise", "_exit_step"):
-        monkeypatch.setattr(Distiller, name, _keyed(getattr(Distiller, name)))
+    """Puts rollouts of such networks in place, and records what they and the draws are given."""
+    monkeypatch.setattr(rollout, "self_forcing", _self_forcing)
+    monkeypatch.setattr(blockwise, "exit_block", _exit_block)
+    batch = distillation.self_forcing_batch
+    monkeypatch.setattr(distillation, "self_forcing_batch", _noted(batch))
+    monkeypatch.setattr(blockwise, "self_forcing_batch", _noted(batch))
+    for module, name in (
+        (distillation, "rollout_inputs"),
+        (distillation, "sample_exit_step"),
+        (distillation, "sample_noise"),
+        (scores, "sample_noise"),
+    ):
+        monkeypatch.setattr(module, name, _keyed(getattr(module, name)))
 
 
 def make(settings=SETTINGS, loop=LOOP, **changes):
-    """A distiller of such networks; changes are those of `settings`."""
+    """A distillation of such networks; changes are those of `settings`."""
     settings = dataclasses.replace(settings, **changes)
-    return Distiller(Generator("student", MODEL, ROLLOUT), "teacher", settings, loop)
+    return Distillation(_Network, _Network, RolloutPlan(MODEL, ROLLOUT), settings, loop)
 
 
-def start(distiller=None, generator=0.5, critic=2.0):
+def start(setup=None, generator=0.5, critic=2.0):
     """The state before the first step; no two networks are alike."""
-    return (distiller or make()).start(params(generator), params(critic))
+    return distillation.start(setup or make(), params(generator), params(critic))
 
 
-def update(name, state, distiller=None):
+def update(name, state, setup=None):
     """One update of "generator" or "critic".
 
     Returns:
@@ -94,30 +101,30 @@ def update(name, state, distiller=None):
         score networks in order (`params`, `noisy`, `timestep`, `text`, `reference`, `features`),
         `rollouts` (`params`, `draws`, `exit_step`), and `keys`, those of everything drawn.
     """
-    return SimpleNamespace(**_compiled(distiller or make(), name)(state, make_told()))
+    return SimpleNamespace(**_compiled(setup or make(), name)(state, make_batch()))
 
 
-def run(distiller, state, steps, every=SETTINGS.generator_every):
+def run(setup, state, steps, every=SETTINGS.generator_every):
     """State and metrics after each of some outer steps; the generator's turn comes `every` ones."""
     for number in range(1, steps + 1):
         metrics = {}
         if number % every == 0:
-            made = update("generator", state, distiller)
+            made = update("generator", state, setup)
             state, metrics = made.state, made.metrics
-        made = update("critic", state, distiller)
+        made = update("critic", state, setup)
         state = made.state
         yield state, metrics | made.metrics
 
 
 @functools.cache
-def _compiled(distiller, name):
+def _compiled(setup, name):
     @jax.jit
-    def call(state, told):
+    def call(state, batch):
         for notes in (_asked, _rollouts, _keys):
             notes.clear()
-        after, metrics = getattr(distiller, f"update_{name}")(state, told, KEY, BASE)
+        after, metrics = getattr(distillation, f"update_{name}")(setup, state, batch, KEY, BASE)
         found = dict(state=after, metrics=metrics)
-        if distiller.settings.max_critic_steps > 1 or distiller.loop.accumulate > 1:
+        if setup.settings.max_critic_steps > 1 or setup.loop.accumulate > 1:
             return found  # what is noted within a loop is no result
         if name == "critic":  # differentiated where it is asked
             _asked[:] = [{**question, "params": state.critic} for question in _asked]
@@ -128,15 +135,14 @@ def _compiled(distiller, name):
 
 
 class _Network:
-    def __init__(self, graphdef, params):
+    def __init__(self, params):
         self.params = params
 
     def bidirectional(self, noisy, timestep, given):
         names = ("params", "noisy", "timestep", "text", "reference", "features")
-        features = given.audio
-        values = (self.params, noisy, timestep, given.text, given.reference, features)
+        values = (self.params, noisy, timestep, given.text, given.reference, given.audio)
         _asked.append(dict(zip(names, values, strict=True)))
-        return _everywhere(self.params, noisy) + loudness(features)
+        return _everywhere(self.params, noisy) + loudness(given.audio)
 
 
 def loudness(features):
@@ -144,33 +150,32 @@ def loudness(features):
     return jnp.abs(features).mean((1, 2, 3, 4))[:, None, None, None, None]
 
 
-def _rollout(self, params, clip, draws, exit_step, *, keeps_history=True):
-    clean = _everywhere(params, draws.noise) + 0.1 * draws.noise
+def _self_forcing(net, frozen, conditions, draws, exit_step, plan, *, keeps_history=True):
+    clean = _everywhere(net.params, draws.noise) + 0.1 * draws.noise
     empty = jnp.zeros(len(draws.noise))
-    return Trace(draws.noise, clean, empty, empty, Sink(*[empty] * 4))
+    return Trace(draws.noise, clean, History(empty, empty), Sink(*[empty] * 4))
 
 
-def _exit_block(self, params, trace, clip, draws, exit_step, number):
-    start = trace.start[number]
-    return _everywhere(params, start) + 0.1 * start
+def _exit_block(net, trace, conditions, draws, exit_step, plan, g):
+    start = trace.start[g]
+    return _everywhere(net.params, start) + 0.1 * start
 
 
 def _everywhere(params, like):
     return jnp.broadcast_to(params["w"][0], like.shape)
 
 
-def _noted(real, first):
-    def call(generator, *arguments, **options):
-        params, _, draws, exit_step = arguments[first - 1 : first + 3]
-        _rollouts.append(dict(params=params, draws=draws, exit_step=exit_step))
-        return real(generator, *arguments, **options)
+def _noted(real):
+    def call(net, frozen, conditions, draws, exit_step, plan, **options):
+        _rollouts.append(dict(params=net.params, draws=draws, exit_step=exit_step))
+        return real(net, frozen, conditions, draws, exit_step, plan, **options)
 
     return call
 
 
 def _keyed(real):
-    def call(distiller, *arguments):
+    def call(*arguments):
         _keys.extend(a for a in arguments if str(getattr(a, "dtype", "")).startswith("key<"))
-        return real(distiller, *arguments)
+        return real(*arguments)
 
     return call

@@ -27,7 +27,7 @@ from jax_avatar.training.base_weights import (
     trained_fps,
 )
 from jax_avatar.training.distill_state import DistillConfig
-from jax_avatar.training.rollout import RolloutConfig
+from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.state import build_section
 from jax_avatar.training.run.step import LoopConfig, OwnStepTask, Task
 from jax_avatar.training.stages.anchored_vae import AnchoredTask, AnchoredTaskConfig

@@ -1,7 +1,7 @@
 """Distillation as a task for the loop: where its weights and clips come from and go to.
 
 model folder ----------+--> config.json, VAE, front ends ---------> exported model folder
-teacher, student ------+--> base, generator, critic --Distiller--> dit (or lora) --^
+teacher, student ------+--> base, generator, critic ---steps---> dit (or lora) ----^
 encoded clips: portraits and speech, no video needed
 """
 
@@ -18,16 +18,23 @@ from jax.sharding import Mesh
 
 from jax_avatar.data.latents import Clips
 from jax_avatar.data.windows import Windows, check_fit
+from jax_avatar.models.conditions import Conditions, still_pose
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.lora import init_adapter
-from jax_avatar.models.params import split
-from jax_avatar.models.sharding import on_mesh
+from jax_avatar.models.network import Network
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.adapters import FrozenBase
 from jax_avatar.training.base_weights import check_not_merged, merge_record
-from jax_avatar.training.distill_state import DistillConfig, DistillState, Told
-from jax_avatar.training.distillation import Distiller, check_levels
-from jax_avatar.training.rollout import Generator, RolloutConfig
+from jax_avatar.training.distill_state import ClipBatch, DistillConfig, DistillState
+from jax_avatar.training.distillation import (
+    Distillation,
+    check_levels,
+    compiled_updates,
+    critic_errors,
+    make_distillation,
+    start,
+)
+from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.monitors import ClipFigures, measure_data
 from jax_avatar.training.run.step import LoopConfig, mesh_of
 from jax_avatar.training.stages.validation import LEVELS_SEED, FlowValidation
@@ -67,27 +74,22 @@ class _Batches:
     pose: str
     pose_channels: int
 
-    def __call__(self, step: int, rows: np.ndarray | None = None) -> dict[str, Told]:
-        roles = ["critic"]
-        if (step + 1) % self.settings.generator_every == 0:
-            roles.append("generator")
+    def __call__(self, step: int, rows: np.ndarray | None = None) -> dict[str, ClipBatch]:
+        roles = ["critic", *(["generator"] if self.settings.is_generator_step(step) else [])]
         rows = np.arange(self.settings.batch_size) if rows is None else rows
-        return {role: self.told(self.windows[role], step, rows) for role in roles}
+        return {role: self.clips(self.windows[role], step, rows) for role in roles}
 
-    def told(self, windows: Windows, step: int, rows: np.ndarray) -> Told:
+    def clips(self, windows: Windows, step: int, rows: np.ndarray) -> ClipBatch:
         """Conditions of the clips of some windows."""
         batch = windows.batch(step, rows)
-        pose = reference = batch["reference"]
-        if self.pose == "zeros":
-            pose = np.zeros((*reference.shape[:-1], self.pose_channels), np.float32)
-        return Told(
-            batch["text"],
-            batch["null_text"],
-            reference,
-            batch["features"],
-            pose,
-            rows.astype(np.int32),
+        conditions = Conditions(
+            text=batch["text"],
+            null_text=batch["null_text"],
+            reference=batch["reference"],
+            audio=batch["features"],
+            pose=still_pose(self.pose, batch["reference"], self.pose_channels),
         )
+        return ClipBatch(conditions, rows.astype(np.int32))
 
 
 class DistillTask:
@@ -135,19 +137,16 @@ class DistillTask:
                 f"model.weights {model.weights!r} has no gradient; distil with weights as stored "
                 "('') and round the student afterwards."
             )
-        self.model, self.settings, self.weights = model, settings, weights
+        self.model, self.rollout, self.settings = model, rollout, settings
+        self.weights, self._kind = weights, kind
         self.clips, self.seed, self._held_out = clips, seed, held_out
         self._fps = fps
         self.batch_size, self.content_hash = settings.batch_size, clips.content_hash
         self.replay_limit = settings.replay_limit_for(model.dtype)
         windows = {role: self._windows_of(clips, number) for role, number in _ROLES.items()}
         self.source = _Batches(windows, settings, streamed.pose, model.pose_channels)
-        adapted = settings.adapted(model)
         check_levels(kind.network, rollout, settings)
-        self._build = functools.partial(kind.network, model)
-        self.graphdef, self._expected = kind.abstract(model)
-        structure, _ = kind.abstract(adapted)
-        self.generator = Generator(structure, adapted, rollout)
+        self._expected = kind.abstract(model)[1]
         self._base = FrozenBase(self._read_or_draw)
 
     def start(self, config: LoopConfig, key: Array) -> DistillState:
@@ -163,22 +162,15 @@ class DistillTask:
         else:
             generator = read_dit(student, self._expected) if student else base
             critic = base
-        return self._distiller(config).start(generator, critic)
+        return start(self._setup(config), generator, critic)
 
     def make_step(self, config: LoopConfig, mesh: Mesh | None = None):
-        """The compiled `(state, batch, key) -> (state, metrics)`; the state is donated.
-
-        It is `Distiller.step`, compiled in two parts, one of which most steps leave out.
-        """
-        distiller, base = self._distiller(config), self._base.on(mesh)
-        parts = {
-            "generator": jax.jit(on_mesh(distiller.update_generator, mesh), donate_argnums=0),
-            "critic": jax.jit(on_mesh(distiller.update_critic, mesh), donate_argnums=0),
-        }
+        """The compiled `(state, batch, key) -> (state, metrics)`; the state is donated."""
+        updates, base = compiled_updates(self._setup(config), mesh), self._base.on(mesh)
 
         def step(state, batch, key):
             metrics = {}
-            for role, update in parts.items():
+            for role, update in updates.items():
                 if role in batch:
                     state, more = update(state, batch[role], key, base)
                     metrics |= more
@@ -186,7 +178,7 @@ class DistillTask:
 
         return step
 
-    def batches(self, step: int, rows: np.ndarray | None = None) -> dict[str, Told]:
+    def batches(self, step: int, rows: np.ndarray | None = None) -> dict[str, ClipBatch]:
         """Conditions of a step, different ones for generator and critic.
 
         Args:
@@ -201,15 +193,16 @@ class DistillTask:
         if held_out is None:
             return []
         windows, base = self._windows_of(held_out, len(_ROLES)), self._base.on(mesh)
-        distiller = self._distiller(config)
+        setup = self._setup(config)
 
-        def errors(student, others, told):
-            return distiller.critic_errors(student, *others, told, jax.random.key(LEVELS_SEED))
+        def errors(student, others, batch):
+            key = jax.random.key(LEVELS_SEED)
+            return critic_errors(setup, student, *others, batch, key)
 
         return [
             FlowValidation(
                 errors,
-                lambda rows: self.source.told(windows, 0, rows),
+                lambda rows: self.source.clips(windows, 0, rows),
                 mesh,
                 count=min(config.validation_clips, len(windows.windows)),
                 at_once=self.batch_size // config.accumulate,
@@ -221,7 +214,8 @@ class DistillTask:
     @property
     def streamed(self) -> tuple[Any, DiTConfig]:
         """Same as in `ForcingTask`."""
-        return self.generator.graphdef, self.generator.config
+        config = self.settings.adapted(self.model)
+        return self._kind.abstract(config)[0], config
 
     def bound(self, weights: PyTree, mesh: Mesh | None = None) -> PyTree:
         """Same as in `ForcingTask`."""
@@ -230,7 +224,7 @@ class DistillTask:
     @property
     def stream_settings(self) -> dict[str, Any]:
         """Streaming settings of the student, as it was trained."""
-        return {**self.generator.settings.sampling(), "fps": self._fps}
+        return {**self.rollout.sampling(), "fps": self._fps}
 
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder that can be streamed: `config.json` and all its networks."""
@@ -240,8 +234,9 @@ class DistillTask:
         stream = self.stream_settings
         export_model(folder, model, params, self.model, metadata, stream=stream, adapter=adapter)
 
-    def _distiller(self, config: LoopConfig) -> Distiller:
-        return Distiller(self.generator, self.graphdef, self.settings, config, self._data)
+    def _setup(self, config: LoopConfig) -> Distillation:
+        network, rollout = self._kind.network, self.rollout
+        return make_distillation(network, self.model, rollout, self.settings, config, self._data)
 
     @functools.cached_property
     def _data(self) -> ClipFigures:
@@ -265,7 +260,8 @@ class DistillTask:
         return read_dit(teacher, self._expected, mesh) if teacher else self._random_teacher()
 
     def _random_teacher(self) -> PyTree:
-        params = split(jax.jit(lambda: self._build(rngs=nnx.Rngs(self.seed)))())[1]
+        network, model = self._kind.network, self.model
+        params = Network.of(jax.jit(lambda: network(model, rngs=nnx.Rngs(self.seed)))()).params
         # Its output layer starts at zero, which would leave nothing to distil.
         kernel = params["head"]["kernel"]
         noise = jax.random.normal(jax.random.key(self.seed), kernel.shape, kernel.dtype)

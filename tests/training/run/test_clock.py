@@ -18,7 +18,7 @@ from jax_avatar.models.params import abstract, merge
 from jax_avatar.planning.hardware import HARDWARE
 from jax_avatar.planning.work import clip_flops, step_work
 from jax_avatar.training.distill_state import DistillConfig
-from jax_avatar.training.rollout import RolloutConfig
+from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.clock import PHASES, StepClock, Work, memory_peak
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.step import LoopConfig

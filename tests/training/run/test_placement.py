@@ -12,16 +12,20 @@ import pytest
 from jax_avatar.data.latents import random_clips
 from jax_avatar.layout import TrainingLayout, make_training_mesh, parse_training_layout
 from jax_avatar.models import sharding
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.lora import init_adapter
+from jax_avatar.models.params import merge
 from jax_avatar.models.sharding import on_mesh
-from jax_avatar.training.distill_state import DistillConfig, Told
-from jax_avatar.training.distillation import Distiller
-from jax_avatar.training.rollout import Generator, RolloutConfig
+from jax_avatar.training import distillation
+from jax_avatar.training.distill_state import ClipBatch, DistillConfig
+from jax_avatar.training.distillation import Distillation, rollout_inputs
+from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan
 from jax_avatar.training.run.accumulate import accumulate_gradients
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.placement import local_rows, place_batch, place_state
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.scores import sample_noise
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
 from tests import nano
 
@@ -91,38 +95,39 @@ def network():
     return nano.make_dit(MODEL)
 
 
-def make_told():
+def make_batch():
     keys = jax.random.split(jax.random.key(0), 3)
     reference = jax.random.normal(keys[0], (BATCH, 1, *GRID, 4))
     features = (BATCH, 1, 24, MODEL.audio_layers, MODEL.audio_width)
     text = jax.random.normal(keys[2], (BATCH, 2, MODEL.text_width))
     features = jax.random.normal(keys[1], features)
     row = np.arange(BATCH, dtype=np.int32)
-    return Told(text, jnp.zeros_like(text), reference, features, reference, row)
+    conditions = Conditions(
+        text=text, null_text=jnp.zeros_like(text), reference=reference, audio=features,
+        pose=reference,
+    )  # fmt: skip
+    return ClipBatch(conditions, row)
 
 
 def distil(role, layout=None, accumulate=1):
     """State and metrics after one update."""
-    graphdef, base = network()
-    config = SETTINGS.adapted(MODEL)
-    structure, _ = nano.make_dit(config)
-    loop = dataclasses.replace(LOOP, accumulate=accumulate)
-    made = Distiller(Generator(structure, config, ROLLOUT), graphdef, SETTINGS, loop)
+    base = network()[1]
+    setup = distillation_of(dataclasses.replace(LOOP, accumulate=accumulate))
     # Not fresh ones, whose second factors are zero, so that first factors have no gradient.
     adapters = [
         jax.tree.map(lambda leaf: leaf + 0.02, init_adapter(base, 2, key))
         for key in jax.random.split(KEY)
     ]
-    state, told = made.start(*adapters), make_told()
+    state, batch = distillation.start(setup, *adapters), make_batch()
     mesh = mesh_of(layout, accumulate) if layout else None
     if mesh:
-        state, base, told = (
+        state, base, batch = (
             place_state(state, mesh),
             place_state(base, mesh),
-            place_batch(told, mesh),
+            place_batch(batch, mesh),
         )
-    update = jax.jit(on_mesh(getattr(made, f"update_{role}"), mesh))
-    return update(state, told, KEY, base)
+    update = functools.partial(getattr(distillation, f"update_{role}"), setup)
+    return jax.jit(on_mesh(update, mesh))(state, batch, KEY, base)
 
 
 @functools.cache
@@ -148,24 +153,29 @@ def test_distillation_is_the_same_on_every_layout(role, layout, accumulate):
 
 def test_clips_have_their_own_chance_and_one_exit():
     """Were noise or positions shared, equal clips would be made from equal conditions."""
-    made, told = distiller_alone(), make_told()
-    same = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), told)
-    same = dataclasses.replace(same, row=told.row)
-    _, draws = made._clips(same, KEY)
+    setup, batch = distillation_of(LOOP), make_batch()
+    same = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), batch)
+    same = dataclasses.replace(same, row=batch.row)
+    _, draws = rollout_inputs(setup, same, KEY)
     assert len(np.unique(draws.first_frame)) > 1
     assert np.abs(draws.noise[0] - draws.noise[1]).max() > 0.1
-    swapped = dataclasses.replace(same, row=told.row[::-1])
-    np.testing.assert_array_equal(made._clips(swapped, KEY)[1].noise[0], draws.noise[-1])
+    swapped = dataclasses.replace(same, row=batch.row[::-1])
+    swapped_draws = rollout_inputs(setup, swapped, KEY)[1]
+    np.testing.assert_array_equal(swapped_draws.noise[0], draws.noise[-1])
     clips = jnp.zeros((BATCH, 6, *GRID, 4))
-    (noise, sigma), (other, level) = (made._noise(KEY, clips, r) for r in (told.row, swapped.row))
+    (noise, sigma), (other, level) = (
+        sample_noise(KEY, clips, row, SETTINGS) for row in (batch.row, swapped.row)
+    )
     assert len(np.unique(sigma)) > 1 and np.abs(noise[0] - noise[1]).max() > 0.1
     np.testing.assert_array_equal(other[::-1], noise)
     np.testing.assert_array_equal(level[::-1], sigma)
 
 
-def distiller_alone():
-    graphdef, _ = network()
-    return Distiller(Generator(graphdef, MODEL, ROLLOUT), graphdef, SETTINGS, LOOP)
+def distillation_of(loop):
+    config = SETTINGS.adapted(MODEL)
+    student = functools.partial(merge, nano.make_dit(config)[0])
+    teacher = functools.partial(merge, network()[0])
+    return Distillation(student, teacher, RolloutPlan(config, ROLLOUT), SETTINGS, loop)
 
 
 # ---- tasks with a loss -------------------------------------------------------------------

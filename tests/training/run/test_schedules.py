@@ -1,16 +1,18 @@
 """Learning rates follow the outer step, in both networks."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar.models.conditions import Conditions
 from jax_avatar.training import distillation
-from jax_avatar.training.distill_state import DistillConfig, Told
-from jax_avatar.training.distillation import Distiller
-from jax_avatar.training.rollout import Generator, RolloutConfig
+from jax_avatar.training.distill_state import ClipBatch, DistillConfig
+from jax_avatar.training.distillation import Distillation
+from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, compiled_step, learning_rate, make_optimiser
 from tests import nano
@@ -48,24 +50,29 @@ def test_a_schedule_warms_up_and_stays_or_falls(name):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def toy_distiller(monkeypatch, loop, settings):
-    told = Told(*(jnp.zeros((1, 1, 2, 2, 4)) for _ in range(5)), jnp.arange(1))
+def toy_distillation(monkeypatch, loop, settings):
+    batch = ClipBatch(Conditions(), jnp.arange(1))
 
-    def clip_gradient(generator, bind, weights, *_):
+    def gradient(bind, weights, *_):
         scores = {name: jnp.ones(1) for name in ("sigma", "critic", "teacher")}
         metrics = {"dmd_loss": jnp.float32(1), "scores": scores}
         return jax.tree.map(jnp.ones_like, weights), jnp.zeros((1, 3, 2, 2, 4)), metrics
 
-    def score(graphdef, params, noisy, *_):
+    def velocity(params, noisy, *_):
         return jnp.zeros_like(noisy) + params["w"].sum() - 100
 
-    monkeypatch.setattr(distillation, "clip_gradient", clip_gradient)
-    monkeypatch.setattr(distillation, "roll_out", lambda *_, **__: None)
-    monkeypatch.setattr(distillation, "made_clips", lambda _: jnp.zeros((1, 3, 2, 2, 4)))
-    monkeypatch.setattr(distillation, "_score", score)
-    monkeypatch.setattr(Distiller, "_clips", lambda *_: (None, None))
-    model = nano.CONFIG.replace(framepack=False)
-    return Distiller(Generator(None, model, RolloutConfig()), None, settings, loop), told
+    monkeypatch.setattr(distillation, "gradient_of", lambda plan: gradient)
+    monkeypatch.setattr(distillation, "self_forcing_batch", lambda *_, **__: None)
+    monkeypatch.setattr(distillation, "generated_clips", lambda _: jnp.zeros((1, 3, 2, 2, 4)))
+    monkeypatch.setattr(distillation, "clip_velocity", velocity)
+    monkeypatch.setattr(distillation, "rollout_inputs", lambda *_: (None, None))
+    plan = RolloutPlan(nano.CONFIG.replace(framepack=False), RolloutConfig())
+    return Distillation(lambda p: p, lambda p: p, plan, settings, loop), batch
+
+
+def updates(setup):
+    parts = {"generator": distillation.update_generator, "critic": distillation.update_critic}
+    return {role: jax.jit(functools.partial(part, setup)) for role, part in parts.items()}
 
 
 @pytest.mark.parametrize(
@@ -76,19 +83,19 @@ def test_both_networks_follow_the_outer_step(monkeypatch, schedule, critic_sched
     """Though one is updated in every third step, and the other three times in each."""
     loop = dataclasses.replace(LOOP, schedule=schedule)
     settings = dataclasses.replace(SETTINGS, critic_schedule=critic_schedule)
-    made, told = toy_distiller(monkeypatch, loop, settings)
-    update = {role: jax.jit(getattr(made, f"update_{role}")) for role in ("generator", "critic")}
-    state = made.start(WEIGHTS, WEIGHTS)
+    setup, batch = toy_distillation(monkeypatch, loop, settings)
+    update = updates(setup)
+    state = distillation.start(setup, WEIGHTS, WEIGHTS)
     state = dataclasses.replace(state, watch=dataclasses.replace(state.watch, critic_steps=3))
     for step in range(loop.num_steps):
-        if made.is_generator_step(step):
-            after, metrics = update["generator"](state, told, KEY, WEIGHTS)
+        if settings.is_generator_step(step):
+            after, metrics = update["generator"](state, batch, KEY, WEIGHTS)
             rate = SCHEDULES[schedule](step, 1e-2)
             np.testing.assert_allclose(metrics["generator_rate"], rate, rtol=1e-5)
             moved = np.abs(after.generator["w"] - state.generator["w"])
             np.testing.assert_allclose(moved, rate, rtol=1e-3)
             state = after
-        after, metrics = update["critic"](state, told, KEY, WEIGHTS)
+        after, metrics = update["critic"](state, batch, KEY, WEIGHTS)
         rate = SCHEDULES[critic](step, 3e-3)
         np.testing.assert_allclose(metrics["critic_rate"], rate, rtol=1e-5)
         moved = np.abs(after.critic["w"] - state.critic["w"])
@@ -101,19 +108,22 @@ def test_each_optimiser_can_count_its_own_updates(monkeypatch):
     """The generator's ninth step is its third update: rate of count 2 of a schedule of 6."""
     loop = dataclasses.replace(LOOP, num_steps=18)
     settings = dataclasses.replace(SETTINGS, schedule_counts="updates", max_critic_steps=1)
-    made, told = toy_distiller(monkeypatch, loop, settings)
-    update = {role: jax.jit(getattr(made, f"update_{role}")) for role in ("generator", "critic")}
-    state, of_generator = made.start(WEIGHTS, WEIGHTS), dataclasses.replace(loop, num_steps=6)
+    setup, batch = toy_distillation(monkeypatch, loop, settings)
+    update = updates(setup)
+    state, of_generator = (
+        distillation.start(setup, WEIGHTS, WEIGHTS),
+        dataclasses.replace(loop, num_steps=6),
+    )
     for step in range(loop.num_steps):
-        if made.is_generator_step(step):
+        if settings.is_generator_step(step):
             rate = learning_rate(of_generator)(step // 3)
-            after, metrics = update["generator"](state, told, KEY, WEIGHTS)
+            after, metrics = update["generator"](state, batch, KEY, WEIGHTS)
             np.testing.assert_allclose(metrics["generator_rate"], rate, rtol=1e-5)
             moved = np.abs(after.generator["w"] - state.generator["w"])
             np.testing.assert_allclose(moved, rate, rtol=1e-3, atol=1e-9)
             state = after
         critic = dataclasses.replace(loop, learning_rate=3e-3)
-        state, metrics = update["critic"](state, told, KEY, WEIGHTS)
+        state, metrics = update["critic"](state, batch, KEY, WEIGHTS)
         np.testing.assert_allclose(metrics["critic_rate"], learning_rate(critic)(step), rtol=1e-5)
 
 

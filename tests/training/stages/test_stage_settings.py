@@ -64,9 +64,9 @@ def test_a_batch_of_distillation_has_as_many_clips_as_long_as_told(folders):
     task = distil(DistillWeights(str(folders["model"])), batch_size=4, latents=3)
     batch = task.batches(SETTINGS.generator_every - 1)
     assert task.batch_size == 4 and set(batch) == {"critic", "generator"}
-    for told in batch.values():
-        assert told.features.shape[:3] == (4, 1, 12)
-        np.testing.assert_array_equal(told.row, np.arange(4))
+    for clips in batch.values():
+        assert clips.conditions.audio.shape[:3] == (4, 1, 12)
+        np.testing.assert_array_equal(clips.row, np.arange(4))
     assert len(task.batches(0, np.arange(2))["critic"].row) == 2
 
 
@@ -77,7 +77,7 @@ def test_the_clips_of_a_role_are_those_of_the_seed(folders):
     def portraits(seed, role):
         task = DistillTask(MODEL, ROLLOUT, SETTINGS, weights, clips, seed=seed)
         steps = [SETTINGS.generator_every * n - 1 for n in (1, 2, 3)]
-        return np.stack([task.batches(step)[role].reference for step in steps])
+        return np.stack([task.batches(step)[role].conditions.reference for step in steps])
 
     one = portraits(1, "critic")
     np.testing.assert_array_equal(one, portraits(1, "critic"))

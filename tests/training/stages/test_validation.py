@@ -13,7 +13,7 @@ import pytest
 from jax_avatar.data.latents import random_clips
 from jax_avatar.layout import make_training_mesh
 from jax_avatar.training.distill_state import DistillConfig
-from jax_avatar.training.rollout import RolloutConfig
+from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.placement import place_state
 from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages import build as stages
