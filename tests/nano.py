@@ -78,15 +78,14 @@ def save_tokenizer(folder, kind="json"):
 
 def save_text_encoder(folder, kind="json", **changes):
     """Adds a random prompt encoder and a tokenizer to the model in `folder`."""
-    import dataclasses
-
     from jax_avatar.models.config import UMT5Config
     from jax_avatar.models.text import UMT5Encoder
+    from jax_avatar.weights.fields import plain_fields
     from jax_avatar.weights.files import load_json, save_json, save_weights
 
     values = dict(vocab_size=64, width=4, ffn_width=8, num_heads=2, head_dim=2, num_layers=2)
     config = UMT5Config(**(values | changes))
-    fields = dataclasses.asdict(config) | {"dtype": "float32", "param_dtype": "float32"}
+    fields = plain_fields(config)
     params = Network.of(UMT5Encoder(config, rngs=nnx.Rngs(7))).params
     save_weights(folder, "text", params, fields)
     save_json(folder / "config.json", load_json(folder / "config.json") | {"text": "umt5"})

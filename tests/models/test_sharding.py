@@ -10,6 +10,7 @@ from jax_avatar.models.network import flatten
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.models.sharding import param_shardings, param_specs
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import place, tree_of
 from jax_avatar.weights.folder import load_model
 from jax_avatar.weights.orbax import StoredWeights
@@ -82,7 +83,7 @@ def test_layers_stay_together_and_small_weights_whole():
 def test_a_session_reads_a_stored_transformer_straight_to_its_devices(tmp_path, mesh):
     folder = save_model(tmp_path / "model")
     plain = load_model(folder)
-    save_orbax(folder / "dit", plain.dit.params, vars_of(plain.dit.config))
+    save_orbax(folder / "dit", plain.dit.params, plain_fields(plain.dit.config))
     (folder / "dit.safetensors").unlink()
     stored = load_model(folder)
     assert isinstance(stored.dit.params, StoredWeights)
@@ -93,12 +94,6 @@ def test_a_session_reads_a_stored_transformer_straight_to_its_devices(tmp_path, 
         session = AvatarSession(model, portrait, parse_layout(mesh, 4))
         videos.append(np.concatenate([*session.push(samples), *session.finish()]))
     np.testing.assert_array_equal(*videos)
-
-
-def vars_of(config):
-    import dataclasses
-
-    return dataclasses.asdict(config) | {"dtype": "float32", "param_dtype": "float32"}
 
 
 def test_shapes_are_known_without_reading(saved):

@@ -1,7 +1,5 @@
 """The rate of video frames belongs to the run: data must have it, the speech encoder follows."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from jax_avatar.data.latents import random_clips
 from jax_avatar.training.base_weights import trained_fps
 from jax_avatar.training.stages import build as stages
 from jax_avatar.weights.encoders import Encoders
+from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import load_json
 from jax_avatar.weights.folder import load_model
 from tests import nano
@@ -28,7 +27,7 @@ def converted(tmp_path_factory):
 
 
 def settings_of(stage, fps, **weights):
-    fields = dataclasses.asdict(MODEL) | {"dtype": "float32", "param_dtype": "float32"}
+    fields = plain_fields(MODEL)
     content = {"stage": stage, "seed": 0, "fps": fps, "data": "", "latents": "", "model": fields}
     content |= {"task": {"batch_size": 2, "latents": 6}, "weights": weights}
     content |= {"loop": {"num_steps": 2, "warmup_steps": 0}}

@@ -14,6 +14,7 @@ from jax_avatar.training import teacher
 from jax_avatar.training.stages import build as stages
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
+from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import load_weights, save_weights
 from tests import nano
 from tests.training.test_distillation import LOOP, ROLLOUT, SETTINGS
@@ -98,7 +99,7 @@ def test_flow_matching_reads_each_network_from_its_folder(folders, tmp_path, mon
         **{name: str(folders[name]) for name in ("model", "vae", "speech")},
         "start": str(folders["student"]),
     }
-    fields = dataclasses.asdict(MODEL) | {"dtype": "float32", "param_dtype": "float32"}
+    fields = plain_fields(MODEL)
     settings = {
         "stage": "diffusion_forcing", "seed": 3, "fps": 16, "data": "", "latents": "",
         "weights": weights, "model": fields, "task": {"batch_size": 2, "latents": 6},
