@@ -211,3 +211,13 @@ def test_curves_are_in_their_own_units():
     pose = NANO.pose(jnp.ones(len(CURVES)))
     np.testing.assert_allclose(pose, NANO.scale[2:8])
     assert AnchoredVAEConfig(**NANO.to_dict()) == NANO
+
+
+def test_what_is_hidden_is_filled_in_from_around():
+    x = warp.grid(32, 32)[None]
+    picture = jnp.concatenate([x, x.sum(-1, keepdims=True)], -1)
+    known = jnp.ones((1, 32, 32, 1)).at[:, 10:20, 12:22].set(0)
+    found = warp.filled(jnp.where(known > 0, picture, 9.0), known)
+    np.testing.assert_allclose(found, picture, atol=0.15)
+    np.testing.assert_array_equal(found[:, :10], picture[:, :10])
+    assert warp.widened(1 - known, 2).sum() == 14 * 14

@@ -127,7 +127,7 @@ def test_every_part_of_the_loss_has_its_weight(task, params):
         "edge_weight": ("edges",),
         "flow_weight": ("flow", "coarse"),
         "mask_weight": ("mask", "outline", "surface"),
-        "paint_weight": ("paint", "backdrop"),
+        "paint_weight": ("paint",),
         "shape_weight": ("shape",),
         "motion_weight": ("motion",),
     }.items():

@@ -1,7 +1,7 @@
 """A video VAE anchored in the portrait: latents say what moves, the portrait how it looks.
 
     encode   4 frames, each beside the portrait -> curves of motion --linear--> latent
-    prepare  portrait -> features, its surface, depth and own flow; the backdrop behind the head
+    prepare  portrait -> features, its surface, depth and own flow; what is behind it, filled in
     decode   latent --linear--> curves of motion
                turn and place of the head ---- inverse of the rigid head --+
                expression -- least squares + the portrait's own flow ------+-> coarse flow
@@ -32,6 +32,7 @@ from jax_avatar.models.vae.rigid_head import HeadShape
 from jax_avatar.models.vae.warp import (
     doubled,
     enlarged,
+    filled,
     fold,
     grid,
     packed,
@@ -39,6 +40,7 @@ from jax_avatar.models.vae.warp import (
     sharpened,
     shrunk,
     unfold,
+    widened,
 )
 from jax_avatar.shapes import Latent, Video
 
@@ -54,6 +56,7 @@ GROUP = 4
 _CODE = 4  # cells of the codes that a latent expands to
 _POSE = 6  # yaw, pitch, roll; right, down, growth
 _FACE = (slice(26, 62), slice(16, 48))  # of 64 x 64 cells: rows and columns of eyes and mouth
+_EDGE = 2  # of 128 pixels
 _LOGIT = 8.0  # bound of what the surface's network says
 
 
@@ -211,7 +214,7 @@ class MotionBasis(nnx.Module):
 
 
 class PortraitNetwork(nnx.Module):
-    """Portraits -> features, corrections of the mean head, surface and backdrop."""
+    """Portraits -> features, corrections of the mean head, surface."""
 
     def __init__(self, config: AnchoredVAEConfig, *, rngs: nnx.Rngs):
         p32, p16, p8, p4 = config.feature_widths
@@ -223,14 +226,11 @@ class PortraitNetwork(nnx.Module):
         self.own16 = _conv(p4 + p8 + p16, width, 3, rngs=rngs)
         self.own32 = _conv(width + p32, width, 3, rngs=rngs)
         self.own = _conv(width, 2 * leads + 2, 1, gain=0.0, rngs=rngs)
-        self.backdrop = _conv(width, 48, 1, gain=0.0, rngs=rngs)
         self.surface64 = _conv(width + 12, 16, 3, rngs=rngs)
         self.surface = _conv(16, 4, 3, gain=0.0, rngs=rngs)
 
-    def __call__(
-        self, small: Float[Array, "b 128 128 3"]
-    ) -> tuple[dict[int, Array], Array, Array, Array]:
-        """Features; own flow and correction 64 x 64; surface's logit 128; backdrop's colour 128."""
+    def __call__(self, small: Float[Array, "b 128 128 3"]) -> tuple[dict[int, Array], Array, Array]:
+        """Features; own flow and correction of the head 64 x 64; logit of the surface 128."""
         found, x = {}, fold(small, 4)
         for cells, layer in ((32, self.at32), (16, self.at16), (8, self.at8), (4, self.at4)):
             x = _active(layer(x if cells == 32 else fold(x, 2)))
@@ -241,7 +241,7 @@ class PortraitNetwork(nnx.Module):
         own = doubled(0.01 * self.own(x))
         edge = _active(self.surface64(jnp.concatenate([doubled(x), fold(small, 2)], -1)))
         surface = _LOGIT * jnp.tanh(unfold(self.surface(edge), 2) / _LOGIT)
-        return found, own, surface, unfold(self.backdrop(x), 4)
+        return found, own, surface
 
 
 class FrameNetwork(nnx.Module):
@@ -384,7 +384,7 @@ class AnchoredVAE(nnx.Module):
                 f"at least {SIDE}; cut or enlarge it."
             )
         small = shrunk(portrait, SIDE)
-        features, own, surface, colour = self.portrait(small)
+        features, own, surface = self.portrait(small)
         correction = 10 * own[..., -2:]
         head = HeadShape(
             self.basis.depth[None, ..., None] + correction[..., :1],
@@ -392,19 +392,20 @@ class AnchoredVAE(nnx.Module):
             self.basis.camera[:3],
             self.basis.camera[3],
         )
-        is_person = enlarged(surface, side)
-        stop = jax.lax.stop_gradient
-        share, fill = stop(jax.nn.sigmoid(is_person)), enlarged(colour, side)
-        sharp = sharpened(portrait)
+        # The surface is learned from the truth, not through what the warp makes of it.
+        told = jax.lax.stop_gradient(surface)
+        # Pixels at the outline show some of the person, which must not stay behind.
+        hidden = widened(told, _EDGE)
+        fill = filled(small, 1 - jax.nn.sigmoid(hidden))
+        share = jax.nn.sigmoid(enlarged(hidden, side))
         return PreparedPortrait(
             features=features,
             own_flow=own[..., :-2],
             head=head,
             surface=surface,
-            # The surface is learned from the truth, not through what the warp makes of it.
-            small=packed(jnp.concatenate([small, stop(surface)], -1)),
-            full=packed(jnp.concatenate([sharp, stop(is_person)], -1)),
-            backdrop=(1 - share) * portrait + share * fill,
+            small=packed(jnp.concatenate([small, told], -1)),
+            full=packed(jnp.concatenate([sharpened(portrait), enlarged(told, side)], -1)),
+            backdrop=(1 - share) * portrait + share * enlarged(fill, side),
         )
 
     def decode_next(

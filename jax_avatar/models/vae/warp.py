@@ -69,6 +69,29 @@ def shrunk(x: Map, side: int) -> Float[Array, "b h2 w2 c"]:
     return x.reshape(len(x), side, n, side, n, x.shape[3]).mean((2, 4))
 
 
+def widened(x: Map, pixels: int) -> Map:
+    """The largest value within so many pixels."""
+    window = (1, 2 * pixels + 1, 2 * pixels + 1, 1)
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, (1, 1, 1, 1), "SAME")
+
+
+def filled(picture: Map, known: Float[Array, "b h w 1"]) -> Map:
+    """The picture where it is known, elsewhere a smooth continuation of what is around.
+
+    By means over ever larger squares, then back, each finer one where it is known.
+
+    Source: "pull-push", Gortler et al., "The Lumigraph", SIGGRAPH 1996, section 3.4.
+    """
+    side = picture.shape[1]
+    if side <= 2:
+        total = jnp.maximum(known.sum((1, 2), keepdims=True), 1e-6)
+        return jnp.broadcast_to((picture * known).sum((1, 2), keepdims=True) / total, picture.shape)
+    share = shrunk(known, side // 2)
+    mean = shrunk(picture * known, side // 2) / jnp.maximum(share, 1e-6)
+    around = doubled(filled(mean, jnp.minimum(4 * share, 1)))
+    return known * picture + (1 - known) * around
+
+
 def sharpened(x: Map, amount: float = 0.3) -> Map:
     """Makes up for what bilinear reads between the pixels blur."""
     blurred = x

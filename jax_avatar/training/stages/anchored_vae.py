@@ -79,8 +79,8 @@ class AnchoredTaskConfig:
     eye_weight: float = 20.0
     latent_noise: float = 0.1
     edge_weight: float = 1.0
-    flow_weight: float = 0.04
-    mask_weight: float = 0.02
+    flow_weight: float = 0.2
+    mask_weight: float = 0.1
     paint_weight: float = 0.5
     shape_weight: float = 0.2
     motion_weight: float = 0.1
@@ -161,7 +161,7 @@ class AnchoredTask:
         weight = self._importance(batch["boxes"].reshape(-1, 3, 4), SIDE)
         terms = _picture_terms(out, truth, weight)
         terms |= _flow_terms(out, batch, truth, weight)
-        terms |= _portrait_terms(ready, batch, truth)
+        terms |= _portrait_terms(ready, batch)
         read = vae.encoder(shrunk(portrait, SIDE), shrunk(truth, SIDE))
         terms["motion"] = jnp.mean((read - motion[rows, offset]) ** 2)
         scale = dict(
@@ -169,7 +169,7 @@ class AnchoredTask:
             edges=task.edge_weight,
             **dict.fromkeys(("flow", "coarse"), task.flow_weight),
             **dict.fromkeys(("mask", "outline", "surface"), task.mask_weight),
-            **dict.fromkeys(("paint", "backdrop"), task.paint_weight),
+            paint=task.paint_weight,
             shape=task.shape_weight,
             motion=task.motion_weight,
         )
@@ -322,19 +322,15 @@ def _flow_terms(
     )
 
 
-def _portrait_terms(ready: Any, batch: dict[str, Array], truth: Array) -> dict[str, Scalar]:
-    """Surface, depth and head weight of the portrait; the backdrop where it comes into view."""
+def _portrait_terms(ready: Any, batch: dict[str, Array]) -> dict[str, Scalar]:
+    """Surface, depth and head weight of the portrait."""
     surface = batch["portrait_surface"][..., None].astype(jnp.float32) / 255
     is_person = (shrunk(surface, FLOW) > 0.9).astype(jnp.float32)[..., 0]
     depth = jnp.abs(ready.head.depth[..., 0] - batch["depth"][:, 0])
     share = jnp.abs(ready.head.weight[..., 0] - batch["head_weight"][:, 0])
-    now = batch["surface"].astype(jnp.float32)[..., None] / 255
-    is_bare = (now < 0.02) & (surface[:, None] > 0.5)
-    found = ready.backdrop[:, None] - truth.reshape(*now.shape[:4], 3)
     return dict(
         surface=2 * jnp.mean(_cross_entropy(jax.nn.sigmoid(ready.surface), surface)),
         shape=jnp.mean(is_person * (4 * depth + share)),
-        backdrop=jnp.mean(is_bare * jnp.abs(found)),
     )
 
 
