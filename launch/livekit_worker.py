@@ -78,7 +78,7 @@ def load_session() -> AvatarSession:
     prepare_jax(num_slices(layout))
     session = AvatarSession(load_model(FLAGS.checkpoint, weights=FLAGS.dtype), portrait, layout)
     session.warm_up()
-    return core
+    return session
 
 
 async def work(session: AvatarSession, url: str, token: str) -> None:
