@@ -18,7 +18,6 @@ The minute without what keeps long streams steady:
     python launch/evaluate.py --splits=held_out_both --noaas --norolling_rope
 """
 
-import dataclasses
 import json
 import shlex
 import sys
@@ -26,26 +25,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
 from absl import flags
-from PIL import Image
 from tqdm import tqdm
 
-from jax_avatar.data.records import read_clips
-from jax_avatar.evaluation.scores import (
-    Truth,
-    contact_sheet,
-    fit_probe,
-    measure,
-    reconstruct,
-    score_stream,
-    still_portraits,
-)
-from jax_avatar.evaluation.tables import rows_of, scored
-from jax_avatar.io.video import VideoWriter
-from jax_avatar.models.params import merge
-from jax_avatar.streaming.batch import BatchStream
-from jax_avatar.streaming.plan import StreamPlan
+from jax_avatar.evaluation.kit import KitSettings, ablated_plan, evaluate, makers_of
+from jax_avatar.evaluation.tables import rows_of
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 from jax_avatar.weights.files import save_json
 from jax_avatar.weights.folder import SMALL, load_model
@@ -70,6 +54,7 @@ FLAGS = flags.FLAGS
 
 
 def sampler(model):
+    """Sampler of whole clips; None if the model streams."""
     if FLAGS.sampler == "stream":
         return None
     settings = SamplerConfig(FLAGS.steps, guidance=FLAGS.guidance, seed=FLAGS.seed)
@@ -77,112 +62,27 @@ def sampler(model):
     return make_sampler(dit.graphdef, dit.config, settings, pose=model.settings.pose)
 
 
-def stream_plan(model):
-    plan = StreamPlan.from_settings(model.settings, FLAGS.seed)
-    if not FLAGS.aas:
-        plan = dataclasses.replace(plan, aas_after_blocks=0)
-    if not FLAGS.rolling_rope:  # so far behind that the sink stays where it is in the beginning
-        size = model.dit.config.frames_per_block
-        plan = dataclasses.replace(plan, distance=lambda block, step: -size * block)
-    return plan
+def asked() -> dict:
+    """Flags and command, to be kept with the scores."""
+    names = ["checkpoint", "clips", "seed", "sampler", "aas", "rolling_rope"]
+    names += ["steps", "guidance"] if FLAGS.sampler == "teacher" else []
+    told = {"command": shlex.join(["python", "launch/evaluate.py", *sys.argv[1:]])}
+    told |= {name: FLAGS[name].value for name in names}
+    root, folder = Path(__file__).parents[1].resolve(), Path(FLAGS.checkpoint).resolve()
+    if folder.is_relative_to(root):  # so that a kept file names no folder of a machine
+        told["checkpoint"] = str(folder.relative_to(root))
+    return told
 
 
-def stream_split(stream, clips):
-    frames = len(clips[0].frames)
-    parts = []
-    for start in tqdm(range(0, len(clips), FLAGS.batch)):
-        part = [clips[i % len(clips)] for i in range(start, start + FLAGS.batch)]
-        waves = np.stack([clip.wave for clip in part]).astype(np.float32) / 32768
-        parts.append(stream(np.stack([clip.portrait for clip in part]), waves, frames))
-    return np.concatenate(parts)[: len(clips)]
-
-
-def stream_long(stream, clips, seconds):
-    """A few people who say everything after one another, over and over."""
-    count = FLAGS.batch
-    said = np.concatenate([clip.wave for clip in clips]).astype(np.float32) / 32768
-    fps, samples = stream.model.settings.fps, seconds * stream.model.speech.config.sample_rate
-    waves = np.stack(
-        [np.resize(np.roll(said, -i * len(said) // count), samples) for i in range(count)]
-    )
-    portraits = np.stack([clips[i % len(clips)].portrait for i in range(count)])
-    frames = stream(portraits, waves, seconds * fps)
-    return score_stream(frames, portraits, window=5 * fps, seed=FLAGS.seed), frames, waves
-
-
-def make_folder(out):
+def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written ({error.strerror}).") from error
 
 
-def streams_of(model):
-    """Makers of clips, by the name of their row."""
-    plan = stream_plan(model)
-    streams = {"generated": BatchStream(model, plan, sample=sampler(model))}
-    if FLAGS.baselines and FLAGS.sampler == "stream":
-        once = dataclasses.replace(plan, sigmas=(1.0, 0.0))
-        streams["one_step"] = BatchStream(model, once)
-    return streams
-
-
-def score_split(model, streams, split, probe, out):
-    """Scores of all rows on a split, written as pictures, too; and the clips."""
-    source = read_clips(FLAGS.data, split)
-    clips = [source[i] for i in range(min(FLAGS.clips, len(source)))]
-    truth = Truth.from_clips(clips)
-    made = {name: stream_split(stream, clips) for name, stream in streams.items()}
-    if FLAGS.baselines:
-        made["still"] = still_portraits(truth)
-    vae = merge(model.vae.graphdef, model.vae.params)
-    made["decoded_truth"] = reconstruct(vae, truth.frames)
-    rows = {
-        name: scored(measure(frames, truth, probe), seed=FLAGS.seed)
-        for name, frames in made.items()
-    }
-    frames = made["generated"]
-    Image.fromarray(contact_sheet(frames, truth)).save(out / f"{split}.png")
-    for i in range(min(3, len(clips))):
-        pair = np.concatenate([truth.frames[i], frames[i]], axis=2)
-        write(out / f"{split}_{i}.mp4", pair, clips[i].wave / 32768, model)
-    print(f"\n{split}, n {len(clips)}, seed {FLAGS.seed}", *rows_of(rows), sep="\n", flush=True)
-    return {"n": len(clips), **rows}, clips
-
-
-def evaluate(out):
-    """Scores everything, and saves with it how it was asked for."""
-    model = load_model(FLAGS.checkpoint)
-    streams = streams_of(model)
-    train = read_clips(FLAGS.data, "train")
-    probe = fit_probe([train[i] for i in range(0, len(train), max(1, len(train) // 200))])
-    told = ("checkpoint", "clips", "seed", "sampler", "aas", "rolling_rope")
-    told += ("steps", "guidance") if FLAGS.sampler == "teacher" else ()
-    scores = {"command": shlex.join(["python", "launch/evaluate.py", *sys.argv[1:]])}
-    scores |= {name: FLAGS[name].value for name in told}
-    root, folder = Path(__file__).parents[1].resolve(), Path(FLAGS.checkpoint).resolve()
-    if folder.is_relative_to(root):  # so that a kept file names no folder of a machine
-        scores["checkpoint"] = str(folder.relative_to(root))
-    for split in FLAGS.splits:
-        scores[split], clips = score_split(model, streams, split, probe, out)
-        save(out, scores)
-    if FLAGS.long_s and FLAGS.sampler == "stream":
-        found, frames, waves = stream_long(streams["generated"], clips, FLAGS.long_s)
-        scores["long"] = {"n": FLAGS.batch, "seconds": FLAGS.long_s, **found}
-        if "one_step" in streams:
-            scores["long"]["one_step"] = stream_long(streams["one_step"], clips, FLAGS.long_s)[0]
-        write(out / "long.mp4", frames[0], waves[0], model)
-        save(out, scores)
-        print("long", json.dumps(scores["long"]), flush=True)
-
-
-def save(out, scores):
-    """After every part, so that a command that is stopped has not lost the others."""
-    save_json(FLAGS.scores or out / "scores.json", scores)
-
-
 def run() -> None:
-    out = Path(FLAGS.out)
+    out, is_stream = Path(FLAGS.out), FLAGS.sampler == "stream"
     cli.check_finite(FLAGS)
     inputs = {"checkpoint": FLAGS.checkpoint, "data": FLAGS.data}
     cli.refuse_input_as_output("out", out, **inputs)
@@ -191,15 +91,24 @@ def run() -> None:
         make_folder(Path(FLAGS.scores).parent)
     cli.check_devices()
     make_folder(out)
-    evaluate(out)
-
-
-def write(path, frames, wave, model):
-    rate = model.speech.config.sample_rate
-    height, width = frames.shape[1:3]
-    with VideoWriter(path, width, height, model.settings.fps, rate) as video:
-        video.write_audio(np.asarray(wave, np.float32))
-        video.write_frames(frames.astype(np.uint8))
+    model = load_model(FLAGS.checkpoint)
+    plan = ablated_plan(model, FLAGS.seed, aas=FLAGS.aas, rolling_rope=FLAGS.rolling_rope)
+    one_step = FLAGS.baselines and is_stream
+    makers = makers_of(model, plan, sample=sampler(model), one_step=one_step)
+    long_s = FLAGS.long_s if is_stream else 0
+    settings = KitSettings(FLAGS.clips, FLAGS.batch, long_s, FLAGS.seed, FLAGS.baselines)
+    scores = asked()
+    for name, found in evaluate(
+        model, FLAGS.data, FLAGS.splits, makers, settings, out, progress=tqdm
+    ):
+        scores[name] = found
+        # After every part, so that a command that is stopped has not lost the others.
+        save_json(FLAGS.scores or out / "scores.json", scores)
+        if name == "long":
+            print("long", json.dumps(found), flush=True)
+            continue
+        rows = {row: values for row, values in found.items() if row != "n"}
+        print(f"\n{name}, n {found['n']}, seed {FLAGS.seed}", *rows_of(rows), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

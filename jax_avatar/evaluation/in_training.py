@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_avatar.data.records import ClipRecord
+from jax_avatar.evaluation.kit import write_clips
 from jax_avatar.evaluation.mouth_probe import MouthProbe
 from jax_avatar.evaluation.scores import Truth, fit_probe, has_lips, score
-from jax_avatar.io.video import VideoWriter
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.training.run.placement import on_first_host
@@ -26,7 +26,7 @@ from jax_avatar.training.teacher import SamplerConfig, make_sampler
 from jax_avatar.weights.folder import AvatarModel, fitting_stream, load_settings
 from jax_avatar.weights.networks import Network, load_network
 
-__all__ = ["ClipEvaluation", "make_evaluation", "write_clip"]
+__all__ = ["ClipEvaluation", "make_evaluation"]
 
 _PROBE_CLIPS, _PROBE_STEPS = 150, 8  # clips that the mouth's probe is fitted on, steps per clip
 _LONGEST_S = 5  # of a clip
@@ -109,11 +109,14 @@ class ClipEvaluation:
 
     def _write(self, folder: Path, frames: np.ndarray) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        rate, waves = self.stream.model.speech.config.sample_rate, self._waves(frames.shape[1])
-        for i in range(min(self.num_videos, len(frames))):
-            wave = waves[i, : frames.shape[1] * rate // self.clips[i].fps]
-            portrait, fps = self._truth.portrait[i], self.clips[i].fps
-            write_clip(folder / f"{i}.mp4", portrait, frames[i], wave, fps, rate)
+        rate, fps = self.stream.model.speech.config.sample_rate, self.clips[0].fps
+        count = frames.shape[1]
+        write_clips(
+            [folder / f"{i}.mp4" for i in range(self.num_videos)],
+            *(self._truth.portrait, frames, self._waves(count)[:, : count * rate // fps]),
+            fps=fps,
+            sample_rate=rate,
+        )
 
 
 def make_evaluation(
@@ -186,29 +189,3 @@ def _model(settings, graphdef, config, changes) -> AvatarModel:
     networks = {name: load_network(path, name, fps=stream.fps) for name, path in folders.items()}
     dit = Network(graphdef, {}, config, {})
     return AvatarModel(name=settings["stage"], dit=dit, settings=stream, **networks)
-
-
-def write_clip(
-    path: str | Path,
-    portrait: np.ndarray,
-    frames: np.ndarray,
-    wave: np.ndarray,
-    fps: int,
-    sample_rate: int,
-) -> None:
-    """Writes a video with sound, the portrait beside it.
-
-    Args:
-        path: .mp4.
-        portrait: `[H W 3]` uint8, or `[T H W 3]`, a video of the same length.
-        frames: `[T H W 3]` uint8.
-        wave: mono in [-1, 1].
-        fps: frames per second.
-        sample_rate: of the wave.
-    """
-    still = np.broadcast_to(portrait, frames.shape)
-    both = np.concatenate([still, frames], axis=2)
-    height, width = both.shape[1:3]
-    with VideoWriter(path, width, height, fps, sample_rate) as video:
-        video.write_audio(np.asarray(wave, np.float32))
-        video.write_frames(both)

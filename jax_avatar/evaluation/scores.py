@@ -309,7 +309,7 @@ def score_stream(
 
 def contact_sheet(
     frames: Frames, truth: Truth, rows: int = 6, columns: int = 12
-) -> UInt8[np.ndarray, "H W 3"]:
+) -> UInt8[np.ndarray, "_ _ 3"]:
     """Pairs of rows, truth above generated; the portrait comes first."""
     shown = np.linspace(0, frames.shape[1] - 1, columns).astype(int)
     lines = []
