@@ -29,10 +29,15 @@ FORMS = [
 
 
 def adapter(fresh=False):
-    made = init_adapter(nano.make_dit(PLAIN)[1], RANK, jax.random.key(3))
+    made = init_adapter(plain_params(), RANK, jax.random.key(3))
     return made if fresh else jax.tree.map(lambda leaf: leaf + 0.1, made)
 
 
+def plain_params():
+    return nano.make_network(PLAIN).params
+
+
+@functools.cache
 def structure(config):
     return Network.abstract(DiT, config)
 
@@ -75,7 +80,7 @@ def network(form, config, params):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_beside_the_kernels_or_added_to_them_is_the_same(form):
-    base = nano.make_dit(PLAIN)[1]
+    base = plain_params()
     plain = velocity(form, PLAIN, base)
     merged = velocity(form, PLAIN, add_adapter(base, adapter(), SCALING))
     beside = velocity(form, ADAPTED, with_adapter(base, adapter()))
@@ -87,32 +92,32 @@ def test_beside_the_kernels_or_added_to_them_is_the_same(form):
 
 def test_a_base_in_half_precision_keeps_its_type_and_the_factors_theirs():
     half = PLAIN.replace(dtype="bfloat16", param_dtype="bfloat16")
-    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nano.make_dit(PLAIN)[1])
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), plain_params())
     both = with_adapter(base, adapter())
     kinds = {path.rpartition("/")[2]: leaf.dtype for path, leaf in flatten(both).items()}
     assert (kinds["a"], kinds["b"], kinds["kernel"]) == (jnp.float32, jnp.float32, jnp.bfloat16)
     config = half.replace(adapter_rank=RANK, adapter_scaling=SCALING)
     beside = velocity("block_causal", config, both)
-    exact = velocity("block_causal", ADAPTED, with_adapter(nano.make_dit(PLAIN)[1], adapter()))
+    exact = velocity("block_causal", ADAPTED, with_adapter(plain_params(), adapter()))
     np.testing.assert_allclose(beside, exact, atol=0.05 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("fp8", marks=slow)])
 def test_a_rounded_base_takes_an_adapter(kind):
-    params = quantise_params(nano.make_dit(PLAIN)[1], kind)
+    params = quantise_params(plain_params(), kind)
     rounded, both = PLAIN.replace(weights=kind), ADAPTED.replace(weights=kind)
     plain = velocity("block_causal", rounded, params)
     fresh = velocity("block_causal", both, with_adapter(params, adapter(fresh=True)))
     np.testing.assert_array_equal(fresh, plain)
     beside = velocity("block_causal", both, with_adapter(params, adapter()))
-    exact = velocity("block_causal", ADAPTED, with_adapter(nano.make_dit(PLAIN)[1], adapter()))
+    exact = velocity("block_causal", ADAPTED, with_adapter(plain_params(), adapter()))
     assert np.abs(beside - exact).max() < 0.5 * np.abs(exact - plain).max()
 
 
 @slow
 @pytest.mark.parametrize("form", ["bidirectional", "block_causal", "block_after"])
 def test_recomputed_layers_have_the_same_gradient(form):
-    base = nano.make_dit(PLAIN)[1]
+    base = plain_params()
 
     def slope(config):
         given()
@@ -130,7 +135,7 @@ def test_recomputed_layers_have_the_same_gradient(form):
 
 def test_factors_are_cut_as_their_kernels_and_never_along_the_rank():
     axes = {"data": 2, "model": 2}
-    for tree in (adapter(), with_adapter(nano.make_dit(PLAIN)[1], adapter())):
+    for tree in (adapter(), with_adapter(plain_params(), adapter())):
         specs = flatten(param_specs(tree, axes, smallest=1))
         found = {}
         for path, spec in specs.items():

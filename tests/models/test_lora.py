@@ -5,11 +5,11 @@ import pytest
 
 from jax_avatar.models.lora import adapted_kernels, add_adapter, init_adapter
 from jax_avatar.models.network import flatten, unflatten
-from tests.nano import make_dit
+from tests.nano import make_network
 
 
 def test_a_fresh_adapter_changes_nothing():
-    _, params = make_dit()
+    params = make_network().params
     adapter = init_adapter(params, 2, jax.random.key(0))
     merged = flatten(add_adapter(params, adapter, 0.5))
     for path, leaf in flatten(params).items():
@@ -17,7 +17,7 @@ def test_a_fresh_adapter_changes_nothing():
 
 
 def test_every_adapted_kernel_gets_its_own_product_and_nothing_else_moves():
-    _, params = make_dit()
+    params = make_network().params
     adapter = flatten(init_adapter(params, 2, jax.random.key(0)))
     adapter = {path: leaf if path.endswith("/a") else leaf + 0.1 for path, leaf in adapter.items()}
     merged = flatten(add_adapter(params, unflatten(adapter), 0.5))
@@ -32,7 +32,7 @@ def test_every_adapted_kernel_gets_its_own_product_and_nothing_else_moves():
 
 
 def test_an_adapter_for_another_network_is_refused():
-    _, params = make_dit()
+    params = make_network().params
     stray = {"blocks": {"nose": {"kernel": {"a": jnp.ones((2, 4, 2)), "b": jnp.ones((2, 2, 4))}}}}
     with pytest.raises(ValueError, match=r"another network: \['blocks/nose/kernel'\]"):
         add_adapter(params, stray, 1.0)

@@ -14,9 +14,9 @@ from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import place, tree_of
 from jax_avatar.weights.folder import load_model
 from jax_avatar.weights.orbax import StoredWeights
-from tests.nano import make_dit, save_model, save_orbax
+from tests.nano import make_network, save_model, save_orbax
 
-PARAMS = make_dit()[1]
+PARAMS = make_network().params
 
 
 def training_mesh(data, model):

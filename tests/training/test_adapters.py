@@ -11,7 +11,7 @@ import pytest
 from jax_avatar.data.latents import random_clips
 from jax_avatar.layout import make_training_mesh
 from jax_avatar.models.lora import add_adapter
-from jax_avatar.models.params import flatten
+from jax_avatar.models.network import flatten
 from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.loop import train
@@ -40,7 +40,7 @@ def clips():
 
 def make_task(model, settings=SETTINGS):
     """Stage 1 from the weights in a model folder."""
-    start = functools.partial(read_dit, str(model), nano.make_dit(MODEL)[1])
+    start = functools.partial(read_dit, str(model), nano.make_network(MODEL).params)
 
     def export(folder, params, metadata, *, adapter):
         export_model(folder, str(model), params, MODEL, metadata, stream={}, adapter=adapter)
@@ -152,9 +152,9 @@ def test_a_step_is_the_same_on_every_layout(tmp_path):
 @pytest.mark.parametrize("layout", [None, "4x2"])
 def test_weights_are_read_where_they_belong_without_the_motion_packer(tmp_path, layout):
     whole = nano.CONFIG.replace(num_layers=1)
-    _, params = nano.make_dit(whole)
+    params = nano.make_network(whole).params
     nano.save_orbax(tmp_path / "dit", params, {})
-    _, expected = nano.make_dit(whole.replace(framepack=False))
+    expected = nano.make_network(whole.replace(framepack=False)).params
     mesh = make_training_mesh(layout, None, num_heads=2) if layout else None
     found = read_dit(tmp_path, expected, mesh)
     assert set(found) == set(expected) < set(params)

@@ -11,7 +11,7 @@ from jax_avatar.data.latents import random_clips
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.lora import add_adapter, init_adapter
-from jax_avatar.models.params import flatten, merge
+from jax_avatar.models.network import flatten
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.training import distillation
 from jax_avatar.training.distill_state import ClipBatch, DistillConfig
@@ -55,11 +55,10 @@ def make_batch(seed=0, b=2, grid=(4, 4), config=MODEL):
 @functools.cache
 def distillation_of():
     """The step's constants, and the base."""
-    graphdef, base = nano.make_dit(MODEL)
+    network = nano.make_network(MODEL)
     config = SETTINGS.adapted(MODEL)
-    student = functools.partial(merge, nano.make_dit(config)[0])
-    teacher = functools.partial(merge, graphdef)
-    return Distillation(student, teacher, RolloutPlan(config, ROLLOUT), SETTINGS, LOOP), base
+    student, plan = nano.make_network(config).bind, RolloutPlan(config, ROLLOUT)
+    return Distillation(student, network.bind, plan, SETTINGS, LOOP), network.params
 
 
 @functools.cache

@@ -13,7 +13,6 @@ from jax_avatar.diffusion.step import move
 from jax_avatar.models.cache import History, block_position, empty_cache
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import merge
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.state import add_context
@@ -35,7 +34,7 @@ FRAMES = MODEL.frames_per_block
 
 @functools.cache
 def network(config=MODEL, kind=DiT):
-    return nano.make_dit(config, kind=kind)
+    return nano.make_network(config, kind=kind)
 
 
 def make_clip(blocks=BLOCKS, seed=0):
@@ -68,11 +67,11 @@ PLAN = RolloutPlan(MODEL, SETTINGS)
 
 
 def bind(params, config=MODEL):
-    return merge(network(config)[0], params)
+    return network(config).bind(params)
 
 
 def roll(clip, draws, exit_step, config=MODEL):
-    return rollout_of(config)(network(config)[1], clip, draws, exit_step)
+    return rollout_of(config)(network(config).params, clip, draws, exit_step)
 
 
 @functools.cache
@@ -104,7 +103,7 @@ def make_pull():
         def exits(params):
             return exit_block(bind(params), trace, clip, draws, EXIT, PLAN, number)
 
-        return jax.vjp(exits, network()[1])[1](slope)[0]
+        return jax.vjp(exits, network().params)[1](slope)[0]
 
     return pull
 
@@ -137,7 +136,7 @@ def chained_gradients():
         return total
 
     run = jax.jit(jax.grad(loss))
-    return [run(network()[1], jnp.array(is_detached)) for is_detached in (True, False)]
+    return [run(network().params, jnp.array(is_detached)) for is_detached in (True, False)]
 
 
 def test_the_gradient_knows_whether_history_is_detached():
@@ -184,19 +183,19 @@ def speech(blocks):
 
 
 def block_causal(config, noisy, timestep, features, *, kind=DiT, context="block_reset", **options):
-    run, params = causal_form(config, kind, context), network(config, kind)[1]
+    run, params = causal_form(config, kind, context), network(config, kind).params
     return run(params, noisy, timestep, features, options)
 
 
 @functools.cache
 def causal_form(config, kind, context):
-    clip, graphdef = make_clip(), network(config, kind)[0]
+    clip, made = make_clip(), network(config, kind)
 
     @jax.jit
     def run(params, noisy, timestep, features, options):
         pose = jnp.tile(clip.pose, (1, noisy.shape[1] // FRAMES, 1, 1, 1))
         told = Conditions(text=clip.text, reference=clip.reference, pose=pose, audio=features)
-        past_blocks, dit = config.ring_blocks - 1, merge(graphdef, params)
+        past_blocks, dit = config.ring_blocks - 1, made.bind(params)
         return dit.block_causal(
             noisy, timestep, told, past_blocks=past_blocks, audio_context=context, **options
         )
@@ -216,7 +215,7 @@ def causal_form(config, kind, context):
 def test_the_training_form_is_prefill_and_streaming(kind, ring_blocks, context):
     """Every block at its own noise level, the reference at one place, a window that rolls."""
     config, blocks, reference_frame = MODEL.replace(ring_blocks=ring_blocks), 6, 35
-    clip, (graphdef, params) = make_clip(), network(config, kind)
+    clip, dit = make_clip(), network(config, kind).bind()
     noisy = jax.random.normal(jax.random.key(2), (1, FRAMES * blocks, *GRID, 4))
     levels = jnp.array([1000.0, 125, 900, 400, 777, 300])
     timestep, features = jnp.repeat(levels, FRAMES)[None], speech(blocks)
@@ -225,9 +224,9 @@ def test_the_training_form_is_prefill_and_streaming(kind, ring_blocks, context):
         reference_frame=reference_frame,
     )  # fmt: skip
 
-    step = jax.jit(merge(graphdef, params).stream_block)
+    step = jax.jit(dit.stream_block)
     told = Conditions(text=clip.text, reference=clip.reference, pose=clip.pose)
-    sink = jax.jit(merge(graphdef, params).prefill)(told)
+    sink = jax.jit(dit.prefill)(told)
     cache, plan, earlier = empty_cache(config, 1, *GRID), StreamPlan(audio_context=context), None
     for block in range(blocks):
         frames = slice(FRAMES * block, FRAMES * (block + 1))

@@ -10,7 +10,6 @@ import pytest
 import scipy.fft
 
 from jax_avatar.models.conditions import Conditions
-from jax_avatar.models.params import merge
 from jax_avatar.training import distillation
 from jax_avatar.training.distill_state import ClipBatch, DistillConfig
 from jax_avatar.training.distillation import Distillation, rollout_inputs
@@ -72,9 +71,9 @@ def motion_of_data():
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [LOOP.learning_rate])
 def test_the_student_moves_as_much_as_the_data(rate):
-    graphdef, params = nano.make_dit(MODEL)
+    network = nano.make_network(MODEL)
     loop, batch = dataclasses.replace(LOOP, learning_rate=rate), make_batch()
-    generator, plan = functools.partial(merge, graphdef), RolloutPlan(MODEL, ROLLOUT)
+    generator, plan = network.bind, RolloutPlan(MODEL, ROLLOUT)
 
     def student(params):  # generator or critic
         return (Gaussian if "log_variance" in params else generator)(params)
@@ -83,7 +82,7 @@ def test_the_student_moves_as_much_as_the_data(rate):
     update_critic = functools.partial(distillation.update_critic, setup)
     update_generator = functools.partial(distillation.update_generator, setup)
     teacher = {"log_variance": jnp.log(jnp.asarray(SLOW, jnp.float32))}
-    state = distillation.start(setup, params, {"log_variance": jnp.zeros(FRAMES)})
+    state = distillation.start(setup, network.params, {"log_variance": jnp.zeros(FRAMES)})
     key = jax.random.key(3)
 
     @jax.jit

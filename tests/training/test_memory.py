@@ -6,13 +6,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import adapter_leaves, with_adapter
-from jax_avatar.models.params import abstract, merge, unflatten
+from jax_avatar.models.network import Network, unflatten
 from jax_avatar.planning.programs import STAND_IN_OPTIONS
 from jax_avatar.training.blockwise import gradient_of
 from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan, sample_randomness
@@ -32,8 +31,7 @@ HISTORY = 2 * ROWS  # its keys and values
 def temporaries(algorithm, blocks):
     """Bytes, as compiled."""
     settings = RolloutConfig(sigmas=(1.0, 0.8, 0.0), cache="exit_only", gradient=algorithm)
-    structure, _ = abstract(lambda: DiT(MODEL, rngs=nnx.Rngs(0)))
-    base = abstract(lambda: DiT(PLAIN, rngs=nnx.Rngs(0)))[1]
+    network, base = Network.abstract(DiT, MODEL), Network.abstract(DiT, PLAIN).params
     adapter = unflatten(adapter_leaves(base, MODEL.adapter_rank))
     plan = RolloutPlan(MODEL, settings)
 
@@ -48,7 +46,7 @@ def temporaries(algorithm, blocks):
         block = (1, 3, *GRID, 4)
         draws = jax.vmap(lambda key: sample_randomness(key, settings, blocks, block))(keys)
         return gradient_of(plan)(
-            lambda adapter: merge(structure, with_adapter(base, adapter)),
+            lambda adapter: network.bind(with_adapter(base, adapter)),
             adapter,
             clips,
             draws,

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jax_avatar.layout import make_training_mesh
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import abstract, merge
+from jax_avatar.models.network import Network
 from jax_avatar.planning.hardware import HARDWARE
 from jax_avatar.planning.work import clip_flops, step_work
 from jax_avatar.training.distill_state import DistillConfig
@@ -126,13 +125,13 @@ def test_operations_of_a_clip_are_those_the_compiler_counts():
     config = nano.CONFIG.replace(
         width=256, ffn_width=1024, num_layers=1, text_len=32, framepack=False, attention="xla"
     )
-    graphdef, params = abstract(lambda: DiT(config, rngs=nnx.Rngs(0)))
+    network = Network.abstract(DiT, config)
 
-    def forward(params, noisy, text, features):
+    def forward(network, noisy, text, features):
         portrait = noisy[:, :1]
         timestep = jnp.ones((1, frames))
         conditions = Conditions(text=text, reference=portrait, pose=noisy, audio=features)
-        return merge(graphdef, params).bidirectional(noisy, timestep, conditions)
+        return network.bind().bidirectional(noisy, timestep, conditions)
 
     shapes = (
         (1, frames, *grid, config.latent_channels),
@@ -140,7 +139,7 @@ def test_operations_of_a_clip_are_those_the_compiler_counts():
         (1, 1, 4 * frames, config.audio_layers, config.audio_width),
     )
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    counted = jax.jit(forward).lower(params, *arguments).cost_analysis()["flops"]
+    counted = jax.jit(forward).lower(network, *arguments).cost_analysis()["flops"]
     assert sum(clip_flops(config, grid, frames)) == pytest.approx(counted, rel=0.05)
 
 

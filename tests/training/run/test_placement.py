@@ -14,7 +14,6 @@ from jax_avatar.layout import TrainingLayout, make_training_mesh, parse_training
 from jax_avatar.models import sharding
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.lora import init_adapter
-from jax_avatar.models.params import merge
 from jax_avatar.models.sharding import on_mesh
 from jax_avatar.training import distillation
 from jax_avatar.training.distill_state import ClipBatch, DistillConfig
@@ -92,7 +91,7 @@ def mesh_of(text, accumulate):
 
 @functools.cache
 def network():
-    return nano.make_dit(MODEL)
+    return nano.make_network(MODEL)
 
 
 def make_batch():
@@ -111,7 +110,7 @@ def make_batch():
 
 def distil(role, layout=None, accumulate=1):
     """State and metrics after one update."""
-    base = network()[1]
+    base = network().params
     setup = distillation_of(dataclasses.replace(LOOP, accumulate=accumulate))
     # Not fresh ones, whose second factors are zero, so that first factors have no gradient.
     adapters = [
@@ -173,8 +172,8 @@ def test_clips_have_their_own_chance_and_one_exit():
 
 def distillation_of(loop):
     config = SETTINGS.adapted(MODEL)
-    student = functools.partial(merge, nano.make_dit(config)[0])
-    teacher = functools.partial(merge, network()[0])
+    student = nano.make_network(config).bind
+    teacher = network().bind
     return Distillation(student, teacher, RolloutPlan(config, ROLLOUT), SETTINGS, loop)
 
 
@@ -187,7 +186,7 @@ def forcing(layout=None, accumulate=1):
     settings = ForcingConfig(batch_size=BATCH, latents=6, reference_frames=(13, 30))
     task = ForcingTask(MODEL, settings, clips)
     loop = dataclasses.replace(LOOP, accumulate=accumulate)
-    state = start_state(network()[1], make_optimiser(loop))
+    state = start_state(network().params, make_optimiser(loop))
     batch, mesh = task.batches(0), mesh_of(layout, accumulate) if layout else None
     if mesh:
         state, batch = place_state(state, mesh), place_batch(batch, mesh)

@@ -82,7 +82,7 @@ def test_the_error_is_that_of_the_velocity_at_the_level_of_the_bin():
     bins = [found[f"flow_bin{i}"] for i in range(NUM_BINS)]
     np.testing.assert_allclose(bins, bins[0], rtol=1e-5)
     assert bins[0] == pytest.approx(2, abs=0.15)
-    some = validation(state_of(nano.make_dit(MODEL)[1], nothing), 0)
+    some = validation(state_of(nano.make_network(MODEL).params, nothing), 0)
     assert len({some[f"flow_bin{i}"] for i in range(NUM_BINS)}) == NUM_BINS
     assert {key: some[f"raw/{key}"] for key in found if "raw" not in key} == {
         key: value for key, value in found.items() if "raw" not in key
