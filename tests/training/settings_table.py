@@ -73,7 +73,7 @@ _ADAPTERS = {
     "adapter_alpha": Noticed("training/adapters::an_adapter_of_another_size_is_named"),
 }
 
-_ANCHORED = "training/anchored_vae"
+_ANCHORED = "training/stages/anchored_vae"
 _PORTRAITS = "data/moved_portraits"
 _DISTILL = "training/distill_settings"
 _FORCING = "training/stages/flow_settings"

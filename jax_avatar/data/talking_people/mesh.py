@@ -62,12 +62,18 @@ class FaceMesh:
     shapes: dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (vertex indices, displacements)
     masks: dict[str, np.ndarray]  # name -> [256 256] float32 in [0, 1], over uv
     ear_weight: np.ndarray  # [v] float32, 1 on the ears
-    neck: np.ndarray  # vertex indices of a ring about the neck, at the height it turns at
     lips: np.ndarray  # vertex indices of both lips
     upper_lip_edge: np.ndarray  # vertex indices, midline, inner edge of the upper lip
     lower_lip_edge: np.ndarray  # the same of the lower lip
     chin: int  # vertex index
     crown: int  # vertex index
+
+    @functools.cached_property
+    def neck(self) -> Int[np.ndarray, " n"]:
+        """Vertex indices of a ring about the neck, at the height that the head turns at."""
+        x, y, z = self.vertices.T
+        ring = (np.abs(y - PIVOT[1]) < 0.12) & (np.hypot(x, z - PIVOT[2]) < 0.75)
+        return np.nonzero(ring & (self.vertex_group == GROUPS.index("body")))[0]
 
     def shape(self, name: str) -> Float[np.ndarray, "v 3"]:
         """Dense displacement of one shape target at weight 1."""
@@ -146,7 +152,6 @@ def load_face_mesh() -> FaceMesh:
     midline = lips & (np.abs(x) < 0.01)
     near_line = np.abs(y - MOUTH_Y) < 0.026
     face_front = on_body & (np.abs(x) < 0.01)
-    neck = on_body & (np.abs(y - PIVOT[1]) < 0.12) & (np.hypot(x, z - PIVOT[2]) < 0.75)
     return FaceMesh(
         vertices=vertices,
         triangles=triangles,
@@ -159,7 +164,6 @@ def load_face_mesh() -> FaceMesh:
         shapes=sparse("macro/") | sparse("id/"),
         masks=masks,
         ear_weight=at_vertices("ears"),
-        neck=np.nonzero(neck)[0],
         lips=np.nonzero(lips)[0],
         upper_lip_edge=np.nonzero(midline & near_line & (jaw_drop > -0.1))[0],
         lower_lip_edge=np.nonzero(midline & near_line & (jaw_drop < -0.1))[0],

@@ -92,7 +92,7 @@ def filled(picture: Map, known: Float[Array, "b h w 1"]) -> Map:
     return known * picture + (1 - known) * around
 
 
-def sharpened(x: Map, amount: float = 0.3) -> Map:
+def sharpened(x: Map, amount: float = 0.6) -> Map:
     """Makes up for what bilinear reads between the pixels blur."""
     blurred = x
     for axis in (1, 2):
