@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jax_avatar.models.params import flatten
+from jax_avatar.models.network import flatten
 from jax_avatar.weights.files import find_weights, load_header, open_weights
 from jax_avatar.weights.orbax import StoredWeights, open_leaf
 

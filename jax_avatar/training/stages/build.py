@@ -17,6 +17,7 @@ from jax_avatar.data.talking_people.moved_portraits import MovedPortraitsConfig
 from jax_avatar.data.toy import toy_clips
 from jax_avatar.data.windows import check_fit
 from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.network import Network
 from jax_avatar.models.speech.mel import SpeechConfig
 from jax_avatar.models.vae.anchored import AnchoredVAEConfig
 from jax_avatar.models.vae.light import LightVAEConfig
@@ -252,7 +253,7 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
     kind = KINDS["dit"][read_config(weights.model)["dit"]]
     streamed = load_settings(weights.model)
     encoders = {**settings, "weights": {n: weights.folder(n) for n in ("vae", "speech")}}
-    _, expected = kind.abstract(model)
+    expected = Network.abstract(kind.network, model).params
     start = functools.partial(read_dit, weights.start, expected) if weights.start else None
 
     clips = load_latents(encoders, "train")

@@ -146,7 +146,7 @@ class DistillTask:
         windows = {role: self._windows_of(clips, number) for role, number in _ROLES.items()}
         self.source = _Batches(windows, settings, streamed.pose, model.pose_channels)
         check_levels(kind.network, rollout, settings)
-        self._expected = kind.abstract(model)[1]
+        self._expected = Network.abstract(kind.network, model).params
         self._base = FrozenBase(self._read_or_draw)
 
     def start(self, config: LoopConfig, key: Array) -> DistillState:
@@ -215,7 +215,7 @@ class DistillTask:
     def streamed(self) -> tuple[Any, DiTConfig]:
         """Same as in `ForcingTask`."""
         config = self.settings.adapted(self.model)
-        return self._kind.abstract(config)[0], config
+        return Network.abstract(self._kind.network, config).structure, config
 
     def bound(self, weights: PyTree, mesh: Mesh | None = None) -> PyTree:
         """Same as in `ForcingTask`."""
