@@ -93,7 +93,10 @@ def step_pair(torch, config: DiTConfig, grid: tuple[int, int]) -> tuple[Callable
     from benchmarks.torch_dit import TorchStep
 
     inputs = random_inputs(DiT, config, grid, spread=0.08)
-    sink = make_prefill(inputs.graphdef, jax.devices()[0])(inputs.params, inputs.conditions)
+    network = inputs.network
+    sink = make_prefill(network.without_params(), jax.devices()[0])(
+        network.params, inputs.conditions
+    )
     empty = empty_cache(config, 1, *grid)
     window = jax.tree.map(
         lambda x: jnp.asarray(np.random.default_rng(1).standard_normal(x.shape, np.float32)), empty
@@ -101,7 +104,7 @@ def step_pair(torch, config: DiTConfig, grid: tuple[int, int]) -> tuple[Callable
     arrays = {name: np.array(x) for name, x in step_inputs(config, grid, inputs, sink, window)}
     numbers = {"slot": int(inputs.position.slot)}
     numbers |= dict(zip(("sigma", "next_sigma"), map(float, inputs.sigmas), strict=True))
-    weights = export(flatten(jax.tree.map(np.asarray, inputs.params)), DIT_TABLE)
+    weights = export(flatten(jax.tree.map(np.asarray, network.params)), DIT_TABLE)
     theirs = TorchStep(
         config,
         {name: torch.from_numpy(np.array(w)) for name, w in weights.items()},

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from benchmarks.common import SMALL_CONFIG, emit, environment, measure, quantiles
 from benchmarks.device import (
@@ -40,7 +39,7 @@ from jax_avatar.models.cache import KVCache, Sink, empty_cache
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import ATTENTION_KERNELS, DiTConfig, wan_s2v_14b
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import abstract
+from jax_avatar.models.network import Network
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.sharding import kv_sharding
 from jax_avatar.planning.stream import compute_bound, step_flops
@@ -87,15 +86,14 @@ class Inputs:
     """Random inputs of a streaming step, besides window and sink.
 
     Attributes:
-        graphdef, params: of the transformer.
+        network: the transformer.
         conditions: of the stream.
         latent, audio: of the block.
         position: where the block stands; the window is full.
         sigmas: noise level before and after the step.
     """
 
-    graphdef: Any
-    params: Any
+    network: Network
     conditions: Conditions
     latent: Any
     audio: Any
@@ -115,8 +113,8 @@ def random_inputs(
         seed: of the random numbers.
         spread: standard deviation of the weights.
     """
-    graphdef, shapes = abstract(lambda: build(config, rngs=nnx.Rngs(0)))
-    params = jax.block_until_ready(random_params(shapes, seed, spread))
+    network = Network.abstract(build, config)
+    params = jax.block_until_ready(random_params(network.params, seed, spread))
     draw = np.random.default_rng(seed).standard_normal
     put = lambda *shape: jnp.asarray(draw(shape, np.float32), config.dtype)  # noqa: E731
     block, c = config.frames_per_block, config.latent_channels
@@ -131,7 +129,7 @@ def random_inputs(
     position = plan.position(config, config.ring_blocks, 0)
     sigmas = tuple(np.float32(sigma) for sigma in plan.sigmas[:2])
     latent = put(1, block, *grid, c)
-    return Inputs(graphdef, params, conditions, latent, audio, position, sigmas)
+    return Inputs(network.with_params(params), conditions, latent, audio, position, sigmas)
 
 
 class Step:
@@ -148,12 +146,12 @@ class Step:
         device = jax.devices()[0]
         self._block = Conditions(pose=inputs.conditions.pose, audio=inputs.audio)
         self._after = (sink, inputs.position, inputs.sigmas, None)
-        self._params = inputs.params
+        self._params = inputs.network.params
         self.latent, self.cache = (
             jnp.copy(inputs.latent),
             jax.device_put(cache, kv_sharding(device)),
         )
-        jitted = make_step(inputs.graphdef, device)
+        jitted = make_step(inputs.network.without_params(), device)
         began = time.perf_counter()
         self.program = jitted.lower(*self._arguments()).compile()
         self.compile_s = time.perf_counter() - began
@@ -216,7 +214,7 @@ def run(build: Callable, config: DiTConfig, size: str, repeats: int) -> dict:
         **rates(config, grid, times),
         "memory": memory_use(
             step.program,
-            weights=weight_bytes(inputs.params),
+            weights=weight_bytes(inputs.network.params),
             window_and_sink=weight_bytes((step.cache, sink)),
         ),
     }
@@ -224,8 +222,8 @@ def run(build: Callable, config: DiTConfig, size: str, repeats: int) -> dict:
 
 def time_prefill(inputs, repeats: int) -> tuple[Any, dict]:
     """The sink, and how long it takes, compiling included and apart."""
-    prefill = make_prefill(inputs.graphdef, jax.devices()[0])
-    call = lambda: prefill(inputs.params, inputs.conditions)  # noqa: E731
+    prefill = make_prefill(inputs.network.without_params(), jax.devices()[0])
+    call = lambda: prefill(inputs.network.params, inputs.conditions)  # noqa: E731
     began = time.perf_counter()
     sink = jax.block_until_ready(call())
     first = time.perf_counter() - began
@@ -240,7 +238,7 @@ def describe(config: DiTConfig, grid: tuple[int, int], inputs, step, sink) -> di
         "size": f"{8 * grid[0]}*{8 * grid[1]}",
         "dtype": str(config.dtype),
         "weights": config.weights or str(config.param_dtype),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(inputs.params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(inputs.network.params)),
         "shapes": {
             "latent": list(step.latent.shape),
             "tokens": tokens,

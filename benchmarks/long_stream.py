@@ -35,7 +35,6 @@ from benchmarks.common import (
 )
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.layout import parse_layout
-from jax_avatar.models.params import merge
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from jax_avatar.weights.folder import SMALL
@@ -74,10 +73,8 @@ def speech_features(model, voice: np.ndarray):
     speech, frames = model.speech, 4 * model.dit.config.frames_per_block
     start, stop = speech.config.sample_range(0, frames)
     head, count = max(0, start), stop - start
-    network = merge(speech.graphdef, speech.params)
-    features = jax.jit(
-        lambda params, state, samples: merge(speech.graphdef, params).features(state, samples)
-    )
+    network = speech.bind()
+    features = jax.jit(lambda params, state, samples: speech.bind(params).features(state, samples))
     at = head
     state = network.start(jnp.asarray(voice[None, None, :head]))
     while True:
@@ -93,8 +90,8 @@ class Decoder:
     def __init__(self, model):
         vae = model.vae
         self._params = jax.tree.map(jnp.asarray, vae.params)
-        self._first = jax.jit(lambda p, x: merge(vae.graphdef, p).decode_first(x))
-        self._next = jax.jit(lambda p, s, x: merge(vae.graphdef, p).decode_next(s, x))
+        self._first = jax.jit(lambda p, x: vae.bind(p).decode_first(x))
+        self._next = jax.jit(lambda p, s, x: vae.bind(p).decode_next(s, x))
         self._state = None
 
     def restart(self) -> None:

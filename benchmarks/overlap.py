@@ -33,7 +33,7 @@ from jax_avatar.layout import make_mesh, parse_layout
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import abstract
+from jax_avatar.models.network import Network
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
@@ -66,7 +66,7 @@ def mid_size(width: int, layers: int) -> DiTConfig:
 def make_stream(kind: str, config: DiTConfig, grid: int):
     """A stream of random weights, four steps."""
     build = lambda: DiT(config, rngs=nnx.Rngs(0))  # noqa: E731
-    graphdef, params = abstract(build)[0], random_weights(build)
+    params = random_weights(build)
     kernel = params["head"]["kernel"]
     params["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
     latent = (1, 1, grid, grid, config.latent_channels)
@@ -76,7 +76,8 @@ def make_stream(kind: str, config: DiTConfig, grid: int):
     conditions = Conditions(
         text=text, reference=draw(latent, np.float32), pose=draw(pose, np.float32)
     )
-    arguments = (graphdef, params, config, StreamPlan(), conditions)
+    network = Network.abstract(DiT, config).with_params(params)
+    arguments = (network, StreamPlan(), conditions)
     if kind == "sequential":
         return SequentialStream(*arguments)
     mesh, _ = make_mesh(parse_layout("2", 4))

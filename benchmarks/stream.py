@@ -34,7 +34,6 @@ from benchmarks.common import (
     read_voice,
 )
 from jax_avatar.layout import parse_layout
-from jax_avatar.models.params import merge
 from jax_avatar.streaming.decode import make_decode
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.sampler import SequentialStream
@@ -70,9 +69,7 @@ def time_steps(model, session, features: np.ndarray, repeats: int) -> dict:
         times[step].append(now - began)
         began = now
 
-    stream = SequentialStream(
-        dit.graphdef, dit.params, dit.config, plan, session.stream.conditions, tap=tap
-    )
+    stream = SequentialStream(dit, plan, session.stream.conditions, tap=tap)
     # The window fills, the sink is renewed, everything compiles.
     skipped = max(dit.config.ring_blocks, plan.aas_after_blocks) + 1
     audio = jax.block_until_ready(jax.device_put(features, stream_device(stream)))
@@ -102,7 +99,7 @@ def time_vae(model, session, repeats: int) -> dict:
     vae, pieces = model.vae, session.format.pieces_per_block
     params = jax.tree.map(jnp.asarray, vae.params)
     latent = jnp.repeat(jnp.asarray(session.still[:, :1]), session.format.piece_frames // 4, 1)
-    first, following = make_decode(vae.graphdef)
+    first, following = make_decode(vae)
     *_, state = first(params, latent[:, :1])
 
     def call():
@@ -121,9 +118,9 @@ def time_speech(model, session, voice: np.ndarray, repeats: int) -> tuple[dict, 
     start, stop = speech.config.sample_range(0, session.format.block_frames)
     params = jax.tree.map(jnp.asarray, speech.params)
     head = jnp.zeros((1, 1, max(0, start)))
-    state = merge(speech.graphdef, params).start(head)
+    state = speech.bind(params).start(head)
     samples = np.resize(voice, stop - start)[None, None]
-    features = jax.jit(lambda p, s, x: merge(speech.graphdef, p).features(s, x))
+    features = jax.jit(lambda p, s, x: speech.bind(p).features(s, x))
     call = lambda: np.asarray(features(params, state, samples)[0])  # noqa: E731
     block = call()
     return quantiles(measure(call, repeats)), block

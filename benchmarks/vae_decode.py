@@ -75,7 +75,7 @@ class Decoding:
         latents = draw((1, 1 + _BLOCK, *grid, config.z_dim), np.float32)
         self.latent = jnp.asarray(latents[:, 1:], config.dtype)
         self.first_latent = jnp.asarray(latents[:, :1], config.dtype)
-        first, following = make_decode(self.network.structure)
+        first, following = make_decode(network)
         *_, self.state = first(self.network.params, self.first_latent)
         began = time.perf_counter()
         lowered = following.lower(self.network.params, self.state, self.latent)

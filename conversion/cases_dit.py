@@ -453,9 +453,7 @@ class _Golden:
         )
         pose = still_pose("zeros", self._reference, self.config.pose_channels)
         stream = SequentialStream(
-            self.network.structure,
-            self.params,
-            self.config,
+            self.network.with_params(self.params),
             plan,
             replace(self._conditions, pose=pose),
             tap=tap,

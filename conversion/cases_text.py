@@ -5,7 +5,6 @@ arguments in the metadata key `config`. Cleaning examples are a JSON list of obj
 `out`. A manifest is a JSON file, tensor name -> shape.
 """
 
-import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -147,10 +146,9 @@ class _Results:
     @cached_property
     def contexts(self) -> list[np.ndarray]:
         """Streaming form: each prompt alone, padded to its length in the stream."""
-        network = Network.of(self.encoder)
+        encoder = Network.of(self.encoder)
         prompts = zip(self.ids, self.lengths, strict=True)
-        encode = functools.partial(encode_tokens, network.structure, network.params)
-        return [np.asarray(encode(ids[:n]))[0] for ids, n in prompts]
+        return [np.asarray(encode_tokens(encoder, ids[:n]))[0] for ids, n in prompts]
 
     @cached_property
     def padded(self) -> np.ndarray:

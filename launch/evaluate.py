@@ -59,7 +59,7 @@ def sampler(model):
         return None
     settings = SamplerConfig(FLAGS.steps, guidance=FLAGS.guidance, seed=FLAGS.seed)
     dit = model.dit
-    return make_sampler(dit.graphdef, dit.config, settings, pose=model.settings.pose)
+    return make_sampler(dit.structure, dit.config, settings, pose=model.settings.pose)
 
 
 def asked() -> dict:

@@ -142,7 +142,7 @@ def test_scored_windows_are_decoded_as_in_a_whole_stream(model, voice):
 def test_speech_of_a_repeating_voice_is_that_of_the_encoder(model, voice):
     features = long_stream.speech_features(model, voice)
     got = np.concatenate([next(features) for _ in range(3)], axis=2)
-    network = long_stream.merge(model.speech.graphdef, model.speech.params)
+    network = model.speech.bind()
     whole = network.encode(jnp.asarray(np.tile(voice, 3)[None, None]), 36)
     np.testing.assert_allclose(got, whole, atol=1e-4)
 

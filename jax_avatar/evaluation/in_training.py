@@ -18,13 +18,14 @@ from jax_avatar.data.records import ClipRecord
 from jax_avatar.evaluation.kit import write_clips
 from jax_avatar.evaluation.mouth_probe import MouthProbe
 from jax_avatar.evaluation.scores import Truth, fit_probe, has_lips, score
+from jax_avatar.models.network import Network
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.training.run.placement import on_first_host
 from jax_avatar.training.stages.build import HELD_OUT, load_clips
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 from jax_avatar.weights.folder import AvatarModel, fitting_stream, load_settings
-from jax_avatar.weights.networks import Network, load_network
+from jax_avatar.weights.networks import load_network
 
 __all__ = ["ClipEvaluation", "make_evaluation"]
 
@@ -187,5 +188,5 @@ def _model(settings, graphdef, config, changes) -> AvatarModel:
     # As this network is trained, whatever that of the folder was.
     stream = load_settings(weights["model"], force_sampler=True, **fitting_stream(changes, config))
     networks = {name: load_network(path, name, fps=stream.fps) for name, path in folders.items()}
-    dit = Network(graphdef, {}, config, {})
+    dit = Network({}, graphdef, config)
     return AvatarModel(name=settings["stage"], dit=dit, settings=stream, **networks)

@@ -28,7 +28,6 @@ from jax_avatar.evaluation.scores import (
 )
 from jax_avatar.evaluation.tables import scored
 from jax_avatar.io.video import VideoWriter
-from jax_avatar.models.params import merge
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.weights.folder import AvatarModel
@@ -221,7 +220,7 @@ def _score_split(
     truth = Truth.from_clips(clips)
     if settings.with_still:
         made["still"] = still_portraits(truth)
-    vae = merge(model.vae.graphdef, model.vae.params)
+    vae = model.vae.bind()
     made["decoded_truth"] = reconstruct(vae, truth.frames)
     rows = {
         name: scored(measure(frames, truth, probe), seed=settings.seed)

@@ -31,7 +31,6 @@ from jax_avatar.training.distillation import compiled_updates, make_distillation
 from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.placement import abstract_on, clip_devices
 from jax_avatar.training.run.step import LoopConfig
-from jax_avatar.weights.kinds import KINDS
 
 __all__ = ["distillation_programs", "kept_bytes", "plan_distillation"]
 
@@ -59,7 +58,7 @@ def distillation_programs(
     """
     config = model.dit.config.replace(attention=attention, rematerialise=True)
     settings = dataclasses.replace(settings, batch_size=clip_devices(mesh))
-    build = KINDS["dit"][model.dit.metadata["kind"]].network
+    build = model.dit.module_class
     base = abstract(lambda: build(config, rngs=nnx.Rngs(0)))[1]
     loop = LoopConfig(num_steps=1000, betas=(0.0, 0.999))
     setup = make_distillation(build, config, rollout, settings, loop)

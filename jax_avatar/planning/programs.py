@@ -16,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jax_avatar.layout import Layout, make_mesh, parse_layout
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import MOTION_LATENTS
-from jax_avatar.models.params import abstract, merge
+from jax_avatar.models.network import Network
 from jax_avatar.models.sharding import param_shardings
 from jax_avatar.models.speech.injection import AudioInjector
 from jax_avatar.shapes import PyTree
@@ -37,8 +36,7 @@ from jax_avatar.streaming.pipeline import (
 )
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import make_prefill, make_step, make_windows
-from jax_avatar.weights.kinds import KINDS, find_kind
-from jax_avatar.weights.networks import Network
+from jax_avatar.weights.kinds import find_kind
 from jax_avatar.weights.settings import StreamSettings
 
 __all__ = [
@@ -144,7 +142,7 @@ def abstract_model(config: Mapping[str, Any]) -> AbstractModel:
     def network(part):
         kind = find_kind(part, config["kinds"].get(part), "the model's config")
         sizes = kind.config(**config[part])
-        return Network(*kind.abstract(sizes), sizes, {"kind": config["kinds"][part]})
+        return Network.abstract(kind.network, sizes)
 
     settings = StreamSettings(**config["stream"])
     return AbstractModel(config["name"], network("dit"), network("vae"), settings)
@@ -170,20 +168,20 @@ def step_program(
         weights: type of the large products, see `DiTConfig`.
     """
     config = model.dit.config.replace(attention=attention, weights=weights)
-    graphdef, params = _build(model, config)
+    network = Network.abstract(model.dit.module_class, config)
     plan = StreamPlan.from_settings(model.settings, 0)
     mesh, _ = make_mesh(layout, devices)
     make = _step_of_one_device if layout.is_sequential else _tick_of_slices
-    return make(graphdef, params, config, plan, _conditions(model, config, grid), mesh)
+    return make(network, plan, _conditions(model, config, grid), mesh)
 
 
-def _step_of_one_device(graphdef, params, config, plan, conditions, mesh) -> Program:
-    device = mesh.devices[0, 0]
+def _step_of_one_device(network, plan, conditions, mesh) -> Program:
+    device, config, bare = mesh.devices[0, 0], network.config, network.without_params()
     here = SingleDeviceSharding(device)
-    params, conditions = _placed((params, conditions), here)
+    params, conditions = _placed((network.params, conditions), here)
     b, _, h, w, c = conditions.reference.shape
     windows = jax.eval_shape(make_windows(config, plan, (b, h, w), device))
-    sink = jax.eval_shape(make_prefill(graphdef, device), params, conditions)
+    sink = jax.eval_shape(make_prefill(bare, device), params, conditions)
     x = jax.ShapeDtypeStruct((b, config.frames_per_block, h, w, c), config.dtype)
     noise = x if plan.sampler == "renoise" else None
     levels = (np.float32(1), np.float32(0))
@@ -191,11 +189,12 @@ def _step_of_one_device(graphdef, params, config, plan, conditions, mesh) -> Pro
     block = Conditions(pose=conditions.pose, audio=conditions.audio)
     arguments = (params, x, block, windows[0], sink, *inputs)
     held = {"weights": params, "windows": windows, "sink": sink}
-    function = make_step(graphdef, device)
+    function = make_step(bare, device)
     return Program("denoising step", function, arguments, device.platform, held)
 
 
-def _tick_of_slices(graphdef, params, config, plan, conditions, mesh) -> Program:
+def _tick_of_slices(network, plan, conditions, mesh) -> Program:
+    config, bare = network.config, network.without_params()
     check_mesh(config, plan, mesh)
     everywhere, by_stage = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("stage",)))
     b, _, h, w, c = conditions.reference.shape
@@ -206,10 +205,10 @@ def _tick_of_slices(graphdef, params, config, plan, conditions, mesh) -> Program
         noise = plan.make_new_noise(shape, config.dtype)
         return slice_inputs(plan, config, (0,) * mesh.shape["stage"], audio, noise)
 
-    params = jax.tree.map(_placed, params, param_shardings(params, mesh))
+    params = jax.tree.map(_placed, network.params, param_shardings(network.params, mesh))
     conditions, noise = _placed((conditions, jax.ShapeDtypeStruct(shape, config.dtype)), everywhere)
     incoming, windows = jax.eval_shape(make_empty_slices(config, plan, (b, h, w), mesh))
-    sink = jax.eval_shape(make_slice_prefill(graphdef, mesh), params, conditions)
+    sink = jax.eval_shape(make_slice_prefill(bare, mesh), params, conditions)
     tick = (
         incoming,
         windows,
@@ -218,7 +217,7 @@ def _tick_of_slices(graphdef, params, config, plan, conditions, mesh) -> Program
         _placed(jax.eval_shape(inputs), by_stage),
     )
     held = {"weights": params, "windows": windows, "sink": sink}
-    function, platform = make_tick(graphdef, mesh, plan), mesh.devices.flat[0].platform
+    function, platform = make_tick(bare, mesh, plan), mesh.devices.flat[0].platform
     return Program("tick of all slices", function, (params, noise, *tick), platform, held)
 
 
@@ -235,7 +234,7 @@ def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Devi
         grid: latent rows and columns.
         device: to compile for.
     """
-    first, following = make_decode(model.vae.graphdef)
+    first, following = make_decode(model.vae)
     latent = _latent(model, grid)
     latents = model.settings.piece_latents(model.dit.config.frames_per_block)
     *_, state = jax.eval_shape(first, model.vae.params, latent(1))
@@ -326,7 +325,7 @@ def count_step_flops(model: AbstractModel, grid: tuple[int, int]) -> float:
         )
         small = AbstractModel(
             model.name,
-            Network(*_build(model, config), config, model.dit.metadata),
+            Network.abstract(model.dit.module_class, config),
             model.vae,
             model.settings,
         )
@@ -341,24 +340,20 @@ def count_step_flops(model: AbstractModel, grid: tuple[int, int]) -> float:
 
 
 def _injection(config: DiTConfig, grid: tuple[int, int]) -> float:
-    graphdef, params = abstract(lambda: AudioInjector(config, rngs=nnx.Rngs(0)))
+    injector = Network.abstract(AudioInjector, config)
     t, d = config.frames_per_block, config.width
     x = jax.ShapeDtypeStruct((1, t * (grid[0] // 2) * (grid[1] // 2), d), config.dtype)
     local = jax.ShapeDtypeStruct((1, 1, t, config.num_audio_tokens + 1, d), config.dtype)
     overall = jax.ShapeDtypeStruct((1, 1, t, d), config.dtype)
 
     def inject(params, x, local, overall):
-        return x + merge(graphdef, params)(x, (local, overall), None).astype(x.dtype)
+        return x + injector.bind(params)(x, (local, overall), None).astype(x.dtype)
 
-    return _count(jax.jit(inject), (params, x, local, overall))
+    return _count(jax.jit(inject), (injector.params, x, local, overall))
 
 
 def _count(function: Callable, arguments: tuple) -> float:
     return function.lower(*arguments).cost_analysis()["flops"]
-
-
-def _build(model: AbstractModel, config: DiTConfig) -> tuple[Any, PyTree]:
-    return KINDS["dit"][model.dit.metadata["kind"]].abstract(config)
 
 
 def _latent(model: AbstractModel, grid: tuple[int, int]) -> Callable:

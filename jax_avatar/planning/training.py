@@ -28,7 +28,6 @@ from jax_avatar.training.run.placement import abstract_on, clip_devices
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, compiled_step, make_optimiser
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
-from jax_avatar.weights.kinds import KINDS
 
 __all__ = [
     "placed",
@@ -60,7 +59,7 @@ def training_program(
     motion = settings.motion_latents
     config = model.dit.config.replace(attention=attention, rematerialise=True, framepack=motion > 0)
     settings = dataclasses.replace(settings, batch_size=clip_devices(mesh))
-    network = KINDS["dit"][model.dit.metadata["kind"]].network
+    network = model.dit.module_class
     clips = still_clips(config, settings.latents + motion, grid)
     task = ForcingTask(config, settings, clips, network=network)
     loop, rank = LoopConfig(num_steps=1000), settings.adapter_rank

@@ -7,7 +7,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 
-from jax_avatar.models.params import merge
 from jax_avatar.models.sharding import batch_sharding, put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
 from jax_avatar.streaming.decode import Decoder
@@ -53,10 +52,10 @@ class BatchStream:
         self._decoder = Decoder(model, whole)
         self._speech_params = put_on(model.speech.params, whole)
         self._fetch = jax.jit(lambda frames: frames, out_shardings=whole)
-        self._encode = make_encode(model.vae.graphdef, model.settings)
-        speech = model.speech.graphdef
+        self._encode = make_encode(model.vae, model.settings)
+        speech = model.speech.without_params()
         self._features = jax.jit(
-            lambda p, wave, frames: merge(speech, p).encode(wave, frames), static_argnums=2
+            lambda p, wave, frames: speech.bind(p).encode(wave, frames), static_argnums=2
         )
 
     def __call__(
@@ -111,8 +110,7 @@ class BatchStream:
             self._streams[reference.shape].restart(self.params, conditions)
         else:
             self._streams[reference.shape] = SequentialStream(
-                *(dit.graphdef, self.params, dit.config, self._plan, conditions),
-                device=self._device,
+                dit.with_params(self.params), self._plan, conditions, device=self._device
             )
         stream = self._streams[reference.shape]
         size = 4 * dit.config.frames_per_block

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from jax_avatar.models.params import merge
+from jax_avatar.models.network import Network
 from jax_avatar.models.sharding import put_on
 from jax_avatar.shapes import Array, Latent
 from jax_avatar.weights.folder import AvatarModel
@@ -21,11 +21,11 @@ class NotFinite(ValueError):
     """The networks' output is NaN or infinity, which would be a black video."""
 
 
-def make_decode(graphdef: Any) -> tuple[Callable, Callable]:
+def make_decode(vae: Network) -> tuple[Callable, Callable]:
     """The compiled decoders of a VAE: latents -> uint8 pixels, with the state of the stream.
 
     Args:
-        graphdef: structure of the VAE, from `split`.
+        vae: structure and size of the video autoencoder; weights are left aside.
 
     Returns:
         `(params, latents) -> (pixels, is_finite, state)` for the first latents, and
@@ -33,9 +33,11 @@ def make_decode(graphdef: Any) -> tuple[Callable, Callable]:
         donated. `is_finite` is False where the pixels would be NaN or infinity, which are black.
     """
 
+    bare = vae.without_params()
+
     def decoder(method):
         def decode(params, *arguments):
-            video, state = getattr(merge(graphdef, params), method)(*arguments)
+            video, state = getattr(bare.bind(params), method)(*arguments)
             video = video.astype(jnp.float32)
             pixels = jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5)
             return pixels.astype(jnp.uint8), jnp.isfinite(video).all(), state
@@ -63,7 +65,7 @@ class Decoder:
             place: device or sharding of the VAE's weights.
         """
         self.model, self.params = model, put_on(model.vae.params, place)
-        self._first, self._next = make_decode(model.vae.graphdef)
+        self._first, self._next = make_decode(model.vae)
 
     def start(self, still: Latent | np.ndarray) -> None:
         """Begins anew, after latents of the still portrait; pieces under way are dropped.

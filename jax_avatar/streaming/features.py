@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_avatar.models.params import merge
+from jax_avatar.models.network import Network
 from jax_avatar.shapes import Array, Float
 from jax_avatar.streaming.sample_queue import SampleQueue
 from jax_avatar.streaming.working_level import WorkingLevel
-from jax_avatar.weights.networks import Network
 
 __all__ = ["DROPPED_FRAMES", "SpeechFeatures"]
 
@@ -41,12 +40,12 @@ class SpeechFeatures:
             is_whole: audio is encoded all at once after its end.
         """
         self.config, self.params = speech.config, jax.device_put(speech.params, device)
-        self._graphdef, self._device = speech.graphdef, device
+        self._network = bare = speech.without_params()
+        self._device = device
         self._block_frames, self._is_whole = block_frames, is_whole
-        graphdef = speech.graphdef
 
         def features(params, state, samples):
-            return merge(graphdef, params).features(state, samples)
+            return bare.bind(params).features(state, samples)
 
         self._features = jax.jit(features)
 
@@ -99,7 +98,7 @@ class SpeechFeatures:
         with jax.default_device(self._device):
             if self._state is None:
                 heard = self.samples.take(stop)
-                encoder = merge(self._graphdef, self.params)
+                encoder = self._network.bind(self.params)
                 self._state = encoder.start(jnp.asarray(heard[: max(0, start)])[None, None])
                 # With less look-ahead than a frame, the first chunk begins before the audio.
                 chunk = np.pad(heard, (max(0, -start), 0))[-count:]
@@ -123,7 +122,7 @@ class SpeechFeatures:
         silence = DROPPED_FRAMES * self.config.samples_per_frame
         heard = self.samples.take(len(self.samples))[silence:]
         with jax.default_device(self._device):
-            encode = jax.jit(lambda p, wave: merge(self._graphdef, p).encode(wave, frames))
+            encode = jax.jit(lambda p, wave: self._network.bind(p).encode(wave, frames))
             features = encode(self.params, heard[None, None])
         # Before the first frame there is more of it, as the transformer itself repeats it.
         before = [(0, 0)] * 2 + [(DROPPED_FRAMES, 0)] + [(0, 0)] * 2

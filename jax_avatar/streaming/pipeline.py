@@ -26,13 +26,13 @@ from jax_avatar.diffusion.sampling import Sampling, noised
 from jax_avatar.models.cache import KVCache, Sink, empty_cache
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.params import merge
+from jax_avatar.models.network import Network
 from jax_avatar.models.sharding import kv_sharding, param_shardings, put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
 from jax_avatar.streaming.plan import StreamPlan, check_slices
 from jax_avatar.streaming.sampler import denoise
 from jax_avatar.streaming.state import StreamState, add_context, change_prompt, renew
-from jax_avatar.weights.files import StoredWeights, place, tree_of
+from jax_avatar.weights.files import place, tree_of
 
 __all__ = [
     "PipelineState",
@@ -66,11 +66,11 @@ class SliceInputs:
     noise: Any
 
 
-def make_tick(graphdef: Any, mesh: Mesh, sampling: Sampling) -> Callable[..., tuple]:
+def make_tick(network: Network, mesh: Mesh, sampling: Sampling) -> Callable[..., tuple]:
     """The compiled tick: every slice denoises its block, latents move on.
 
     Args:
-        graphdef: structure of the transformer, from `split`.
+        network: structure and size of the transformer, `without_params`.
         mesh: axes "stage" and "model"; its devices need not be here, to compile for them.
         sampling: of the stream; its steps are spread evenly over the slices.
 
@@ -85,7 +85,7 @@ def make_tick(graphdef: Any, mesh: Mesh, sampling: Sampling) -> Callable[..., tu
 
     def tick(params, noise, incoming, windows, sink, conditions, inputs):
         """Algorithm 4: what slice k does at a tick, its steps of the block that has come to it."""
-        dit, k = merge(graphdef, params), jax.lax.axis_index("stage")
+        dit, k = network.bind(params), jax.lax.axis_index("stage")
         conditions = conditions.with_audio(inputs.audio)
         own_levels = jax.lax.dynamic_index_in_dim(levels, k, keepdims=False)
         windows = list(windows)
@@ -222,9 +222,9 @@ class PipelinedStream:
 
     def _tick(self, entering: int | None) -> list[Latent]:
         """One tick of all slices; returns the block that leaves the last one, if any."""
-        fixed = self.conditions
         register, leaving = self.state.register.advance(entering)
         state = self._swap_sinks(replace(self.state, register=register))
+        of_stream = state.conditions
         inputs = slice_inputs(self.plan, self.config, register.places, state.audio, self.new_noise)
         x, incoming, windows = self.tick(
             self.params,
@@ -232,7 +232,7 @@ class PipelinedStream:
             state.incoming,
             state.windows,
             state.sink,
-            Conditions(pose=fixed.pose, speaker_mask=fixed.speaker_mask),
+            Conditions(pose=of_stream.pose, speaker_mask=of_stream.speaker_mask),
             self.put(inputs, _STAGE),
         )
         state = replace(state, incoming=incoming, windows=windows)
@@ -271,9 +271,7 @@ class PipelinedStream:
 
     def __init__(
         self,
-        graphdef: Any,
-        params: PyTree | StoredWeights,
-        config: DiTConfig,
+        network: Network,
         plan: StreamPlan,
         conditions: Conditions,
         mesh: Mesh,
@@ -281,24 +279,23 @@ class PipelinedStream:
         """Places weights, prefills every slice's sink.
 
         Args:
-            graphdef: structure of the transformer, from `split`.
-            params: its parameters; from disk, every device reads only its own.
-            config: its size.
+            network: the transformer; of weights on disk, every device reads only its own.
             plan: settings of the stream; its steps are spread evenly over the slices.
             conditions: portrait, prompt, pose.
             mesh: axes "stage" and "model", from `make_mesh`.
         """
+        config, bare = network.config, network.without_params()
         check_mesh(config, plan, mesh)
         self.config, self.plan, self.mesh = config, plan, mesh
-        self.params = place(params, param_shardings(tree_of(params), mesh))
+        self.params = place(network.params, param_shardings(tree_of(network.params), mesh))
         b, _, h, w, c = conditions.reference.shape
         shape = (b, config.frames_per_block, h, w, c)
         self.noise = plan.make_noise(shape, config.dtype)
         self.new_noise = plan.make_new_noise(shape, config.dtype)
-        self.tick = make_tick(graphdef, mesh, plan)
+        self.tick = make_tick(bare, mesh, plan)
         swap = _on_slices(mesh, _swap, (_STAGE, _STAGE, _STAGE), _STAGE)
         self.swap = jax.jit(swap, donate_argnums=0)
-        self.prefill = make_slice_prefill(graphdef, mesh)
+        self.prefill = make_slice_prefill(bare, mesh)
         self.first_latent = jax.jit(_on_slices(mesh, _first_latent, (_STAGE,), _EVERYWHERE))
         self.empty = make_empty_slices(config, plan, (b, h, w), mesh)
         self.reset(conditions)
@@ -326,8 +323,8 @@ class PipelinedStream:
         return put_on(tree, NamedSharding(self.mesh, spec))
 
 
-def check_mesh(config: DiTConfig, sampling: Sampling, mesh: Mesh) -> int:
-    """Evaluations of the transformer that a slice makes of every block.
+def check_mesh(config: DiTConfig, sampling: Sampling, mesh: Mesh) -> None:
+    """Refuses a mesh that does not fit the stream.
 
     Raises:
         ValueError: the steps do not spread over the mesh, or the transformer does not split.
@@ -344,14 +341,13 @@ def check_mesh(config: DiTConfig, sampling: Sampling, mesh: Mesh) -> int:
             f"{shards} devices per slice do not divide {config.num_heads} heads and "
             f"feed-forward width {config.ffn_width}; change the number after the x in --mesh."
         )
-    return sampling.num_evaluations // stages
 
 
-def make_slice_prefill(graphdef: Any, mesh: Mesh) -> Callable[[PyTree, Conditions], Sink]:
+def make_slice_prefill(network: Network, mesh: Mesh) -> Callable[[PyTree, Conditions], Sink]:
     """The compiled `(params, conditions) -> sink`, on every slice; arguments as for `make_tick`."""
 
     def prefill(params, conditions):
-        return merge(graphdef, params).prefill(conditions)
+        return network.bind(params).prefill(conditions)
 
     mapped = _on_slices(mesh, prefill, (_EVERYWHERE, _EVERYWHERE), _STAGE)
     return jax.jit(mapped, out_shardings=kv_sharding(mesh))

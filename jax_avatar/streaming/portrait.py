@@ -1,7 +1,6 @@
 """A portrait that stands still -> latents and conditions of a stream."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import MOTION_LATENTS
-from jax_avatar.models.params import merge
+from jax_avatar.models.network import Network
 from jax_avatar.shapes import Array, Latent, TextStates
 from jax_avatar.weights.folder import AvatarModel
 from jax_avatar.weights.settings import StreamSettings
@@ -17,11 +16,11 @@ from jax_avatar.weights.settings import StreamSettings
 __all__ = ["make_encode", "still_conditions"]
 
 
-def make_encode(graphdef: Any, settings: StreamSettings) -> Callable[..., tuple[Array, Array]]:
+def make_encode(vae: Network, settings: StreamSettings) -> Callable[..., tuple[Array, Array]]:
     """The compiled encoder of portraits that stand still, as long as the stream needs it.
 
     Args:
-        graphdef: structure of the VAE, from `split`.
+        vae: structure and size of the video autoencoder; weights are left aside.
         settings: of the stream.
 
     Returns:
@@ -31,11 +30,11 @@ def make_encode(graphdef: Any, settings: StreamSettings) -> Callable[..., tuple[
     latents = settings.warmup_latents
     if settings.motion == "still":
         latents = max(latents, MOTION_LATENTS)
-    frames = 1 + 4 * (latents - 1)
+    frames, bare = 1 + 4 * (latents - 1), vae.without_params()
 
     @jax.jit
     def encode(params, portrait):
-        vae = merge(graphdef, params)
+        vae = bare.bind(params)
         video = (len(portrait), frames, *portrait.shape[2:])
         still = vae.encode(jnp.broadcast_to(portrait, video))
         again = jnp.clip(vae.decode_first(still[:, :1])[0], -1, 1)

@@ -11,7 +11,6 @@ gone when the function returns, unless it is given.
 import hashlib
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_avatar.io.prompt import Tokenizer, clean_prompt, find_tokenizer
-from jax_avatar.models.params import merge
+from jax_avatar.models.network import Network
 from jax_avatar.models.text import padded_length
-from jax_avatar.shapes import Int, PyTree, TextStates
+from jax_avatar.shapes import Int, TextStates
 from jax_avatar.weights.files import load_header, load_weights, save_weights
 from jax_avatar.weights.folder import load_text_encoder
 from jax_avatar.weights.hashes import fingerprint
@@ -99,7 +98,7 @@ def prompt_encoder(
     folder = Path(folder)
     tokenizer, text_len = Tokenizer(folder / TOKENIZER), _text_len(folder)
     encoder = load_text_encoder(folder)
-    params = jax.device_put(encoder.params, device)
+    encoder = encoder.with_params(jax.device_put(encoder.params, device))
 
     def encode(prompt: str) -> TextStates:
         ids, mask = tokenizer(clean_prompt(prompt), text_len)
@@ -110,29 +109,28 @@ def prompt_encoder(
                 f"the tokenizer in {folder / TOKENIZER} makes id {tokens.max()}, the encoder knows "
                 f"{encoder.config.vocab_size}; copy the tokenizer that belongs to the encoder."
             )
-        return encode_tokens(encoder.graphdef, params, tokens)
+        return encode_tokens(encoder, tokens)
 
     return encode
 
 
-def encode_tokens(graphdef: Any, params: PyTree, tokens: Int[np.ndarray, " p"]) -> TextStates:
+def encode_tokens(encoder: Network, tokens: Int[np.ndarray, " p"]) -> TextStates:
     """States of one prompt's tokens, run at one of a few lengths.
 
     Args:
-        graphdef: structure of the encoder.
-        params: its weights, on the device that runs it.
+        encoder: with its weights on the device that runs it.
         tokens: ids without padding.
     """
     count = len(tokens)
     padding = (0, padded_length(count) - count)
     ids = np.pad(np.asarray(tokens, np.int32), padding)
     mask = np.pad(np.ones(count, np.int32), padding)
-    return _run(graphdef, params, ids[None], mask[None])[:, :count]
+    return _run(encoder, ids[None], mask[None])[:, :count]
 
 
-@partial(jax.jit, static_argnums=0)
-def _run(graphdef: Any, params: PyTree, ids: Any, mask: Any) -> Any:
-    return merge(graphdef, params)(ids, mask)
+@jax.jit
+def _run(encoder: Network, ids: Any, mask: Any) -> Any:
+    return encoder.bind()(ids, mask)
 
 
 def _text_len(folder: Path) -> int:

@@ -19,7 +19,7 @@ from jax_avatar.models.cache import BlockPosition, KVCache, Sink, empty_cache
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import merge
+from jax_avatar.models.network import Network
 from jax_avatar.models.sharding import batch_sharding, kv_sharding, on_mesh, put_on
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree, TextStates
 from jax_avatar.streaming.plan import StreamPlan
@@ -127,9 +127,7 @@ class SequentialStream:
 
     def __init__(
         self,
-        graphdef,
-        params: PyTree | StoredWeights,
-        config: DiTConfig,
+        network: Network,
         plan: StreamPlan,
         conditions: Conditions,
         *,
@@ -139,15 +137,14 @@ class SequentialStream:
         """Prefills the sink.
 
         Args:
-            graphdef: structure of the transformer, from `split`.
-            params: its parameters; from disk, they go straight to the device.
-            config: its size.
+            network: the transformer; weights on disk go straight to the device.
             plan: settings of the stream.
             conditions: portrait, prompt, pose.
             device: where to run, the first one if not given; or the mesh of a training run, over
                 which the weights already lie and portraits are spread.
             tap: called with block, step and the latent after that step, which is gone afterwards.
         """
+        config = network.config
         self.config, self.plan, self.tap = config, plan, tap
         self.device = device = device or jax.devices()[0]
         self.levels = [tuple(map(np.float32, levels)) for levels in plan.levels]
@@ -155,10 +152,11 @@ class SequentialStream:
         shape = (b, config.frames_per_block, h, w, c)
         self.noise = plan.make_noise(shape, config.dtype)
         self.new_noise = plan.make_new_noise(shape, config.dtype)
-        self.noised, self.step = jax.jit(noised), make_step(graphdef, device)
-        self.prefill = make_prefill(graphdef, device)
+        bare = network.without_params()
+        self.noised, self.step = jax.jit(noised), make_step(bare, device)
+        self.prefill = make_prefill(bare, device)
         self.empty = make_windows(config, plan, (b, h, w), device)
-        self.restart(params, conditions)
+        self.restart(network.params, conditions)
 
     def restart(self, params: PyTree | StoredWeights, conditions: Conditions) -> None:
         """Back to block 0 with other weights and conditions of the same shapes; nothing is
@@ -193,11 +191,11 @@ class SequentialStream:
         return put_on(tree, batch_sharding(self.device))
 
 
-def make_step(graphdef: Any, device: jax.Device | Mesh) -> Callable[..., tuple[Array, KVCache]]:
+def make_step(network: Network, device: jax.Device | Mesh) -> Callable[..., tuple[Array, KVCache]]:
     """The compiled `denoise`.
 
     Args:
-        graphdef: structure of the transformer, from `split`.
+        network: structure and size of the transformer, `without_params`.
         device: where to run, or the mesh of a training run; it need not be here, to compile for it.
 
     Returns:
@@ -206,18 +204,20 @@ def make_step(graphdef: Any, device: jax.Device | Mesh) -> Callable[..., tuple[A
     """
 
     def step(params, *arguments):
-        return denoise(merge(graphdef, params), *arguments)
+        return denoise(network.bind(params), *arguments)
 
     places = (batch_sharding(device), kv_sharding(device))
     # Donated: x and window.
     return jax.jit(on_mesh(step, _mesh(device)), donate_argnums=(1, 3), out_shardings=places)
 
 
-def make_prefill(graphdef: Any, device: jax.Device | Mesh) -> Callable[[PyTree, Conditions], Sink]:
+def make_prefill(
+    network: Network, device: jax.Device | Mesh
+) -> Callable[[PyTree, Conditions], Sink]:
     """The compiled `(params, conditions) -> sink`; arguments as for `make_step`."""
 
     def prefill(params, conditions):
-        return merge(graphdef, params).prefill(conditions)
+        return network.bind(params).prefill(conditions)
 
     return jax.jit(on_mesh(prefill, _mesh(device)), out_shardings=kv_sharding(device))
 

@@ -108,7 +108,7 @@ class AvatarSession:
         self.model, self.layout, self._in_flight = model, layout, in_flight
         mesh, self._vae_device = make_mesh(layout, devices)
         self.decoder = Decoder(model, self._vae_device)
-        self._encode = make_encode(model.vae.graphdef, settings)
+        self._encode = make_encode(model.vae, settings)
         self._text_type = jnp.float32 if text is None else text.dtype
         latents = dit.config.frames_per_block
         self.format = StreamFormat(
@@ -120,11 +120,10 @@ class AvatarSession:
         )
         conditions = self._conditions(portrait, text)
         plan = StreamPlan.from_settings(settings, seed)
-        arguments = (dit.graphdef, dit.params, dit.config, plan, conditions)
         if layout.is_sequential:
-            self.stream = SequentialStream(*arguments, device=mesh.devices[0, 0])
+            self.stream = SequentialStream(dit, plan, conditions, device=mesh.devices[0, 0])
         else:
-            self.stream = PipelinedStream(*arguments, mesh)
+            self.stream = PipelinedStream(dit, plan, conditions, mesh)
         host = _host_device() if settings.speech_device == "host" else None
         is_whole = settings.audio_window == "whole"
         self.features = SpeechFeatures(
@@ -156,9 +155,9 @@ class AvatarSession:
         model = self.model
         return replace(
             model,
-            dit=replace(model.dit, params=self.stream.params),
-            vae=replace(model.vae, params=self.decoder.params),
-            speech=replace(model.speech, params=self.features.params),
+            dit=model.dit.with_params(self.stream.params),
+            vae=model.vae.with_params(self.decoder.params),
+            speech=model.speech.with_params(self.features.params),
         )
 
     def warm_up(self) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_avatar.models.params import merge
 from jax_avatar.weights.hashes import content_hash
 from jax_avatar.weights.networks import abstract_network, load_network
 
@@ -83,7 +82,7 @@ class _Encoder:
         # The weights are an argument: constants of their size take long to compile.
         @functools.partial(jax.jit, static_argnums=2)
         def encode(params, x, frames=None):
-            bound = merge(network.graphdef, params)
+            bound = network.bind(params)
             return bound.encode(x) if frames is None else bound.encode(x, frames)
 
         return functools.partial(encode, jax.device_put(network.params))

@@ -18,7 +18,7 @@ import jax
 
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.lora import adapter_leaves, add_adapter
-from jax_avatar.models.params import flatten
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.shapes import PyTree
 from jax_avatar.weights.checksums import keep_checksums, rewriting
@@ -26,7 +26,7 @@ from jax_avatar.weights.fields import fill_fields, plain_fields
 from jax_avatar.weights.files import on_host, save_json, save_weights, tree_of
 from jax_avatar.weights.hashes import base_hash
 from jax_avatar.weights.kinds import KINDS
-from jax_avatar.weights.networks import Network, check_fit, kind_of, load_adapter, load_network
+from jax_avatar.weights.networks import check_fit, kind_of, load_adapter, load_network
 from jax_avatar.weights.orbax import StoredWeights
 from jax_avatar.weights.settings import StreamSettings, read_config
 
@@ -106,7 +106,7 @@ def load_model(
     if "lora" in content:
         networks["dit"] = _with_adapter(networks["dit"], folder)
     if weights and weights != networks["dit"].config.weights:
-        networks["dit"] = _in_eight_bits(networks["dit"], content["dit"], weights)
+        networks["dit"] = _in_eight_bits(networks["dit"], weights)
     KINDS["dit"][content["dit"]].network.check_level("stream.sigmas", settings.sigmas[-2])
     model = AvatarModel(content["name"], settings=settings, **networks)
     _check_fit(model, folder)
@@ -213,14 +213,14 @@ def _with_adapter(dit: Network, folder: Path) -> Network:
     check_fit(factors, expected, f"of 'lora' in {folder}", "it is for another transformer.")
     with on_host():
         params = add_adapter(_in_memory(dit.params), adapter, scaling)
-    return dataclasses.replace(dit, params=params)
+    return dit.with_params(params)
 
 
 def _in_memory(params: PyTree | StoredWeights) -> PyTree:
     return params.restore() if isinstance(params, StoredWeights) else params
 
 
-def _in_eight_bits(dit: Network, kind: str, weights: str) -> Network:
+def _in_eight_bits(dit: Network, weights: str) -> Network:
     if dit.config.weights:
         raise ValueError(
             f"the transformer is stored in {dit.config.weights} and cannot become {weights}; "
@@ -229,8 +229,7 @@ def _in_eight_bits(dit: Network, kind: str, weights: str) -> Network:
     config = dit.config.replace(weights=weights)
     with on_host():
         params = quantise_params(_in_memory(dit.params), weights)
-    graphdef, _ = KINDS["dit"][kind].abstract(config)
-    return dataclasses.replace(dit, graphdef=graphdef, params=params, config=config)
+    return Network.abstract(dit.module_class, config).with_params(params)
 
 
 def _check_fit(model: AvatarModel, folder: Path) -> None:

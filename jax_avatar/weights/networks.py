@@ -5,14 +5,14 @@ weights ------------------------------------------+--check_fit--> Network
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jax_avatar.models.params import flatten
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.sharding import param_shardings
 from jax_avatar.shapes import PyTree
 from jax_avatar.weights.fields import fill_fields
@@ -28,7 +28,6 @@ from jax_avatar.weights.orbax import StoredWeights
 from jax_avatar.weights.settings import read_config
 
 __all__ = [
-    "Network",
     "abstract_network",
     "check_fit",
     "kind_of",
@@ -37,24 +36,6 @@ __all__ = [
     "read_adapter",
     "read_dit",
 ]
-
-
-@dataclass(frozen=True)
-class Network:
-    """Structure, weights and size of one network.
-
-    Attributes:
-        graphdef: structure, for `merge`.
-        params: nested dictionary of arrays, or of `jax.ShapeDtypeStruct` where only the size is
-            known; large weights are still on disk.
-        config: its size.
-        metadata: history: command, data hash, licence.
-    """
-
-    graphdef: Any
-    params: PyTree | StoredWeights
-    config: Any
-    metadata: Mapping[str, Any]
 
 
 def kind_of(folder: str | Path, part: str) -> str:
@@ -90,8 +71,7 @@ def abstract_network(
 
     Arguments and errors as in `load_network`.
     """
-    header, metadata = load_header(folder, part)
-    return _abstract(folder, part, kind or kind_of(folder, part), header, metadata, fps)
+    return _abstract(folder, part, kind or kind_of(folder, part), load_header(folder, part)[0], fps)
 
 
 def load_network(
@@ -119,13 +99,13 @@ def load_network(
     kind = kind or kind_of(folder, part)
     find_kind(part, kind, Path(folder) / "config.json")
     if part == "dit":  # large: it goes from disk to its devices
-        params, header, metadata = open_weights(folder, part)
+        params, header, _ = open_weights(folder, part)
     else:
-        params, header, metadata = load_weights(folder, part, widen=widen)
-    network = _abstract(folder, part, kind, header, metadata, fps)
+        params, header, _ = load_weights(folder, part, widen=widen)
+    network = _abstract(folder, part, kind, header, fps)
     where = f"of '{part}' in {folder}"
     check_fit(tree_of(params), network.params, where, "convert or train them again.")
-    return replace(network, params=params)
+    return network.with_params(params)
 
 
 def _abstract(
@@ -133,14 +113,13 @@ def _abstract(
     part: str,
     kind: str,
     header: Mapping[str, Any],
-    metadata: Mapping[str, Any],
     fps: int | None,
 ) -> Network:
     found = find_kind(part, kind, Path(folder) / "config.json")
     try:
         config = fill_fields(found.config, header, "config")
         # Sizes that are none are refused by whatever meets them first.
-        graphdef, expected = found.abstract(config)
+        network = Network.abstract(found.network, config)
     except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise ValueError(
             f"weights of '{part}' in {folder} are not those of a {kind} {part} ({error}); pass the "
@@ -151,8 +130,8 @@ def _abstract(
             config = config.at_fps(fps)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
-        graphdef, _ = found.abstract(config)
-    return Network(graphdef, expected, config, metadata)
+        network = Network.abstract(found.network, config)
+    return network
 
 
 def read_dit(folder: str | Path, expected: PyTree, mesh: Mesh | None = None) -> PyTree:

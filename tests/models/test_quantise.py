@@ -65,14 +65,15 @@ def test_rounded_parameters_fit_the_network_and_its_leaves(kind):
 def test_a_stream_of_rounded_weights_stays_near(kind):
     audio = make_audio(2)
 
-    def stream(config, network, params):
-        made = SequentialStream(network.structure, params, config, StreamPlan(), make_conditions())
+    def stream(network):
+        made = SequentialStream(network, StreamPlan(), make_conditions())
         return np.asarray([made.push(chunk)[0] for chunk in audio])
 
     network = make_network()
-    params = network.params
-    exact = stream(CONFIG, network, params)
+    exact = stream(network)
     config = CONFIG.replace(weights=kind)
-    rounded = stream(config, Network.abstract(DiT, config), quantise_params(params, kind))
+    rounded = stream(
+        Network.abstract(DiT, config).with_params(quantise_params(network.params, kind))
+    )
     error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
     assert 0 < error < 0.05

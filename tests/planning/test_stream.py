@@ -21,7 +21,7 @@ from jax_avatar.planning.stream import plan_stream, step_flops
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
-from tests.nano import CONFIG, GRID, make_conditions, make_dit
+from tests.nano import CONFIG, GRID, make_conditions, make_network
 
 NANO = {
     "name": "nano",
@@ -59,7 +59,7 @@ def large():
 def test_a_plan_weighs_what_a_stream_holds(nano, mesh):
     layout, plan = parse_layout(mesh, 4), StreamPlan.from_settings(nano.settings, 0)
     devices, _ = make_mesh(layout)
-    arguments = (*make_dit(), CONFIG, plan, make_conditions())
+    arguments = (make_network(), plan, make_conditions())
     stream = (
         SequentialStream(*arguments)
         if layout.is_sequential

@@ -8,11 +8,11 @@ from jax_avatar.layout import make_mesh, parse_layout
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
-from tests.nano import CONFIG, make_audio, make_conditions, make_dit
+from tests.nano import CONFIG, make_audio, make_conditions, make_network
 
 BLOCKS = 8
 CONFIG = CONFIG.replace(framepack=False)
-GRAPHDEF, PARAMS = make_dit(CONFIG)
+NETWORK = make_network(CONFIG)
 CONDITIONS = make_conditions(CONFIG)
 AUDIO = make_audio(BLOCKS, CONFIG)
 TEXTS = 3 * jax.random.normal(jax.random.key(8), (3, *CONDITIONS.text.shape))
@@ -30,7 +30,7 @@ def run(stream, changes):
 
 def sequential(aas=4):
     plan = StreamPlan(aas_after_blocks=aas)
-    return SequentialStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS)
+    return SequentialStream(NETWORK, plan, CONDITIONS)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,7 @@ def test_every_block_keeps_one_prompt_through_all_slices(one_device, changes):
     one_device.reset()
     expected = run(one_device, changes)
     mesh, _ = make_mesh(parse_layout("5", 4))
-    piped = PipelinedStream(
-        GRAPHDEF, PARAMS, CONFIG, StreamPlan(aas_after_blocks=4), CONDITIONS, mesh
-    )
+    piped = PipelinedStream(NETWORK, StreamPlan(aas_after_blocks=4), CONDITIONS, mesh)
     np.testing.assert_allclose(run(piped, changes), expected, atol=1e-5)
 
 

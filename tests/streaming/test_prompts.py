@@ -9,7 +9,6 @@ import pytest
 
 from jax_avatar.io.prompt import Tokenizer
 from jax_avatar.layout import parse_layout
-from jax_avatar.models.params import merge
 from jax_avatar.streaming import prompts
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.session import AvatarSession
@@ -50,7 +49,7 @@ def test_states_are_those_of_the_cleaned_prompt_without_padding(tmp_path):
     count = int(mask.sum())
     assert states.shape == (1, count, 4) and 3 < count < 64
     encoder = load_text_encoder(folder)
-    encode = jax.jit(lambda params, *inputs: merge(encoder.graphdef, params)(*inputs))
+    encode = jax.jit(lambda params, *inputs: encoder.bind(params)(*inputs))
     whole = encode(encoder.params, ids[None], mask[None])
     np.testing.assert_allclose(states, whole[:, :count], atol=1e-5)
 

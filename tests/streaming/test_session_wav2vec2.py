@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jax_avatar.layout import parse_layout
-from jax_avatar.models.params import merge
 from jax_avatar.streaming.features import DROPPED_FRAMES
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.weights.folder import load_model, load_settings
@@ -67,7 +66,7 @@ def test_a_whole_recording_is_heard_as_by_the_official_pipelines(whole, monkeypa
     assert not list(whole.push(samples)) and not heard
     frames = np.concatenate(list(whole.finish()))
     speech = whole.model.speech
-    encoder = merge(speech.graphdef, jax.device_put(speech.params))
+    encoder = speech.bind(jax.device_put(speech.params))
     expected = jax.jit(encoder.encode, static_argnums=1)(jnp.asarray(samples)[None, None], 28)
     given = np.concatenate(heard, axis=2)
     np.testing.assert_allclose(

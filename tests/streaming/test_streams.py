@@ -12,11 +12,11 @@ from jax_avatar.streaming.pipeline import PipelinedStream, Register, slice_input
 from jax_avatar.streaming.plan import StreamPlan, stream_layout
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.weights.settings import StreamSettings
-from tests.nano import CONFIG, make_audio, make_conditions, make_dit
+from tests.nano import CONFIG, make_audio, make_conditions, make_network
 
 BLOCKS = 9  # the window of four blocks wraps twice, the sink is renewed, the pipe fills and drains
 CONFIG = CONFIG.replace(framepack=False)
-GRAPHDEF, PARAMS = make_dit(CONFIG)
+NETWORK = make_network(CONFIG)
 CONDITIONS = make_conditions(CONFIG)
 AUDIO = make_audio(BLOCKS, CONFIG)
 
@@ -29,13 +29,13 @@ def run(stream, blocks=BLOCKS):
 @functools.cache
 def sequential(aas):
     plan = StreamPlan(aas_after_blocks=aas)
-    return run(SequentialStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS))
+    return run(SequentialStream(NETWORK, plan, CONDITIONS))
 
 
 def pipelined(mesh, aas):
     mesh, _ = make_mesh(parse_layout(mesh, 4))
     plan = StreamPlan(aas_after_blocks=aas)
-    return PipelinedStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS, mesh)
+    return PipelinedStream(NETWORK, plan, CONDITIONS, mesh)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_every_layout_makes_the_same_latents(mesh, aas):
 def run_student(mesh, settings):
     """A stream of two steps if nothing else is said, which are compiled in half the time."""
     plan = StreamPlan(**{"sigmas": (1.0, 0.6, 0.0), **settings})
-    arguments = (GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS)
+    arguments = (NETWORK, plan, CONDITIONS)
     if mesh == "1":
         return run(SequentialStream(*arguments))
     return run(PipelinedStream(*arguments, make_mesh(parse_layout(mesh, plan.num_steps))[0]))
@@ -100,7 +100,7 @@ def test_blocks_that_follow_one_another_are_not_spread_over_slices(history, layo
     mesh, _ = make_mesh(parse_layout(layout, 2))
     with pytest.raises(ValueError, match=message):
         plan = StreamPlan.from_settings(settings, 0)
-        PipelinedStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS, mesh)
+        PipelinedStream(NETWORK, plan, CONDITIONS, mesh)
     assert stream_layout(settings, "1+1").stages == stream_layout(settings, "1").stages == 1
 
 
@@ -121,7 +121,7 @@ def test_a_block_hears_the_end_of_the_one_before_if_it_was_trained_so(mesh, monk
     plan, given = StreamPlan(audio_context="clip", aas_after_blocks=0), []
     if mesh:
         layout = make_mesh(parse_layout(mesh, 4))[0]
-        stream = PipelinedStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS, layout)
+        stream = PipelinedStream(NETWORK, plan, CONDITIONS, layout)
 
         def tick(params, noise, incoming, windows, sink, conditions, inputs):
             given.append(np.asarray(inputs.audio)[0])
@@ -129,7 +129,7 @@ def test_a_block_hears_the_end_of_the_one_before_if_it_was_trained_so(mesh, monk
 
         monkeypatch.setattr(stream, "tick", tick)
     else:
-        stream = SequentialStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS)
+        stream = SequentialStream(NETWORK, plan, CONDITIONS)
 
         def step(params, x, conditions, window, *others):
             given.append(np.asarray(conditions.audio))
@@ -152,8 +152,7 @@ def test_a_block_hears_the_end_of_the_one_before_if_it_was_trained_so(mesh, monk
 @pytest.mark.slow
 def test_half_precision_survives_the_pipeline():
     config = CONFIG.replace(dtype="bfloat16")
-    graphdef, params = make_dit(config)
-    arguments = (graphdef, params, config, StreamPlan(aas_after_blocks=1), CONDITIONS)
+    arguments = (make_network(config), StreamPlan(aas_after_blocks=1), CONDITIONS)
     piped = run(PipelinedStream(*arguments, make_mesh(parse_layout("3", 4))[0]), 3)
     plain = run(SequentialStream(*arguments), 3)
     assert piped.dtype == plain.dtype == jax.numpy.bfloat16
@@ -233,14 +232,14 @@ def test_a_slice_of_two_devices_holds_half_of_the_heads_on_each():
 def test_devices_that_do_not_divide_the_heads_are_refused():
     mesh, _ = make_mesh(parse_layout("2x3", 4))
     with pytest.raises(ValueError, match="do not divide 2 heads"):
-        PipelinedStream(GRAPHDEF, PARAMS, CONFIG, StreamPlan(), CONDITIONS, mesh)
+        PipelinedStream(NETWORK, StreamPlan(), CONDITIONS, mesh)
 
 
 @pytest.mark.slow
 def test_seeds_make_streams():
     def first(seed):
         plan = StreamPlan(seed=seed)
-        return run(SequentialStream(GRAPHDEF, PARAMS, CONFIG, plan, CONDITIONS), 1)
+        return run(SequentialStream(NETWORK, plan, CONDITIONS), 1)
 
     np.testing.assert_array_equal(first(1), first(1))
     assert np.abs(first(1) - first(2)).max() > 0.1

@@ -9,6 +9,7 @@ import pytest
 
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
+from jax_avatar.models.network import Network
 from jax_avatar.models.params import merge
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.streaming import sampler as sampler_module
@@ -223,7 +224,7 @@ def assert_the_stream_is_the_rollout(settings, ring_blocks, kind=DiT, compiler=l
     )
     conditions = Conditions(text=clip.text, reference=clip.reference, pose=clip.pose)
     with jax.disable_jit(False):  # a stream is compiled
-        stream = SequentialStream(graphdef, params, config, plan, conditions)
+        stream = SequentialStream(Network(params, graphdef, config), plan, conditions)
         for block in range(blocks):
             (latent,) = stream.push(clip.audio[:, :, 12 * block : 12 * block + 12])
             np.testing.assert_allclose(trace.clean[block], latent, atol=1e-5, rtol=1e-5)
