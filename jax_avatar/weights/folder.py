@@ -25,7 +25,6 @@ from jax_avatar.weights.checksums import keep_checksums, rewriting
 from jax_avatar.weights.fields import fill_fields, plain_fields
 from jax_avatar.weights.files import on_host, save_json, save_weights, tree_of
 from jax_avatar.weights.hashes import base_hash
-from jax_avatar.weights.kinds import KINDS
 from jax_avatar.weights.networks import check_fit, kind_of, load_adapter, load_network
 from jax_avatar.weights.orbax import StoredWeights
 from jax_avatar.weights.settings import StreamSettings, read_config
@@ -76,10 +75,10 @@ def load_settings(
     content = read_config(folder)
     place = f"{Path(folder) / 'config.json'}: stream"
     stored = fill_fields(StreamSettings, content["stream"], place)
-    told = fill_fields(StreamSettings, {**dataclasses.asdict(stored), **changes}, "stream")
+    settings = fill_fields(StreamSettings, {**dataclasses.asdict(stored), **changes}, "stream")
     if not force_sampler:
-        stored.check_training(told)
-    return told
+        stored.check_training(settings)
+    return settings
 
 
 def load_model(
@@ -107,7 +106,7 @@ def load_model(
         networks["dit"] = _with_adapter(networks["dit"], folder)
     if weights and weights != networks["dit"].config.weights:
         networks["dit"] = _in_eight_bits(networks["dit"], weights)
-    KINDS["dit"][content["dit"]].network.check_level("stream.sigmas", settings.sigmas[-2])
+    networks["dit"].module_class.check_level("stream.sigmas", settings.sigmas[-2])
     model = AvatarModel(content["name"], settings=settings, **networks)
     _check_fit(model, folder)
     return model
@@ -185,7 +184,7 @@ def export_model(
 
 
 def fitting_stream(stream: Mapping[str, Any], config: DiTConfig) -> dict[str, Any]:
-    """Stream settings that fit a transformer: one without the motion packer is told no motion."""
+    """Stream settings that fit a transformer: without the motion packer, no motion."""
     return {**stream, **({} if config.framepack else {"motion": "none"})}
 
 

@@ -1,19 +1,17 @@
 """Kinds of networks: part of a model folder -> name in `config.json` -> class and config."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 
 from jax_avatar.models.config import DiTConfig, UMT5Config, WanVAEConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.params import abstract
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from jax_avatar.models.text import UMT5Encoder
 from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
 from jax_avatar.models.vae.wan import WanVAE
-from jax_avatar.shapes import PyTree
 
 __all__ = ["KINDS", "Kind", "find_kind"]
 
@@ -28,10 +26,6 @@ class Kind(NamedTuple):
 
     network: type[nnx.Module]
     config: type
-
-    def abstract(self, config: Any) -> tuple[Any, PyTree]:
-        """Structure and `jax.ShapeDtypeStruct` parameters of a network of this size."""
-        return abstract(lambda: self.network(config, rngs=nnx.Rngs(0)))
 
 
 KINDS = {

@@ -16,12 +16,7 @@ from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.sharding import param_shardings
 from jax_avatar.shapes import PyTree
 from jax_avatar.weights.fields import fill_fields
-from jax_avatar.weights.files import (
-    load_header,
-    load_weights,
-    open_weights,
-    tree_of,
-)
+from jax_avatar.weights.files import load_header, load_weights, open_weights, tree_of
 from jax_avatar.weights.hashes import base_hash
 from jax_avatar.weights.kinds import KINDS, find_kind
 from jax_avatar.weights.orbax import StoredWeights
@@ -75,12 +70,7 @@ def abstract_network(
 
 
 def load_network(
-    folder: str | Path,
-    part: str,
-    kind: str = "",
-    *,
-    fps: int | None = None,
-    widen: bool = True,
+    folder: str | Path, part: str, kind: str = "", *, fps: int | None = None, widen: bool = True
 ) -> Network:
     """Reads one network.
 
@@ -109,11 +99,7 @@ def load_network(
 
 
 def _abstract(
-    folder: str | Path,
-    part: str,
-    kind: str,
-    header: Mapping[str, Any],
-    fps: int | None,
+    folder: str | Path, part: str, kind: str, header: Mapping[str, Any], fps: int | None
 ) -> Network:
     found = find_kind(part, kind, Path(folder) / "config.json")
     try:
