@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jax_avatar.layout import Layout, make_mesh
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
-from jax_avatar.models.params import flatten
+from jax_avatar.models.network import flatten
 from jax_avatar.models.quantise import quantised_leaves
 from jax_avatar.models.sharding import param_specs
 from jax_avatar.planning.hardware import Hardware, stand_ins

@@ -9,8 +9,6 @@ import pytest
 
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.network import Network
-from jax_avatar.models.params import merge
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.streaming import sampler as sampler_module
 from jax_avatar.streaming.plan import StreamPlan
@@ -55,7 +53,7 @@ def make_draws(settings=SETTINGS, key=KEY, blocks=BLOCKS):
 
 @functools.cache
 def network(config=MODEL, kind=DiT):
-    return nano.make_dit(config, kind=kind)
+    return nano.make_network(config, kind=kind)
 
 
 def roll(conditions, draws, exit_step, settings=SETTINGS, config=MODEL, net=None, **options):
@@ -77,8 +75,8 @@ def difference(left, right):
 class InForms:
     """The network with its forms compiled one by one: all variants of a rollout share them."""
 
-    def __init__(self, graphdef, params):
-        self.graphdef, self.params = graphdef, params
+    def __init__(self, network):
+        self.network = network
 
     def prefill(self, conditions):
         return self.run("prefill", conditions)
@@ -95,11 +93,11 @@ class InForms:
 
     def run(self, name, *args):
         with jax.disable_jit(False):
-            return compiled_form(self.graphdef, name)(self.params, *args)
+            return compiled_form(self.network.without_params(), name)(self.network.params, *args)
 
 
 @functools.cache
-def compiled_form(graphdef, name):
+def compiled_form(network, name):
     def run(params, *args):
         if name == "block_after":
             history = args[3]
@@ -108,13 +106,13 @@ def compiled_form(graphdef, name):
                 return tuple(part[layer] for part in history)
 
             args = (*args[:3], past, *args[4:])
-        return getattr(merge(graphdef, params), name)(*args)
+        return getattr(network.bind(params), name)(*args)
 
     return jax.jit(run)
 
 
 def in_forms(config=MODEL, kind=DiT):
-    return InForms(*network(config, kind))
+    return InForms(network(config, kind))
 
 
 @pytest.fixture
@@ -127,9 +125,9 @@ def in_pieces():
 def gradients(settings, config, exit_steps, algorithm, compiler):
     """Gradient, clips and metrics."""
     plan = RolloutPlan(config, dataclasses.replace(settings, gradient=algorithm))
-    conditions, (graphdef, params) = make_clips(2), network(config)
+    conditions, made = make_clips(2), network(config)
     draws = jax.vmap(lambda key: make_draws(settings, key))(jax.random.split(jax.random.key(3), 2))
-    bind = functools.partial(InForms if compiler is not jax.jit else merge, graphdef)
+    bind = made.bind if compiler is jax.jit else lambda p: InForms(made.with_params(p))
 
     @compiler
     def run(params, exit_step):
@@ -138,7 +136,7 @@ def gradients(settings, config, exit_steps, algorithm, compiler):
 
         return gradient_of(plan)(bind, params, conditions, draws, exit_step, plan, score)
 
-    return [run(params, step) for step in exit_steps]
+    return [run(made.params, step) for step in exit_steps]
 
 
 def assert_the_same_gradients(changes, ring_blocks, exit_steps, compiler=lambda run: run):
@@ -201,15 +199,15 @@ def assert_the_stream_is_the_rollout(settings, ring_blocks, kind=DiT, compiler=l
     blocks = ring_blocks + 1  # the window rolls
     config = MODEL.replace(ring_blocks=ring_blocks)
     clip, chance = make_clip(blocks=blocks), make_draws(settings, blocks=blocks)
-    graphdef, params = network(config, kind)
+    made = network(config, kind)
     plan, last = RolloutPlan(config, settings), settings.num_steps - 1
-    bind = functools.partial(InForms if compiler is not jax.jit else merge, graphdef)
+    bind = made.bind if compiler is jax.jit else lambda p: InForms(made.with_params(p))
 
     @compiler
     def rolled(params, clip, chance):
         return self_forcing(bind(params), bind(params), clip, chance, last, plan)
 
-    trace = rolled(params, clip, chance)
+    trace = rolled(made.params, clip, chance)
 
     def new_noise(block, step, shape):
         key = jax.random.fold_in(jax.random.fold_in(chance.renoise_key, block + 1), step)
@@ -224,7 +222,7 @@ def assert_the_stream_is_the_rollout(settings, ring_blocks, kind=DiT, compiler=l
     )
     conditions = Conditions(text=clip.text, reference=clip.reference, pose=clip.pose)
     with jax.disable_jit(False):  # a stream is compiled
-        stream = SequentialStream(Network(params, graphdef, config), plan, conditions)
+        stream = SequentialStream(made, plan, conditions)
         for block in range(blocks):
             (latent,) = stream.push(clip.audio[:, :, 12 * block : 12 * block + 12])
             np.testing.assert_allclose(trace.clean[block], latent, atol=1e-5, rtol=1e-5)
@@ -297,17 +295,17 @@ def test_without_pass_b_the_window_is_history_enough(in_pieces):
 @pytest.mark.parametrize("cache", ["per_step", "exit_only"])
 def test_history_is_read_layer_by_layer(cache):
     """The window of all layers is a large part of the memory; a copy of it would be, too."""
-    settings, (graphdef, params) = dataclasses.replace(SETTINGS, cache=cache), network()
+    settings, made = dataclasses.replace(SETTINGS, cache=cache), network()
     clip, draws = make_clip(), make_draws()
 
     @jax.make_jaxpr
     def run(params):
-        return roll(clip, draws, 2, settings, net=merge(graphdef, params)).clean
+        return roll(clip, draws, 2, settings, net=made.bind(params)).clean
 
     history = (3 * GRID[0] * GRID[1] // 4, MODEL.num_heads, MODEL.head_dim)  # of one block, layer
     sizes = [
         read.aval.size // np.prod(history)
-        for equation in equations(run(params).jaxpr)
+        for equation in equations(run(made.params).jaxpr)
         if equation.primitive.name in ("dynamic_slice", "gather")
         for read in equation.outvars
         if read.aval.shape[-3:] == history
@@ -363,7 +361,7 @@ class Exact(InForms):
     """`velocity = noise - clean` of what the block was last noised with."""
 
     def __init__(self, clean, draws, steps, *, renoises):
-        super().__init__(*network())
+        super().__init__(network())
         self.clean, self.draws, self.renoises = clean, draws, renoises
         self.places = itertools.product(range(len(clean)), range(steps))  # in the order of calls
 
