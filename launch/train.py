@@ -38,11 +38,10 @@ FORCE = flags.DEFINE_bool("force", False, "resume although the settings differ")
 def evaluations_of(task, settings, loop):
     """Those of a transformer, which stream; other tasks bring their own."""
     from jax_avatar.evaluation.in_training import make_evaluation
-    from jax_avatar.training.run.step import mesh_of
 
-    if not loop.evaluate_every or not hasattr(task, "streamed"):
+    if not loop.evaluate_every or task.streamed is None:
         return []
-    folder, mesh = Path(WORKDIR.value) / "samples", mesh_of(task, loop)
+    folder, mesh = Path(WORKDIR.value) / "samples", task.mesh(loop)
     made = make_evaluation(settings, task, mesh, folder, num_clips=loop.evaluate_clips)
     return [made] if made else []
 
@@ -50,14 +49,12 @@ def evaluations_of(task, settings, loop):
 def work_of(task, settings):
     """Work of a step; empty for a task without batches of clips."""
     from jax_avatar.planning.work import step_work
-    from jax_avatar.training.run.step import mesh_of
     from jax_avatar.training.stages.build import read_sections
 
-    if not hasattr(task, "batch_size"):
+    if task.batch_size is None:
         return None
     sections, loop = read_sections(settings)
-    grid = task.clips.grid if hasattr(task, "clips") else (0, 0)
-    return step_work(settings["stage"], sections, task.batch_size, grid, mesh_of(task, loop))
+    return step_work(settings["stage"], sections, task.batch_size, task.grid, task.mesh(loop))
 
 
 def check_workdir() -> None:

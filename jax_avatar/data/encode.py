@@ -105,13 +105,7 @@ def encode_data(
     if not splits:
         raise ValueError(f"{str(data)!r} holds no clips; prepare data there first.")
     sources = {split: read_clips(data, split) for split in splits}
-    first = sources[splits[0]][0]
-    if first.fps != encoders.fps:
-        raise ValueError(
-            f"clips in {str(data)!r} have {first.fps} frames per second, this run config.fps="
-            f"{encoders.fps}, for which the speech encoder makes features; prepare the data with "
-            f"--fps {encoders.fps}, or train at --config.fps={first.fps}."
-        )
+    _check_rate(data, sources[splits[0]][0].fps, encoders.fps)
     start_index(
         out,
         {
@@ -136,6 +130,15 @@ def encode_data(
                 else:
                     bar.update(len(examples))
     return finish_index(out, {split: list(shards) for split, shards in plan.items()})
+
+
+def _check_rate(data: Path, fps: int, expected: int) -> None:
+    if fps != expected:
+        raise ValueError(
+            f"clips in {str(data)!r} have {fps} frames per second, this run config.fps={expected}, "
+            "for which the speech encoder makes features; prepare the data with "
+            f"--fps {expected}, or train at --config.fps={fps}."
+        )
 
 
 def first_clip(data: str | Path) -> ClipRecord:

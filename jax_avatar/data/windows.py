@@ -37,23 +37,28 @@ def check_fit(
     Raises:
         ValueError: they do not fit; says in what.
     """
-    longest = int(max(clips.lengths))
+    _check_channels(clips, model)
+    _check_lengths(clips, model, latents, motion)
+    if fps and clips.fps not in (0, fps):
+        raise ValueError(
+            f"clips have {clips.fps} frames per second, this run config.fps={fps}; prepare and "
+            f"encode the data with --fps {fps}, or train at --config.fps={clips.fps}."
+        )
+    # Clips of noise, which have no rate, may have any size as well.
+    grid = grid if clips.fps else None
+    if any(side % 2 for side in clips.grid) or (grid and tuple(clips.grid) != tuple(grid)):
+        raise ValueError(
+            f"latents have {tuple(clips.grid)} rows and columns, expected "
+            f"{tuple(grid) if grid else 'even numbers'}; prepare the data at the model's size."
+        )
+
+
+def _check_channels(clips: Clips, model: DiTConfig) -> None:
+    """Refuses latents, speech features and text that the transformer cannot take."""
     if clips.channels != model.latent_channels:
         raise ValueError(
             f"latents have {clips.channels} channels, the transformer expects "
             f"{model.latent_channels}; set model.latent_channels, or encode with its own VAE."
-        )
-    if latents > longest or latents % model.frames_per_block:
-        raise ValueError(
-            f"task.latents={latents}: clips have {longest} and a block has "
-            f"{model.frames_per_block}; give whole blocks, no more than a clip has."
-        )
-    if latents + motion > longest + clips.has_first:
-        raise ValueError(
-            f"task.motion_frames wants {motion} latents before the {latents} of a window, that is "
-            f"clips of {latents + motion} latents or more; the longest has "
-            f"{longest + clips.has_first}. Prepare longer clips, make task.latents smaller, or set "
-            "task.motion_frames=none."
         )
     if tuple(clips.states) != (model.audio_layers, model.audio_width):
         raise ValueError(
@@ -66,17 +71,22 @@ def check_fit(
             f"text rows have {clips.text_width} channels, the transformer expects "
             f"{model.text_width}; set model.text_width, or encode with its own prompt encoder."
         )
-    if fps and clips.fps not in (0, fps):
+
+
+def _check_lengths(clips: Clips, model: DiTConfig, latents: int, motion: int) -> None:
+    """Refuses windows that are not whole blocks, or longer than a clip."""
+    longest = int(max(clips.lengths))
+    if latents > longest or latents % model.frames_per_block:
         raise ValueError(
-            f"clips have {clips.fps} frames per second, this run config.fps={fps}; prepare and "
-            f"encode the data with --fps {fps}, or train at --config.fps={clips.fps}."
+            f"task.latents={latents}: clips have {longest} and a block has "
+            f"{model.frames_per_block}; give whole blocks, no more than a clip has."
         )
-    # Clips of noise, which have no rate, may have any size as well.
-    grid = grid if clips.fps else None
-    if any(side % 2 for side in clips.grid) or (grid and tuple(clips.grid) != tuple(grid)):
+    if latents + motion > longest + clips.has_first:
         raise ValueError(
-            f"latents have {tuple(clips.grid)} rows and columns, expected "
-            f"{tuple(grid) if grid else 'even numbers'}; prepare the data at the model's size."
+            f"task.motion_frames wants {motion} latents before the {latents} of a window, that is "
+            f"clips of {latents + motion} latents or more; the longest has "
+            f"{longest + clips.has_first}. Prepare longer clips, make task.latents smaller, or set "
+            "task.motion_frames=none."
         )
 
 
@@ -113,6 +123,19 @@ class Windows:
         self._seed = np.random.SeedSequence(seed)
         order_seed = int(self._seed.generate_state(1)[0])
         self.order = Order(len(self.windows), batch_size, order_seed)
+
+    @classmethod
+    def for_model(cls, clips: Clips, model: DiTConfig, settings: Any, **options: Any) -> "Windows":
+        """Windows for a transformer's stage.
+
+        Args:
+            clips: to cut from.
+            model: size of the transformer.
+            settings: of the stage; has `latents` and `batch_size`.
+            **options: as of the constructor.
+        """
+        text = {"text_len": model.text_len, "text_width": model.text_width}
+        return cls(clips, settings.latents, settings.batch_size, **text, **options)
 
     def batch(self, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The windows of a step, float32; every window comes once per epoch.

@@ -127,8 +127,8 @@ def make_evaluation(
 
     Args:
         settings: of the run, plain values, from its config file.
-        task: of the stage: has `streamed`, structure and size of the transformer with adapters if
-            there are any; `bound(weights, mesh)`, its parameters; and `stream_settings`.
+        task: a `Task` whose `streamed` is a transformer; it also has `bound(weights, mesh)`, the
+            transformer's parameters, and `stream_settings`.
         mesh: of the run.
         folder: for the videos.
         num_clips: held-out clips that are made.
@@ -152,7 +152,8 @@ def make_evaluation(
             "some to have them."
         )
         return None
-    graphdef, config = task.streamed
+    network = task.streamed
+    graphdef, config = network.structure, network.config
     model = _model(settings, graphdef, config, task.stream_settings)
     sample = None
     if "sampler" in settings:

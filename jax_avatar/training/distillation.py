@@ -197,23 +197,11 @@ def update_generator(
         base: the teacher's weights, frozen.
     """
     settings, plan = setup.settings, setup.plan
-    bind, keys = setup.bind(base), _keys(key, state.step, _GENERATOR)
-    critic, teacher = bind(state.critic), setup.teacher(base)
-    exit_step, frames = sample_exit_step(keys.exit, plan), plan.config.frames_per_block
-    gradient = gradient_of(plan)
+    keys = _keys(key, state.step, _GENERATOR)
+    exit_step = sample_exit_step(keys.exit, plan)
 
     def measure(batch):
-        def score(clips):
-            return score_gradient(
-                critic, teacher, clips, batch, keys.scores, settings, frames_per_block=frames
-            )
-
-        inputs = rollout_inputs(setup, batch, keys.clips)
-        grads, clips, metrics = gradient(bind, state.generator, *inputs, exit_step, plan, score)
-        each = {"clips": clips, "scores": metrics.pop("scores")}
-        if "replay_error" in metrics:
-            each["replay_error"] = jnp.broadcast_to(metrics.pop("replay_error"), len(clips))
-        return constrain_params(grads), metrics, each
+        return _distillation_gradient(setup, state, batch, keys, exit_step, base)
 
     grads, metrics, each = accumulate_gradients(measure, batch, setup.loop.accumulate)
     clips, scores = each.pop("clips"), each.pop("scores")
@@ -249,6 +237,24 @@ def update_generator(
         "ema_distance": average_distance(state.ema, state.generator),
     }
     return constrain_params(state), metrics | norms | largest
+
+
+def _distillation_gradient(setup, state, batch, keys, exit_step, base):
+    """Gradient of the distillation loss in the generator, means, and values of each clip."""
+    bind, teacher, plan = setup.bind(base), setup.teacher(base), setup.plan
+    critic, frames = bind(state.critic), plan.config.frames_per_block
+
+    def score(clips):
+        return score_gradient(
+            critic, teacher, clips, batch, keys.scores, setup.settings, frames_per_block=frames
+        )
+
+    inputs, gradient = rollout_inputs(setup, batch, keys.clips), gradient_of(plan)
+    grads, clips, metrics = gradient(bind, state.generator, *inputs, exit_step, plan, score)
+    each = {"clips": clips, "scores": metrics.pop("scores")}
+    if "replay_error" in metrics:
+        each["replay_error"] = jnp.broadcast_to(metrics.pop("replay_error"), len(clips))
+    return constrain_params(grads), metrics, each
 
 
 def update_critic(

@@ -11,7 +11,7 @@ from configs import diffusion_forcing, dmd
 from configs.ablations import ABLATIONS, INFERENCE, get_config
 from jax_avatar.data.latents import random_clips
 from jax_avatar.training.run.state import config_differences, start_state
-from jax_avatar.training.run.step import make_optimiser, make_step, mesh_of
+from jax_avatar.training.run.step import make_optimiser
 from jax_avatar.training.stages import build as stages
 from launch.overrides import read_config
 
@@ -168,7 +168,7 @@ def test_levels_below_those_of_the_small_network_are_refused(monkeypatch):
 def test_an_ablation_makes_a_step(monkeypatch, name):
     task, loop = make_task(monkeypatch, name)
     loop = dataclasses.replace(loop, mesh="1", warmup_steps=0)
-    mesh = mesh_of(task, loop)
+    mesh = task.mesh(loop)
     if name.startswith("stage1_"):
         state = start_state(task.init(jax.random.key(0)), make_optimiser(loop))
         trained = "params"
@@ -176,7 +176,7 @@ def test_an_ablation_makes_a_step(monkeypatch, name):
         task.settings = dataclasses.replace(task.settings, generator_every=1)
         state, trained = task.start(loop, jax.random.key(0)), "generator"
     before = jax.device_get(getattr(state, trained))
-    after, metrics = make_step(task, loop, mesh)(state, task.batches(0), jax.random.key(1))
+    after, metrics = task.make_step(loop, mesh)(state, task.batches(0), jax.random.key(1))
     assert int(after.step) == 1 and not int(after.guard.total) and np.isfinite(metrics["loss"])
     pairs = zip(*map(jax.tree.leaves, (before, getattr(after, trained))), strict=True)
     assert any(np.any(a != b) for a, b in pairs)

@@ -30,11 +30,12 @@ from jax_avatar.models import sharding
 from jax_avatar.training.run.evaluation import AverageEvaluation
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.training.stages.task import LossTask
 
 sharding.SMALL = 1  # every weight is cut
 
 
-class Line:
+class Line(LossTask):
     name, batch_size, by_clip = "line", 4, True
     asked = set()
 

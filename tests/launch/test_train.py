@@ -42,7 +42,7 @@ def test_settings_are_overridden_whether_the_file_names_them_or_not():
 
 def test_an_evaluation_streams_as_many_clips_as_told(monkeypatch):
     task = LineTask()
-    task.streamed = None
+    task.streamed = object()  # a transformer
     monkeypatch.setattr(in_training, "make_evaluation", lambda *args, num_clips: num_clips)
     monkeypatch.setattr(train, "WORKDIR", types.SimpleNamespace(value="runs"))
     loop = dataclasses.replace(CONFIG, evaluate_every=4, evaluate_clips=5)

@@ -395,7 +395,7 @@ INVARIANTS = (
             "(1e-3 if dtype == jnp.float32 else 1e-2)", "1e-2",
             distillation("a_replay_that_strays_changes_nothing")),
     Mistake(16, "a replay that strayed does not stop the run", "training/run/loop.py",
-            "limit = getattr(self.task, \"replay_limit\", math.inf)", "limit = math.inf",
+            "rows, step, self.task.replay_limit)", "rows, step, 1e9)",
             guards("a_replay_that_strays_stops_the_run_and_keeps_its_state")),
     Mistake(16, "a run stopped by a replay stops there again", "training/run/loop.py",
             "save(self.manager, step, state, self.settings, [])",

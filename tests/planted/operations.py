@@ -34,7 +34,7 @@ OPERATIONS = tuple(Mistake("run", *row) for row in (
     ("the record of a resumed run replaces the first one", "training/run/run_record.py",
      '(workdir / RUNS).open("a")', '(workdir / RUNS).open("w")', STARTS),
     ("the record of a run leaves out its bookkeeping", "training/run/loop.py",
-     '"loop": dataclasses.asdict(config)}', '"loop": {}}', STARTS),
+     '"loop": dataclasses.asdict(config), ', '"loop": {}, ', STARTS),
     ("training compiles again after every start", "launch/train.py",
      "    keep_compiled()\n", "", train("training_keeps_what_it_compiles")),
     ("norms of a skipped update are those of one that was made", "training/run/norms.py",

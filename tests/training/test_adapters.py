@@ -17,7 +17,7 @@ from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.placement import place_batch, place_state
 from jax_avatar.training.run.state import start_state
-from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.run.step import LoopConfig, make_optimiser
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingFiles, ForcingTask
 from jax_avatar.weights.files import load_weights
@@ -137,7 +137,7 @@ def test_a_step_is_the_same_on_every_layout(tmp_path):
         mesh = make_training_mesh(layout, 4, num_heads=2)
         state = place_state(start_state(task.init(KEY), make_optimiser(LOOP)), mesh)
         batch = place_batch(task.batches(0), mesh)
-        return make_step(task, LOOP, mesh)(state, batch, KEY)
+        return task.make_step(LOOP, mesh)(state, batch, KEY)
 
     expected, wanted = step("1")
     for layout in ("4x2", "2x1"):

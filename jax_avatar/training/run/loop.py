@@ -1,6 +1,6 @@
 """The training loop: steps of any task, checkpoints that resume exactly.
 
-    batches(step) --> make_step(task) --> metrics, evaluations, checkpoints --> exported weights
+    batches(step) --> task.make_step --> metrics, evaluations, checkpoints --> exported weights
 
 A step depends on the seed, the step number and the state alone, so a resumed run continues the
 interrupted one bit by bit.
@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import signal
 import threading
 import time
@@ -48,23 +47,14 @@ from jax_avatar.training.run.loggers import check_installed
 from jax_avatar.training.run.placement import fetched, gathered_values, local_rows, place_batch
 from jax_avatar.training.run.profile import Profiler, step_annotation
 from jax_avatar.training.run.run_record import add_run_record, run_record
-from jax_avatar.training.run.state import start_state
-from jax_avatar.training.run.step import (
-    Batch,
-    LoopConfig,
-    OwnStepTask,
-    Step,
-    Task,
-    make_optimiser,
-    make_step,
-    mesh_of,
-)
+from jax_avatar.training.run.step import Batch, LoopConfig, Step
+from jax_avatar.training.stages.task import Task
 
 __all__ = ["train"]
 
 
 def train(
-    task: Task | OwnStepTask,
+    task: Task,
     config: LoopConfig,
     workdir: str | Path,
     *,
@@ -98,23 +88,44 @@ def train(
             many steps were skipped although the run went back twice, a replay strayed beyond the
             task's `replay_limit`, a batch could not be made, or the disk is full.
     """
-    workdir = Path(workdir).resolve()
+    workdir, settings = Path(workdir).resolve(), settings or {}
     check_installed(config.wandb)
-    mesh = mesh_of(task, config)
-    whole = {**(settings or {}), "loop": dataclasses.asdict(config)}
-    settings = _result_settings(settings or {}, config)
-    if getattr(task, "content_hash", ""):
-        settings["data_hash"] = task.content_hash  # other data, another run
-        whole["data_hash"] = task.content_hash
-    settings = json.loads(json.dumps(settings))
+    # With other data it is another run.
+    data = {"data_hash": task.content_hash} if task.content_hash else {}
+    whole = {**settings, "loop": dataclasses.asdict(config), **data}
+    settings = json.loads(json.dumps(_result_settings(settings, config) | data))
+    with explain_disk_errors(workdir):
+        state = _run_or_resume(
+            *(task, config, workdir, whole, settings, evaluations, work),
+            force=force,
+            progress=progress,
+        )
+        if int(state.step) >= config.num_steps:
+            weights, skipped = fetched(state.ema), int(state.guard.total)
+            if jax.process_index() == 0:
+                task.export(weights, workdir, {"step": int(state.step), "skipped": skipped})
+    return state
+
+
+def _run_or_resume(
+    task: Task,
+    config: LoopConfig,
+    workdir: Path,
+    whole: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    evaluations: Sequence[Evaluation],
+    work: Work | None,
+    *,
+    force: bool,
+    progress: bool,
+) -> PyTree:
+    """From the latest checkpoint, or the start, to the last step, or until it has to stop early."""
+    mesh = task.mesh(config)
     root, init_key = jax.random.split(jax.random.key(config.seed))
     good = GoodSteps(workdir)
-    with (
-        explain_disk_errors(workdir),
-        open_manager(workdir, good, keep=config.keep, keep_every=config.keep_every) as manager,
-    ):
+    with open_manager(workdir, good, keep=config.keep, keep_every=config.keep_every) as manager:
         check_settings(manager, settings, force=force)
-        start, step_fn = lambda: _start(task, config, init_key), make_step(task, config, mesh)
+        start, step_fn = lambda: task.start(config, init_key), task.make_step(config, mesh)
         state, pending = restore_or_start(manager, start, manager.latest_step(), mesh)
         evaluations = _evaluations(task, config, mesh, evaluations)
         if int(state.step) < config.num_steps:
@@ -128,20 +139,9 @@ def train(
                     *(manager, good, settings, journal, is_over),
                     *(clock, profiler),
                 )
-                while True:
-                    try:
-                        state = run.on(state, pending, progress)
-                        break
-                    except TooManySkips as trouble:
-                        state, pending = roll_back(manager, good, start, mesh, journal, trouble)
+                return run.to_the_end(state, pending, start, progress)
         finally:
             manager.wait_until_finished()
-    if int(state.step) >= config.num_steps and hasattr(task, "export"):
-        weights, skipped = fetched(state.ema), int(state.guard.total)
-        if jax.process_index() == 0:
-            with explain_disk_errors(workdir):
-                task.export(weights, workdir, {"step": int(state.step), "skipped": skipped})
-    return state
 
 
 def _open_journal(
@@ -153,12 +153,6 @@ def _open_journal(
     journal = Journal(workdir, first_step, config.wandb, settings)
     add_run_record(workdir, run_record(settings, first_step))
     return journal
-
-
-def _start(task: Task | OwnStepTask, config: LoopConfig, key: Array) -> PyTree:
-    if isinstance(task, OwnStepTask):
-        return task.start(config, key)
-    return start_state(task.init(key), make_optimiser(config))
 
 
 @dataclass(frozen=True)
@@ -178,6 +172,18 @@ class _Run:
     is_over: Callable[[], bool]
     clock: StepClock
     profiler: Profiler
+
+    def to_the_end(
+        self, state: PyTree, pending: list, start: Callable[[], PyTree], progress: bool
+    ) -> PyTree:
+        """As `on`, with rollbacks."""
+        while True:
+            try:
+                return self.on(state, pending, progress)
+            except TooManySkips as trouble:
+                state, pending = roll_back(
+                    self.manager, self.good, start, self.mesh, self.journal, trouble
+                )
 
     def on(self, state: PyTree, pending: list, progress: bool) -> PyTree:
         """From a state to the last step, or until it has to stop early."""
@@ -248,8 +254,7 @@ class _Run:
     def _check(self, rows: list, step: int, state: PyTree, is_logged: bool) -> None:
         """Looks for trouble in the metrics of the latest steps."""
         check_skips(rows, step)
-        limit = getattr(self.task, "replay_limit", math.inf)
-        if trouble := find_strayed_replay(rows, step, limit):
+        if trouble := find_strayed_replay(rows, step, self.task.replay_limit):
             if not is_logged:
                 self.journal.write(step, mean_of(rows))
             # All is told, so that the run that continues does not stop at the same rows again.
@@ -282,13 +287,12 @@ def _until_interrupted() -> Iterator[Callable[[], bool]]:
 
 
 def _evaluations(
-    task: Task | OwnStepTask, config: LoopConfig, mesh: Mesh, more: Sequence[Evaluation]
+    task: Task, config: LoopConfig, mesh: Mesh, more: Sequence[Evaluation]
 ) -> list[Evaluation]:
     """Evaluations of the task, then the others; none if `evaluate_every` is 0."""
     if not config.evaluate_every:
         return []
-    own = task.evaluations(config, mesh) if hasattr(task, "evaluations") else ()
-    return [*own, *more]
+    return [*task.evaluations(config, mesh), *more]
 
 
 def _any_host(flag: bool) -> bool:
@@ -296,11 +300,9 @@ def _any_host(flag: bool) -> bool:
     return flag if jax.process_count() == 1 else any(gathered_values(flag))
 
 
-def _batches(
-    task: Task | OwnStepTask, config: LoopConfig, mesh: Mesh, first: int
-) -> Iterator[tuple[int, Batch]]:
+def _batches(task: Task, config: LoopConfig, mesh: Mesh, first: int) -> Iterator[tuple[int, Batch]]:
     """Steps with their batches on the devices, made ahead; of this host's rows only."""
-    source = getattr(task, "source", task.batches)
+    source = task.source
     if jax.process_count() > 1:
         source = functools.partial(source, rows=local_rows(task.batch_size, mesh))
     place = functools.partial(place_batch, mesh=mesh)

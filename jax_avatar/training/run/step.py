@@ -1,4 +1,4 @@
-"""One step of training: any task's loss or step, the optimiser's settings, the mesh.
+"""One step of training on a loss, and the settings of the loop and its optimiser.
 
     loss(params, batch, key) --> gradient --> AdamW, EMA --> new state, metrics
 
@@ -8,16 +8,16 @@ A step depends on the seed, the step number and the state alone.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jax_avatar.layout import make_training_mesh, parse_training_layout
+from jax_avatar.layout import parse_training_layout
 from jax_avatar.models.sharding import clip_axes, constrain_params, on_mesh
-from jax_avatar.shapes import Array, IntScalar, PyTree
+from jax_avatar.shapes import Array, IntScalar
 from jax_avatar.training.run.accumulate import accumulate_gradients, clip_keys
 from jax_avatar.training.run.guards import check_update, guard_metrics, rate_factor
 from jax_avatar.training.run.loggers import check_project
@@ -29,14 +29,10 @@ __all__ = [
     "SCHEDULES",
     "Batch",
     "LoopConfig",
-    "OwnStepTask",
     "Step",
-    "Task",
     "compiled_step",
     "learning_rate",
     "make_optimiser",
-    "make_step",
-    "mesh_of",
 ]
 
 SCHEDULES = ("cosine", "constant")
@@ -44,60 +40,6 @@ SCHEDULES = ("cosine", "constant")
 
 Batch = Mapping[str, Any]
 Step = Callable[[Any, Batch, Array], tuple[Any, dict[str, Array]]]
-
-
-@runtime_checkable
-class Task(Protocol):
-    """Interface of a training stage.
-
-    A task may also have `evaluations(config, mesh)`, which returns `Evaluation`s that the loop
-    makes every `evaluate_every` steps, and `export(params, folder, metadata)`, called with the EMA
-    weights at the end. To run on several devices it has `batch_size`, the clips of a batch, on the
-    leading axis of all its arrays. With `by_clip` true, the loss is asked for one clip at a time,
-    with a key of that clip, and the mean is taken: then no layout of devices and no accumulation
-    changes it. What `frozen(mesh)` returns, weights that are not trained, is the loss's fourth
-    argument.
-    """
-
-    name: str
-
-    def init(self, key: Array) -> PyTree:
-        """Parameters to start from, nested dictionaries of arrays."""
-
-    def loss(self, params: PyTree, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        """Loss and metrics, all scalars; pure, compiled by the loop."""
-
-    def batches(self, step: int) -> Batch:
-        """Batch of a step; deterministic in the step.
-
-        On several hosts it is called with `rows`, too, numbers of the clips that this host needs.
-        With `loop.workers` it goes to other processes; a task that cannot be pickled has the same
-        function as `source`, which can.
-        """
-
-
-@runtime_checkable
-class OwnStepTask(Protocol):
-    """A stage that trains more than one network: with a state and a step of its own.
-
-    The state has `step`, `params`, `ema` and `guard`, whatever else; `evaluations`, `export` and
-    `batch_size` are as for a `Task`. With `replay_limit`, a run stops where the metric
-    `replay_error` exceeds it; such a step must have left its update out.
-    """
-
-    name: str
-
-    def start(self, config: "LoopConfig", key: Array) -> PyTree:
-        """The state before the first step."""
-
-    def make_step(self, config: "LoopConfig", mesh: Mesh | None = None) -> Step:
-        """The compiled `(state, batch, key) -> (state, metrics)`.
-
-        Among the metrics are `loss` and those of `guards.guard_metrics`.
-        """
-
-    def batches(self, step: int) -> Batch:
-        """Same as in `Task`."""
 
 
 # Of settings that a run with more, or with less than nothing, would be lost by.
@@ -255,20 +197,11 @@ def make_optimiser(
     )
 
 
-def make_step(task: Task | OwnStepTask, config: LoopConfig, mesh: Mesh | None = None) -> Step:
-    """Returns the compiled `(state, batch, key) -> (state, metrics)`; the state is donated.
+def compiled_step(task: Any, config: LoopConfig, mesh: Mesh | None = None) -> Callable:
+    """The step of a `LossTask` as one program: `(state, batch, key, frozen) -> (state, metrics)`.
 
-    The key is the run's; the step number is folded in here.
+    The state is donated. The key is the run's; the step number is folded in here.
     """
-    if isinstance(task, OwnStepTask):
-        return task.make_step(config, mesh)
-    step = compiled_step(task, config, mesh)
-    frozen = task.frozen(mesh) if hasattr(task, "frozen") else None
-    return lambda state, batch, key: step(state, batch, key, frozen)
-
-
-def compiled_step(task: Task, config: LoopConfig, mesh: Mesh | None = None) -> Callable:
-    """The step of a `Task` as one program: `(state, batch, key, frozen) -> (state, metrics)`."""
     schedule = learning_rate(config)
 
     def step(state, batch, key, frozen):
@@ -299,7 +232,7 @@ def compiled_step(task: Task, config: LoopConfig, mesh: Mesh | None = None) -> C
 def _mean_loss(task, config, frozen):
     """`(params, batch, key, rows) -> (loss, metrics)`, means over the clips of a part."""
     more = () if frozen is None else (frozen,)
-    if not getattr(task, "by_clip", False):
+    if not task.by_clip:
 
         def whole(params, batch, key, rows):
             # One part has the step's own key.
@@ -316,17 +249,3 @@ def _mean_loss(task, config, frozen):
         return jax.tree.map(jnp.mean, each)
 
     return mean
-
-
-def mesh_of(task: Task | OwnStepTask, config: LoopConfig) -> Mesh:
-    """The mesh that a run of this task takes.
-
-    Raises:
-        ValueError: devices, batch and heads do not divide.
-    """
-    return make_training_mesh(
-        config.mesh,
-        getattr(task, "batch_size", None),
-        accumulate=config.accumulate,
-        num_heads=getattr(getattr(task, "model", None), "num_heads", None),
-    )

@@ -30,6 +30,7 @@ from jax_avatar.shapes import Scalar
 from jax_avatar.training.run.evaluation import AverageEvaluation
 from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages.anchored_basis import fit_basis
+from jax_avatar.training.stages.task import LossTask
 from jax_avatar.weights.checksums import keep_checksums
 from jax_avatar.weights.files import load_weights, save_weights
 
@@ -94,7 +95,7 @@ class AnchoredTaskConfig:
             )
 
 
-class AnchoredTask:
+class AnchoredTask(LossTask):
     """The anchored VAE as a training task."""
 
     name = "anchored_vae"

@@ -30,12 +30,13 @@ from jax_avatar.training.base_weights import (
 from jax_avatar.training.distill_state import DistillConfig
 from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.state import build_section
-from jax_avatar.training.run.step import LoopConfig, OwnStepTask, Task
+from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages.anchored_vae import AnchoredTask, AnchoredTaskConfig
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingFiles, ForcingTask
 from jax_avatar.training.stages.light_vae import FaceWindows, VAELossConfig, VAETask
 from jax_avatar.training.stages.speech import SpeechTask, SpeechTaskConfig
+from jax_avatar.training.stages.task import Task
 from jax_avatar.training.teacher import SamplerConfig
 from jax_avatar.weights.encoders import Encoders
 from jax_avatar.weights.files import load_header
@@ -77,7 +78,7 @@ _SECTIONS: dict[str, dict[str, Any]] = {
 
 def build_stage(
     settings: Mapping[str, Any], *, small_batch: bool = False
-) -> tuple[Callable[[], Task | OwnStepTask], LoopConfig]:
+) -> tuple[Callable[[], Task], LoopConfig]:
     """Checks the settings of a stage.
 
     Args:
@@ -292,7 +293,7 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
     )
 
 
-def _dmd(settings, weights, model, rollout, task) -> OwnStepTask:
+def _dmd(settings, weights, model, rollout, task) -> Task:
     encoders = {**settings, "weights": {"vae": weights.model, "speech": weights.model}}
     clips = load_latents(encoders, "train")
     held_out = functools.partial(_held_out, encoders)

@@ -36,7 +36,8 @@ from jax_avatar.training.distillation import (
 )
 from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.monitors import ClipFigures, measure_data
-from jax_avatar.training.run.step import LoopConfig, mesh_of
+from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.training.stages.task import Task
 from jax_avatar.training.stages.validation import LEVELS_SEED, FlowValidation
 from jax_avatar.weights.folder import export_model, load_settings
 from jax_avatar.weights.kinds import KINDS
@@ -92,7 +93,7 @@ class _Batches:
         return ClipBatch(conditions, rows.astype(np.int32))
 
 
-class DistillTask:
+class DistillTask(Task):
     """Self-forcing distillation with its own state and step."""
 
     name = "dmd"
@@ -141,17 +142,45 @@ class DistillTask:
         self.weights, self._kind = weights, kind
         self.clips, self.seed, self._held_out = clips, seed, held_out
         self._fps = fps
-        self.batch_size, self.content_hash = settings.batch_size, clips.content_hash
-        self.replay_limit = settings.replay_limit_for(model.dtype)
         windows = {role: self._windows_of(clips, number) for role, number in _ROLES.items()}
-        self.source = _Batches(windows, settings, streamed.pose, model.pose_channels)
+        self._batches = _Batches(windows, settings, streamed.pose, model.pose_channels)
         check_levels(kind.network, rollout, settings)
         self._expected = Network.abstract(kind.network, model).params
         self._base = FrozenBase(self._read_or_draw)
 
+    @property
+    def batch_size(self) -> int:
+        """Clips per update."""
+        return self.settings.batch_size
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the transformer."""
+        return self.model.num_heads
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of the clips."""
+        return self.clips.content_hash
+
+    @property
+    def replay_limit(self) -> float:
+        """Largest difference between the two passes of Algorithm 2."""
+        return self.settings.replay_limit_for(self.model.dtype)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Latent rows and columns of the clips."""
+        return tuple(self.clips.grid)
+
+    @property
+    def source(self) -> Callable[..., dict[str, ClipBatch]]:
+        """`batches` without the task, for other processes."""
+        return self._batches
+
     def start(self, config: LoopConfig, key: Array) -> DistillState:
         """The state before the first step; `base` is read or drawn here."""
-        base = self._base.on(mesh_of(self, config))
+        base = self._base.on(self.mesh(config))
         settings, student = self.settings, self.weights.student
         if settings.adapter_rank:
             keys = jax.random.split(key)
@@ -185,7 +214,7 @@ class DistillTask:
             step: number of the step, from 0.
             rows: numbers of the clips to make; all of the batch if not given.
         """
-        return self.source(step, rows)
+        return self._batches(step, rows)
 
     def evaluations(self, config: LoopConfig, mesh: Mesh) -> list[FlowValidation]:
         """The critic's error on clips that the student makes of held-out portraits and speech."""
@@ -202,7 +231,7 @@ class DistillTask:
         return [
             FlowValidation(
                 errors,
-                lambda rows: self.source.clips(windows, 0, rows),
+                lambda rows: self._batches.clips(windows, 0, rows),
                 mesh,
                 count=min(config.validation_clips, len(windows.windows)),
                 at_once=self.batch_size // config.accumulate,
@@ -212,13 +241,12 @@ class DistillTask:
         ]
 
     @property
-    def streamed(self) -> tuple[Any, DiTConfig]:
-        """Same as in `ForcingTask`."""
-        config = self.settings.adapted(self.model)
-        return Network.abstract(self._kind.network, config).structure, config
+    def streamed(self) -> Network:
+        """Structure and size of the student, with adapters if there are any."""
+        return Network.abstract(self._kind.network, self.settings.adapted(self.model))
 
     def bound(self, weights: PyTree, mesh: Mesh | None = None) -> PyTree:
-        """Same as in `ForcingTask`."""
+        """Parameters of the student, adapters beside the base, from what is trained."""
         return self.settings.bind(self._base.on(mesh))(weights)
 
     @property
@@ -245,15 +273,8 @@ class DistillTask:
         return measure_data(latents, self.model.frames_per_block)
 
     def _windows_of(self, clips: Clips, number: int) -> Windows:
-        settings, model = self.settings, self.model
-        return Windows(
-            clips,
-            settings.latents,
-            settings.batch_size,
-            text_len=model.text_len,
-            text_width=model.text_width,
-            seed=[self.seed, 2, number],
-        )
+        seed = [self.seed, 2, number]
+        return Windows.for_model(clips, self.model, self.settings, seed=seed)
 
     def _read_or_draw(self, mesh: Mesh | None) -> PyTree:
         teacher = self.weights.teacher

@@ -8,9 +8,9 @@ has a level of its own, sees itself and the blocks before it, and the portrait s
 distance in every clip.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ from jax_avatar.shapes import Array, Latent, PyTree
 from jax_avatar.training.adapters import AdapterConfig, FrozenBase
 from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages.mouth_reader import fit_mouth_reader
+from jax_avatar.training.stages.task import LossTask
 from jax_avatar.training.stages.validation import LEVELS_SEED, FlowValidation, levels_in_bins
 
 __all__ = ["ForcingConfig", "ForcingFiles", "ForcingTask"]
@@ -172,7 +173,7 @@ class ForcingFiles:
     export: Callable[..., None] | None = None
 
 
-class ForcingTask:
+class ForcingTask(LossTask):
     """Flow matching as a training task: parameters, batches, loss."""
 
     by_clip = True
@@ -215,10 +216,7 @@ class ForcingTask:
             )
         self.model, self.settings, self.clips = model, settings, clips
         self.name, self.seed, self._pose = name, seed, pose
-        self.batch_size = settings.batch_size
         self._files = files or ForcingFiles()
-        self.stream_settings = dict(self._files.stream)
-        self.content_hash = clips.content_hash
         self.windows = self._windows(clips, settings.still_share)
         self.transformer = self._trained = Network.abstract(network, model)
         if settings.adapter_rank:
@@ -227,9 +225,32 @@ class ForcingTask:
         self.reader = None
         if settings.mouth_probe_weight:
             few = clips.take(slice(None, None, max(1, len(clips) // 800)))
-            self.reader, self._gap_scale = fit_mouth_reader(few), float(few.lip_gap.std()) + 1e-6
-        if self._files.export:
-            self.export = functools.partial(self._export, self._files.export)
+            self.reader = fit_mouth_reader(few)
+
+    @property
+    def batch_size(self) -> int:
+        """Clips per step."""
+        return self.settings.batch_size
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the transformer."""
+        return self.model.num_heads
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of the clips."""
+        return self.clips.content_hash
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Latent rows and columns of the clips."""
+        return tuple(self.clips.grid)
+
+    @property
+    def stream_settings(self) -> Mapping[str, Any]:
+        """Stream settings that go with the transformer, instead of the model's."""
+        return self._files.stream
 
     def evaluations(self, config: LoopConfig, mesh: Mesh) -> list[FlowValidation]:
         """The error of the velocity on held-out clips, where there are any."""
@@ -278,16 +299,13 @@ class ForcingTask:
         return jax.lax.map(error, levels_in_bins(level_key))
 
     def _windows(self, clips: Clips, still_share: float = 1.0) -> Windows:
-        settings, model = self.settings, self.model
-        return Windows(
+        return Windows.for_model(
             clips,
-            settings.latents,
-            settings.batch_size,
-            text_len=model.text_len,
-            text_width=model.text_width,
+            self.model,
+            self.settings,
             seed=[self.seed, 1],
             still_share=still_share,
-            motion=settings.motion_latents,
+            motion=self.settings.motion_latents,
         )
 
     def init(self, key: Array) -> PyTree:
@@ -301,9 +319,9 @@ class ForcingTask:
         return self._base.on(mesh) if self.settings.adapter_rank else None
 
     @property
-    def streamed(self) -> tuple[Any, DiTConfig]:
-        """Structure and size of the transformer that `bound` gives parameters of."""
-        return self._trained.structure, self._trained.config
+    def streamed(self) -> Network:
+        """Structure and size of the transformer, with adapters if there are any."""
+        return self._trained
 
     def bound(self, params: PyTree, mesh: Mesh | None = None) -> PyTree:
         """Parameters of the transformer, adapters beside the base, from what is trained."""
@@ -340,7 +358,7 @@ class ForcingTask:
         metrics = {"flow": loss} | _errors(predicted, clean, square, sigma, batch["mouth"])
         if self.reader:
             gap = self.reader(predicted, batch["reference"], batch["mouth"])
-            gap_error = ((gap - batch["lip_gap"]) / self._gap_scale) ** 2
+            gap_error = ((gap - batch["lip_gap"]) / self.reader.spread) ** 2
             probe = jnp.mean(gap_error * heard[:, None])
             loss = loss + settings.mouth_probe_weight * probe
             metrics["probe"] = probe
@@ -353,9 +371,11 @@ class ForcingTask:
         build = self.transformer.module_class
         return Network.of(build(self.model, rngs=nnx.Rngs(params=key))).params
 
-    def _export(self, write, weights, folder, metadata):
-        params, adapter = self.settings.stored(self._base, weights)
-        write(folder, params, metadata, adapter=adapter)
+    def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
+        """Writes a model folder, where `ForcingFiles.export` says how."""
+        if self._files.export:
+            params, adapter = self.settings.stored(self._base, weights)
+            self._files.export(folder, params, metadata, adapter=adapter)
 
     def _told(self, key: Array, batch: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
         """Portrait, features and prompt with some dropped, and which clips hear something."""

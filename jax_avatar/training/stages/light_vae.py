@@ -29,6 +29,7 @@ from jax_avatar.models.vae.light import (
 from jax_avatar.shapes import Latent, Scalar, Video
 from jax_avatar.training.run.evaluation import AverageEvaluation
 from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.training.stages.task import LossTask
 from jax_avatar.weights.checksums import keep_checksums
 from jax_avatar.weights.files import load_weights, save_weights
 
@@ -130,7 +131,7 @@ def mouth_weight(
     return np.where(inside, weight, 1.0).astype(np.float32)
 
 
-class VAETask:
+class VAETask(LossTask):
     """The light VAE as a training task: parameters, batches, loss."""
 
     name = "vae"

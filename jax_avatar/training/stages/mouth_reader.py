@@ -19,6 +19,7 @@ class MouthReader:
 
     kernel: np.ndarray  # features, 4
     bias: np.ndarray  # 4
+    spread: float  # deviation of the lip gap of the clips that it was fitted on
 
     def __call__(
         self, latent: Latent, reference: Float[Array, "b 1 h w c"], mouth: Array
@@ -43,7 +44,8 @@ def fit_mouth_reader(clips: LatentClips, ridge: float = 10.0) -> MouthReader:
     gram = (x - mean).T @ (x - mean) + ridge * len(x) * 1e-3 * np.eye(x.shape[1])
     kernel = np.linalg.solve(gram, (x - mean).T @ (y - centre))
     bias = centre - mean @ kernel
-    return MouthReader(kernel.astype(np.float32), bias.astype(np.float32))
+    spread = float(clips.lip_gap.std()) + 1e-6
+    return MouthReader(kernel.astype(np.float32), bias.astype(np.float32), spread)
 
 
 def _mouth_features(latent, reference, mouth: Bool[Any, "b t h w"] | Any, np_like):

@@ -24,6 +24,7 @@ from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder, log_mel
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.run.evaluation import AverageEvaluation
 from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.training.stages.task import LossTask
 from jax_avatar.weights.checksums import keep_checksums
 from jax_avatar.weights.files import save_weights
 
@@ -53,8 +54,8 @@ class SpeechTaskConfig:
     seed: int = 0
 
 
-class SpeechTask:
-    """The `Task` of `jax_avatar.training.run.step` for the speech encoder.
+class SpeechTask(LossTask):
+    """Training of the speech encoder.
 
     The input statistics are measured on the augmented corpus and become part of `config`.
     """

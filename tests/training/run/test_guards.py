@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_avatar.training.run import step as training_step
 from jax_avatar.training.run.clock import is_timing
 from jax_avatar.training.run.evaluation import AverageEvaluation
 from jax_avatar.training.run.guards import (
@@ -27,13 +26,15 @@ from jax_avatar.training.run.guards import (
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.state import start_state, update_state
 from jax_avatar.training.run.step import LoopConfig, make_optimiser
+from jax_avatar.training.stages import task as training_task
+from jax_avatar.training.stages.task import LossTask
 
 CONFIG = LoopConfig(
     num_steps=90, warmup_steps=2, log_every=7, checkpoint_every=20, keep=2, keep_every=40
 )
 
 
-class StumblingTask:
+class StumblingTask(LossTask):
     """Fits a line; between two steps, chance makes half of the losses numbers that are none."""
 
     name = "stumbling"
@@ -152,7 +153,7 @@ def test_a_run_that_stumbles_goes_back_and_resumes_alike(tmp_path):
 
 def test_fresh_resumed_and_rolled_back_runs_are_the_same_program(tmp_path, monkeypatch):
     """Another placement of the state would compile to other roundings."""
-    programs, real = {}, training_step.compiled_step
+    programs, real = {}, training_task.compiled_step
 
     def compiled_step(*args):
         step = real(*args)
@@ -164,7 +165,7 @@ def test_fresh_resumed_and_rolled_back_runs_are_the_same_program(tmp_path, monke
 
         return call
 
-    monkeypatch.setattr(training_step, "compiled_step", compiled_step)
+    monkeypatch.setattr(training_task, "compiled_step", compiled_step)
     task = StumblingTask(bad=(6, 28), share=1.0, stop_after=4)
     config = dataclasses.replace(CONFIG, num_steps=30, checkpoint_every=5)
     train(task, config, tmp_path, progress=False)

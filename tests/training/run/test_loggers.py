@@ -13,11 +13,12 @@ from jax_avatar.training.run.journal import Journal
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.run_record import git_state, run_record
 from jax_avatar.training.run.step import LoopConfig
+from jax_avatar.training.stages.task import LossTask
 
 CONFIG = LoopConfig(num_steps=4, warmup_steps=0, log_every=2, checkpoint_every=4)
 
 
-class Still:
+class Still(LossTask):
     """One weight that a constant gradient moves."""
 
     name, content_hash = "still", "cafe"

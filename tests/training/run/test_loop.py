@@ -14,10 +14,11 @@ from jax_avatar.training.run.checkpoints import explain_disk_errors, restore
 from jax_avatar.training.run.evaluation import AverageEvaluation
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.state import TrainState, build_section, start_state
-from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.run.step import LoopConfig, make_optimiser
+from jax_avatar.training.stages.task import LossTask
 
 
-class LineTask:
+class LineTask(LossTask):
     """Fits a line; step `bad_step` has a batch that is not a number."""
 
     name = "line"
@@ -70,7 +71,7 @@ def test_an_interrupted_run_continues_bit_by_bit(tmp_path):
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     config = dataclasses.replace(CONFIG, learning_rate=0.1)
     task = LineTask(bad_step=1)
-    step = make_step(task, config)
+    step = task.make_step(config)
     state = start_state(task.init(jax.random.key(0)), make_optimiser(config))
     states = []
     for number in range(3):

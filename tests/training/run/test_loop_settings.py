@@ -16,9 +16,8 @@ from jax_avatar.training.run.step import (
     LoopConfig,
     learning_rate,
     make_optimiser,
-    make_step,
-    mesh_of,
 )
+from jax_avatar.training.stages.task import LossTask
 from tests.training.run.test_loop import CONFIG, LineTask
 
 # No value is a default.
@@ -52,7 +51,7 @@ def adamw(weights, gradients, rates):
     return moved
 
 
-class GivenGradients:
+class GivenGradients(LossTask):
     """A task whose gradient is its batch."""
 
     name = "given"
@@ -75,7 +74,7 @@ def test_a_step_is_adamw_at_the_rate_of_its_number_and_its_average_follows():
     gradients = rng.standard_normal((6, 4, 2, 3)).astype(np.float32)
     gradients[2] *= 1e-3  # below the clipping norm
     task = GivenGradients(gradients)
-    step, state = make_step(task, LOOP), start_state(task.init(KEY), make_optimiser(LOOP))
+    step, state = task.make_step(LOOP), start_state(task.init(KEY), make_optimiser(LOOP))
     rates = [float(learning_rate(LOOP)(number)) for number in range(6)]
     expected = adamw(np.asarray(state.params["w"]), gradients.mean(1), rates)
     average = np.asarray(state.params["w"])
@@ -124,7 +123,7 @@ class Noting(GivenGradients):
 def test_chance_is_another_in_every_step(by_clip):
     task = Noting(np.ones((2, 4, 2, 3), np.float32))
     task.by_clip = by_clip
-    step, state = make_step(task, LOOP), start_state(task.init(KEY), make_optimiser(LOOP))
+    step, state = task.make_step(LOOP), start_state(task.init(KEY), make_optimiser(LOOP))
     drawn = []
     for number in range(2):
         state, metrics = step(state, task.batches(number), KEY)
@@ -143,13 +142,13 @@ def test_a_batch_is_cut_into_the_parts_and_over_the_devices_that_are_told():
     task = Watched(np.ones((1, 4, 2, 3), np.float32))
     loop = dataclasses.replace(LOOP, accumulate=2)
     state = start_state(task.init(KEY), make_optimiser(loop))
-    make_step(task, loop)(state, task.batches(0), KEY)
+    task.make_step(loop)(state, task.batches(0), KEY)
     assert set(seen) == {2}
     task.batch_size = 8
     for mesh, shape in (("4x2", (4, 2)), ("2x1", (2, 1)), ("", (8, 1))):
-        assert tuple(mesh_of(task, dataclasses.replace(LOOP, mesh=mesh)).shape.values()) == shape
+        assert tuple(task.mesh(dataclasses.replace(LOOP, mesh=mesh)).shape.values()) == shape
     with pytest.raises(ValueError, match="in 8 parts"):
-        mesh_of(task, dataclasses.replace(LOOP, mesh="8x1", accumulate=8))
+        task.mesh(dataclasses.replace(LOOP, mesh="8x1", accumulate=8))
 
 
 def test_only_norms_below_the_limit_pass():
@@ -169,7 +168,7 @@ def test_a_skip_is_not_a_step_of_the_average():
     skipped = record_skip(record_skip(new_guard(), 0, jnp.int32(2)), 1, jnp.int32(2))
     state = dataclasses.replace(state, step=jnp.int32(3), guard=skipped)
     before = np.asarray(state.ema["w"])
-    after, _ = make_step(task, config)(state, task.batches(3), KEY)
+    after, _ = task.make_step(config)(state, task.batches(3), KEY)
     expected = 2 / 11 * before + 9 / 11 * np.asarray(after.params["w"])
     np.testing.assert_allclose(after.ema["w"], expected, rtol=1e-6)
 

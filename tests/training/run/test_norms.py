@@ -13,7 +13,7 @@ from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.network import Network
 from jax_avatar.training.run.norms import average_distance, family_norms
 from jax_avatar.training.run.state import start_state
-from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.run.step import LoopConfig, make_optimiser
 from tests import nano
 from tests.training.run.test_loop import LineTask
 
@@ -43,7 +43,7 @@ def test_every_parameter_of_a_transformer_belongs_to_one_family():
 def test_a_step_tells_the_norms_of_what_it_did(bad_step):
     config = LoopConfig(num_steps=9, warmup_steps=0, learning_rate=0.1, ema_decay=0.5)
     task = LineTask(bad_step=bad_step)
-    step = make_step(task, config)
+    step = task.make_step(config)
     state = start_state(task.init(jax.random.key(0)), make_optimiser(config))
     for number in range(2):
         before = jax.tree.map(np.array, state.params)

@@ -23,7 +23,7 @@ from jax_avatar.training.run.accumulate import accumulate_gradients
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.placement import local_rows, place_batch, place_state
 from jax_avatar.training.run.state import start_state
-from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.run.step import LoopConfig, make_optimiser
 from jax_avatar.training.scores import sample_noise
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
 from tests import nano
@@ -190,7 +190,7 @@ def forcing(layout=None, accumulate=1):
     batch, mesh = task.batches(0), mesh_of(layout, accumulate) if layout else None
     if mesh:
         state, batch = place_state(state, mesh), place_batch(batch, mesh)
-    return make_step(task, loop, mesh)(state, batch, KEY)
+    return task.make_step(loop, mesh)(state, batch, KEY)
 
 
 @pytest.mark.parametrize(("layout", "accumulate"), EVERY)
@@ -223,9 +223,8 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     for name, meshes in (("moved", ("4x2", "1")), ("stayed", ("1", "1"))):
         for stop, mesh in zip((1, 2), meshes, strict=True):
             task = ForcingTask(MODEL, settings, clips)
-            task.export = lambda *_: None
             # A run of two steps that is interrupted after the first.
-            task.batches = interrupting(task.batches, stop)
+            task.windows.batch = interrupting(task.windows.batch, stop)
             loop = dataclasses.replace(LOOP, num_steps=2, mesh=mesh, checkpoint_every=1)
             with contextlib.suppress(Interruption):
                 runs[name] = train(task, loop, tmp_path / name, progress=False)

@@ -15,6 +15,7 @@ from jax_avatar.training.distillation import Distillation
 from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, compiled_step, learning_rate, make_optimiser
+from jax_avatar.training.stages.task import LossTask
 from tests import nano
 
 # Without memory, and with gradients of one sign, every update moves a weight by the rate.
@@ -127,7 +128,7 @@ def test_each_optimiser_can_count_its_own_updates(monkeypatch):
         np.testing.assert_allclose(metrics["critic_rate"], learning_rate(critic)(step), rtol=1e-5)
 
 
-class LineTask:
+class LineTask(LossTask):
     """A loss of slope 1, which is no number in some steps."""
 
     name = "line"

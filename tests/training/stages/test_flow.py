@@ -13,7 +13,7 @@ from jax_avatar.models.dit import DiT
 from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.testing import NANO
 from jax_avatar.training.run.state import start_state
-from jax_avatar.training.run.step import LoopConfig, make_optimiser, make_step
+from jax_avatar.training.run.step import LoopConfig, make_optimiser
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
 from jax_avatar.training.stages.mouth_reader import fit_mouth_reader
 
@@ -63,7 +63,7 @@ def test_the_loss_falls_on_one_batch():
     task = make_task(settings, make_clips(2, 6))
     loop = LoopConfig(num_steps=80, learning_rate=5e-3, warmup_steps=5)
     state = start_state(task.init(jax.random.key(0)), make_optimiser(loop))
-    step, batch = make_step(task, loop), task.batches(0)
+    step, batch = task.make_step(loop), task.batches(0)
     losses = []
     for _ in range(loop.num_steps):
         state, metrics = step(state, batch, jax.random.key(1))
@@ -249,7 +249,7 @@ def test_two_clips_are_learnt_by_heart(form, network):
     task = make_task(settings, clips, network=network)
     loop = LoopConfig(num_steps=500, learning_rate=4e-3, warmup_steps=20)
     state = start_state(task.init(jax.random.key(0)), make_optimiser(loop))
-    step, batch, measure = make_step(task, loop), task.batches(0), jax.jit(task.loss)
+    step, batch, measure = task.make_step(loop), task.batches(0), jax.jit(task.loss)
 
     def error(params):
         keys = jax.random.split(jax.random.key(5), 16)

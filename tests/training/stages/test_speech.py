@@ -13,7 +13,6 @@ from jax_avatar.data.talking_people import speech
 from jax_avatar.data.talking_people.speech import Phone, Utterance
 from jax_avatar.models.network import Network
 from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
-from jax_avatar.training.run.step import Task
 from jax_avatar.training.stages.speech import (
     SpeechTask,
     SpeechTaskConfig,
@@ -21,6 +20,7 @@ from jax_avatar.training.stages.speech import (
     load_corpus,
     target_units,
 )
+from jax_avatar.training.stages.task import Task
 from jax_avatar.weights.files import load_weights
 
 MODEL = SpeechConfig(
