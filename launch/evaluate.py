@@ -58,8 +58,7 @@ def sampler(model):
     if FLAGS.sampler == "stream":
         return None
     settings = SamplerConfig(FLAGS.steps, guidance=FLAGS.guidance, seed=FLAGS.seed)
-    dit = model.dit
-    return make_sampler(dit.structure, dit.config, settings, pose=model.settings.pose)
+    return make_sampler(model.dit, settings, pose=model.settings.pose)
 
 
 def asked() -> dict:

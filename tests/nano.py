@@ -1,10 +1,8 @@
-"""What tests need beside `jax_avatar.testing`: pairs, prompt encoders, conversions."""
+"""What tests need beside `jax_avatar.testing`: prompt encoders, conversions."""
 
 import numpy as np
 from flax import nnx
 
-from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.dit import DiT
 from jax_avatar.models.network import Network
 from jax_avatar.testing import (
     GRID,
@@ -22,7 +20,6 @@ __all__ = [
     "PROMPTS",
     "make_audio",
     "make_conditions",
-    "make_dit",
     "make_latents",
     "make_network",
     "save_model",
@@ -30,12 +27,6 @@ __all__ = [
     "save_text_encoder",
     "save_tokenizer",
 ]
-
-
-def make_dit(config: DiTConfig = CONFIG, seed: int = 0, kind: type[DiT] = DiT):
-    """Structure and weights of `make_network`."""
-    network = make_network(config, seed, kind)
-    return network.structure, network.params
 
 
 PROMPTS = ["a man speaks to the camera", "a woman sings in a kitchen, calmly", "café: it's raining"]

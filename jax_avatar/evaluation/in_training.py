@@ -158,7 +158,7 @@ def make_evaluation(
     sample = None
     if "sampler" in settings:
         sampler, pose = SamplerConfig(**settings["sampler"]), model.settings.pose
-        sample = make_sampler(graphdef, config, sampler, pose=pose, mesh=mesh)
+        sample = make_sampler(model.dit, sampler, pose=pose, mesh=mesh)
     train, held_out = (load_clips(settings["data"], split) for split in ("train", HELD_OUT))
     clips = [held_out[i] for i in range(min(num_clips, len(held_out)))]
     few = range(0, len(train), -(-len(train) // _PROBE_CLIPS))

@@ -21,10 +21,10 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax_avatar.layout import Layout, make_mesh, parse_layout
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.network import Network
 from jax_avatar.models.sharding import param_shardings
 from jax_avatar.models.speech.injection import AudioInjector
+from jax_avatar.models.tokens import MOTION_LATENTS
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.decode import make_decode
 from jax_avatar.streaming.pipeline import (

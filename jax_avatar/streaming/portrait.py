@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_avatar.models.conditions import Conditions
-from jax_avatar.models.dit import MOTION_LATENTS
 from jax_avatar.models.network import Network
+from jax_avatar.models.tokens import MOTION_LATENTS
 from jax_avatar.shapes import Array, Latent, TextStates
 from jax_avatar.weights.folder import AvatarModel
 from jax_avatar.weights.settings import StreamSettings

@@ -5,7 +5,6 @@ noise --40 x (velocity with speech and prompt, velocity without) --> latents of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,7 @@ from jax.sharding import Mesh
 from jax_avatar.diffusion.schedule import few_step_schedule
 from jax_avatar.diffusion.step import euler_step
 from jax_avatar.models.conditions import Conditions
-from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.params import merge
+from jax_avatar.models.network import Network
 from jax_avatar.models.sharding import on_mesh
 from jax_avatar.shapes import Array, AudioFeatures, Float, Latent, PyTree
 from jax_avatar.training.dmd import guide
@@ -45,8 +43,7 @@ class SamplerConfig:
 
 
 def make_sampler(
-    graphdef: Any,
-    config: DiTConfig,
+    network: Network,
     settings: SamplerConfig,
     *,
     pose: str = "zeros",
@@ -57,8 +54,7 @@ def make_sampler(
     What guidance leads away from has neither speech nor prompt, but still the portrait.
 
     Args:
-        graphdef: structure of the transformer.
-        config: its size.
+        network: the transformer; its parameters are not used.
         settings: steps and guidance.
         pose: what the pose input carries: "zeros", or "reference", the portrait.
         mesh: that weights and portraits are spread over, if they are.
@@ -70,8 +66,8 @@ def make_sampler(
 
     def velocity(params, latent, sigma, reference, features):
         timestep = jnp.full(latent.shape[:2], 1000 * sigma)
-        conditions = Conditions.of_portrait(config, reference, pose=pose, audio=features)
-        return merge(graphdef, params).bidirectional(latent, timestep, conditions)
+        conditions = Conditions.of_portrait(network.config, reference, pose=pose, audio=features)
+        return network.bind(params).bidirectional(latent, timestep, conditions)
 
     def guided(params, latent, sigma, reference, features):
         if settings.guidance == 1:
@@ -88,7 +84,7 @@ def make_sampler(
         def step(latent, pair):
             return euler_step(velocity_fn, latent, *pair, None)
 
-        low = merge(graphdef, params).smallest_sigma
+        low = network.bind(params).smallest_sigma
         sigmas = np.float32([*dict.fromkeys(max(level, low) for level in levels), 0])
 
         b, _, *rest = reference.shape

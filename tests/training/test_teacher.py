@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_avatar.training import teacher
+from jax_avatar.models.network import Network
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 from tests import nano
 
@@ -16,10 +16,10 @@ FEATURES = jax.random.normal(KEYS[1], (2, 1, 24, 2, 6))
 
 @functools.cache
 def sampler(guidance, num_steps=1):
-    graphdef, params = nano.make_dit(MODEL)
+    network = nano.make_network(MODEL)
     settings = SamplerConfig(num_steps, guidance=guidance)
-    sample = make_sampler(graphdef, MODEL, settings, pose="reference")
-    return functools.partial(sample, params)
+    sample = make_sampler(network, settings, pose="reference")
+    return functools.partial(sample, network.params)
 
 
 def test_guidance_leads_away_from_a_clip_without_speech_but_with_the_portrait():
@@ -30,21 +30,21 @@ def test_guidance_leads_away_from_a_clip_without_speech_but_with_the_portrait():
     assert np.abs(told - untold).max() > 1e-3
 
 
-def test_no_step_starts_below_the_networks_smallest_level(monkeypatch):
+def test_no_step_starts_below_the_networks_smallest_level():
     """A network that divides by no less than half cannot lead to its prediction from there."""
 
-    class Network:
+    class Halved(Network):
         smallest_sigma = 0.5
 
-        def __init__(self, graphdef, params):
-            pass
+        def bind(self, params):
+            return self
 
         def bidirectional(self, noisy, timestep, conditions):
             return (noisy - 7) / jnp.maximum(timestep[:, :, None, None, None] / 1000, 0.5)
 
-    monkeypatch.setattr(teacher, "merge", Network)
     for steps in (1, 8):
-        sample = make_sampler(None, MODEL, SamplerConfig(steps, shift=1.0, guidance=1.0))
+        settings = SamplerConfig(steps, shift=1.0, guidance=1.0)
+        sample = make_sampler(Halved({}, None, MODEL), settings)
         np.testing.assert_allclose(sample({}, REFERENCE, FEATURES), 7, atol=1e-5)
 
 
