@@ -24,7 +24,6 @@ from absl import flags
 
 from jax_avatar.io.image import fit_size
 from jax_avatar.layout import parse_training_layout
-from jax_avatar.planning.distillation import plan_distillation
 from jax_avatar.planning.hardware import find_hardware
 from jax_avatar.planning.programs import abstract_model
 from jax_avatar.planning.report import plan_as_dict, plan_as_text
@@ -106,8 +105,7 @@ def run() -> None:
         needs = plan_stream(model, grid, layout, hardware, **options)
     else:
         jax.config.update("jax_num_cpu_devices", parse_training_layout(FLAGS.mesh).num_devices)
-        plan = {"dmd": plan_distillation, "diffusion_forcing": plan_training}[FLAGS.task]
-        needs = plan(model, grid, FLAGS.mesh, hardware, training_sections(), say=say)
+        needs = plan_training(model, grid, FLAGS.mesh, hardware, training_sections(), say=say)
     header = {
         "model": model.name,
         "task": FLAGS.task,

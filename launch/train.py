@@ -85,7 +85,7 @@ def run(overrides: dict[str, str]) -> int:
     build_task, loop = build_stage(settings, small_batch=SMALL_BATCH.value)
     cli.check_devices()
     if DRY_RUN.value:
-        from jax_avatar.planning.run import plan_run
+        from jax_avatar.planning.training import plan_run
 
         print(json.dumps(settings, indent=2))
         for line in plan_run(settings, compiled=COMPILE.value):

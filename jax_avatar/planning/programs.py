@@ -5,7 +5,6 @@
 Nothing is allocated: devices may be far away, or not exist yet.
 """
 
-import dataclasses
 import math
 import re
 import time
@@ -79,11 +78,6 @@ class AbstractModel:
     dit: Network
     vae: Network
     settings: StreamSettings
-
-    def resized(self, changes: Mapping[str, Any]) -> "AbstractModel":
-        """With other fields in the transformer's config; its shapes are left as they are."""
-        config = self.dit.config.replace(**changes)
-        return dataclasses.replace(self, dit=dataclasses.replace(self.dit, config=config))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from jax_avatar.planning.hardware import Hardware
 from jax_avatar.planning.quantities import DeviceUse, Figure, Needs
 
-__all__ = ["plan_as_dict", "plan_as_text"]
+__all__ = ["device_lines", "plan_as_dict", "plan_as_text"]
 
 _ROWS = {
     "step_flop": ("arithmetic of a denoising step, formula", "TFLOP", 1e-12),
@@ -38,7 +38,7 @@ def plan_as_text(needs: Needs, hardware: Hardware) -> str:
     """A table for a terminal."""
     lines = []
     for device in needs.devices:
-        lines += [*_device(device, needs, hardware), ""]
+        lines += [*device_lines(device, needs, hardware), ""]
     for name, (label, unit, factor) in _ROWS.items():
         if name in needs.figures:
             figure = needs.figures[name]
@@ -51,23 +51,25 @@ def plan_as_text(needs: Needs, hardware: Hardware) -> str:
     return "\n".join([*lines, *(f"  -> {text}" for text in needs.advice)])
 
 
-def _device(device: DeviceUse, needs: Needs, hardware: Hardware) -> list[str]:
+def device_lines(device: DeviceUse, needs: Needs, hardware: Hardware) -> list[str]:
+    """Rows of one kind of device: what its memory holds, and where each number is from."""
     count = f"{device.count} devices" if device.count > 1 else "1 device"
     lines = [f"{device.role}: {count}, each {hardware.name}"]
     for name, figure in device.bytes.items():
-        lines.append(_gib(name, figure, _source(figure, needs)))
-    lines.append(_gib("together", Figure(device.total, ""), ""))
+        lines.append(_bytes(name, figure, _source(figure, needs)))
+    lines.append(_bytes("together", Figure(device.total, ""), ""))
     if device.limit:
         verdict = "fits" if device.fits else "TOO SMALL"
         limit = Figure(device.limit, "")
-        lines.append(_gib(f"of {hardware.name}'s memory", limit, f"published; {verdict}"))
+        lines.append(_bytes(f"of {hardware.name}'s memory", limit, f"published; {verdict}"))
     if device.refused:
         lines.append(f"  the compiler refuses: {device.refused}")
     return lines
 
 
-def _gib(name: str, figure: Figure, source: str) -> str:
-    return f"  {name:52s}{figure.value / 2**30:12.2f} {'GiB':6s}{source}".rstrip()
+def _bytes(name: str, figure: Figure, source: str) -> str:
+    unit, size = ("GiB", 2**30) if figure.value >= 2**30 else ("MiB", 2**20)
+    return f"  {name:52s}{figure.value / size:12.2f} {unit:6s}{source}".rstrip()
 
 
 def _source(figure: Figure, needs: Needs) -> str:
@@ -82,7 +84,7 @@ def _remarks(needs: Needs, hardware: Hardware) -> list[str]:
             f"published peaks of {hardware.name}: {peaks} TFLOP/s; {hardware.memory_gb:g} GB at "
             f"{hardware.bandwidth_gb_s:g} GB/s ({hardware.source})"
         )
-    if hardware.platform == "gpu":
+    if hardware.platform == "gpu" and needs.compiled_for == "cpu":
         lines.append(
             "temporaries come from a compiler for CPUs, less the attention scores that cuDNN does "
             "not hold: an indication, not a promise"

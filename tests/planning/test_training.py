@@ -7,16 +7,20 @@ import pytest
 
 from jax_avatar.models import sharding
 from jax_avatar.models.config import wan_s2v_14b
-from jax_avatar.planning.distillation import kept_bytes, plan_distillation
+from jax_avatar.models.dit import DiT
 from jax_avatar.planning.hardware import HARDWARE
 from jax_avatar.planning.programs import abstract_model, placed_bytes
 from jax_avatar.planning.training import (
+    Training,
+    kept_bytes,
     plan_training,
     summed_over_replicas,
     training_devices,
-    training_program,
+    training_programs,
 )
 from jax_avatar.training.rollout_plan import RolloutConfig
+from jax_avatar.training.run.placement import clip_devices
+from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages.flow import ForcingConfig
 from tests.nano import CONFIG, GRID
 from tests.planning.test_stream import NANO
@@ -65,9 +69,10 @@ def test_replicas_hold_what_one_of_them_alone_does(monkeypatch):
     held, batches, remarks = [], [], []
     for text in ("2x2x1", "2x1", "4x1"):
         mesh, _ = training_devices(text, HARDWARE["h100"], CONFIG.num_heads)
-        model = abstract_model(NANO).resized(FORCING["model"])
-        settings = ForcingConfig(**FORCING["task"])
-        program = training_program(model, GRID, mesh, settings, attention="chunked")
+        settings = ForcingConfig(**FORCING["task"], batch_size=clip_devices(mesh))
+        config = CONFIG.replace(attention="chunked", **FORCING["model"])
+        training = Training(DiT, config, GRID, settings, LoopConfig(num_steps=1000))
+        (program,) = training_programs(training, mesh)
         held.append({name: placed_bytes(tree) for name, tree in program.held.items()})
         batches.append(program.arguments[1]["latent"].shape[0])
         remarks.append(summed_over_replicas(mesh, program.held["weights"]))
@@ -79,14 +84,14 @@ def test_replicas_hold_what_one_of_them_alone_does(monkeypatch):
 
 @pytest.mark.slow
 def test_distillation_is_planned_with_its_own_updates():
-    needs = plan_distillation(abstract_model(NANO), (4, 4), "2x2", HARDWARE["h100"], SECTIONS)
+    needs = plan_training(abstract_model(NANO), (4, 4), "2x2", HARDWARE["h100"], SECTIONS)
     generator, critic = needs.devices
     assert (generator.role, critic.role) == ("generator's update", "critic's update")
     assert needs.fits and generator.count == 4 and not generator.refused
     used = {name: figure.value for name, figure in generator.bytes.items()}
     assert used["frozen base"] > used["generator and critic"] > used["averaged generator"]
     # More is kept for the generator's blocks than one block's history, which heads share.
-    assert used["gradients, activations, history"] > needs.figures["block_history"].value
+    assert used["gradients, activations, temporaries"] > needs.figures["block_history"].value
 
 
 def test_what_is_kept_grows_with_clip_window_and_steps():
