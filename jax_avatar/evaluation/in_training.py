@@ -18,7 +18,6 @@ from jax_avatar.data.records import ClipRecord
 from jax_avatar.evaluation.kit import write_clips
 from jax_avatar.evaluation.mouth_probe import MouthProbe
 from jax_avatar.evaluation.scores import Truth, fit_probe, has_lips, score
-from jax_avatar.models.network import Network
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.training.run.placement import on_first_host
@@ -152,9 +151,7 @@ def make_evaluation(
             "some to have them."
         )
         return None
-    network = task.streamed
-    graphdef, config = network.structure, network.config
-    model = _model(settings, graphdef, config, task.stream_settings)
+    model = _model(settings, task.streamed, task.stream_settings)
     sample = None
     if "sampler" in settings:
         sampler, pose = SamplerConfig(**settings["sampler"]), model.settings.pose
@@ -182,12 +179,14 @@ def make_evaluation(
     )
 
 
-def _model(settings, graphdef, config, changes) -> AvatarModel:
+def _model(settings, dit, changes) -> AvatarModel:
     """The transformer in training among the networks of the model that will be exported."""
     weights = settings["weights"]
     folders = {n: weights.get(n) or weights["model"] for n in ("vae", "speech")}
     # As this network is trained, whatever that of the folder was.
-    stream = load_settings(weights["model"], force_sampler=True, **fitting_stream(changes, config))
+    stream = load_settings(
+        weights["model"], force_sampler=True, **fitting_stream(changes, dit.config)
+    )
     networks = {name: load_network(path, name, fps=stream.fps) for name, path in folders.items()}
-    dit = Network({}, graphdef, config)
+    dit = dit.with_params({})
     return AvatarModel(name=settings["stage"], dit=dit, settings=stream, **networks)

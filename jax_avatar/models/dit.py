@@ -34,16 +34,10 @@ from jax_avatar.models.sharding import gathered
 from jax_avatar.models.speech.injection import AudioInjector, make_injection
 from jax_avatar.models.speech.tokens import AUDIO_CONTEXTS, CausalAudioEncoder
 from jax_avatar.models.tap import tap
-from jax_avatar.models.tokens import (
-    LAST_FRAME,
-    MOTION_LATENTS,
-    PATCH,
-    TokenEmbedding,
-    TokenPositions,
-)
+from jax_avatar.models.tokens import PATCH, TokenEmbedding, TokenPositions
 from jax_avatar.shapes import Array, Float, Int, IntScalar, Latent, TextStates, Tokens
 
-__all__ = ["LAST_FRAME", "MOTION_LATENTS", "DiT"]
+__all__ = ["DiT"]
 
 Frame = Int[Array, " b"] | IntScalar
 
@@ -110,7 +104,7 @@ class DiT(TokenEmbedding):
             conditions: of the clip.
             first_frame: rotary frame of the first latent, of all clips or of each.
             reference_frame: rotary frame of the reference, likewise; where it does not roll if
-                not given. No frame may be beyond `LAST_FRAME`.
+                not given. No frame may be beyond `tokens.LAST_FRAME`.
             past_blocks: earlier blocks that a block sees; all if not given. A stream sees
                 `ring_blocks - 1`.
             audio_context: what the audio encoder hears before a block: "block_reset", nothing, as

@@ -27,9 +27,10 @@ from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.diffusion.schedule import gaussian_weight, level_of_draw
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
-from jax_avatar.models.dit import LAST_FRAME, MOTION_LATENTS, DiT
+from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.network import Network
+from jax_avatar.models.tokens import LAST_FRAME, MOTION_LATENTS
 from jax_avatar.shapes import Array, Latent, PyTree
 from jax_avatar.training.adapters import AdapterConfig, FrozenBase
 from jax_avatar.training.run.step import LoopConfig
