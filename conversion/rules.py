@@ -227,7 +227,7 @@ def convert(
         source: name -> array.
         table: the rules.
         target: our flat path -> anything with `shape` and `dtype`, for example
-            `flatten(abstract(...)[1])`.
+            `flatten(Network.abstract(...).params)`.
 
     Returns:
         Our flat path -> array in the target's type, and the report.
