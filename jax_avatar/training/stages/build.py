@@ -297,5 +297,5 @@ def _dmd(settings, weights, model, rollout, task) -> Task:
     encoders = {**settings, "weights": {"vae": weights.model, "speech": weights.model}}
     clips = load_latents(encoders, "train")
     held_out = functools.partial(_held_out, encoders)
-    told = {"seed": settings["seed"], "fps": settings["fps"], "held_out": held_out}
-    return DistillTask(model, rollout, task, weights, clips, **told)
+    options = {"seed": settings["seed"], "fps": settings["fps"], "held_out": held_out}
+    return DistillTask(model, rollout, task, weights, clips, **options)
