@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from jax_avatar.layout import Layout, make_mesh
+from jax_avatar.layout import Layout, make_mesh, parse_layout
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.shapes import Array, Float
 from jax_avatar.streaming.decode import Decoder
@@ -85,7 +85,7 @@ class AvatarSession:
         self,
         model: AvatarModel,
         portrait: Float[np.ndarray, "1 1 H W 3"],
-        layout: Layout,
+        layout: Layout | str = "1",
         *,
         seed: int = 420,
         text: Array | None = None,
@@ -97,13 +97,15 @@ class AvatarSession:
         Args:
             model: from `load_model`.
             portrait: in [-1, 1], sides as the stream's.
-            layout: from `parse_layout`.
+            layout: from `parse_layout`, or what it parses, as "4x2+1".
             seed: of the noise.
             text: prompt states `1 p f`; zeros if not given.
             devices: candidates in order; all if not given.
             in_flight: finished blocks that may wait to be fetched.
         """
         settings, dit = model.settings, model.dit
+        if isinstance(layout, str):
+            layout = parse_layout(layout, settings.num_steps)
         check_slices(settings, layout.stages)
         self.model, self.layout, self._in_flight = model, layout, in_flight
         mesh, self._vae_device = make_mesh(layout, devices)
