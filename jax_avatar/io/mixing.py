@@ -5,7 +5,7 @@ frame --float_channels--> channels --Mixer--> mono, and remarks on what is odd a
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import av
 import numpy as np
@@ -71,10 +71,7 @@ class Mixer:
         self._told: set[str] = set()
         self._divisor = 1.0
         self._layout: tuple[str, ...] = ()
-        self._total: np.ndarray | None = None  # power of each channel since the beginning
-        self._heard_s = self._peak = self._loudest = 0.0
-        self._power, self._num = 0.0, 0  # of the mix
-        self._is_judged = False
+        self._levels = _Levels()
         self._pack: av.AudioResampler | None = None
 
     def frame(self, frame: av.AudioFrame) -> Float[np.ndarray, " N"]:
@@ -119,40 +116,15 @@ class Mixer:
                 ramp = np.linspace(0, 1, len(mono))
                 mono = (1 - ramp) * (self._before @ channels) + ramp * mono
             self._before = shares
-        self._watch(channels, mono, rate)
+        self._levels.add(channels, mono, rate)
+        if self._levels.heard_s >= _LISTEN_S:
+            self.finish()
         return mono.astype(np.float32)
 
     def finish(self) -> None:
-        """Tells what only the whole shows, if it was not told yet."""
-        if self._is_judged or self._total is None:
-            return
-        self._is_judged = True
-        loud = int(self._total.argmax())
-        others = self._total.sum() - self._total[loud]
-        is_one_sided = len(self._total) > 1 and others < _ONE_SIDED * self._total[loud]
-        if is_one_sided and self._peak > _SILENT:
-            named = self._layout[loud] or str(loud + 1)
-            self._tell(
-                "side", f"only channel {named} of {len(self._total)} carries sound; it is used"
-            )
-        rms = math.sqrt(self._power / max(1, self._num))
-        if rms > _NOISE:
-            self._tell(
-                "noise",
-                f"is as loud as noise ({20 * math.log10(rms):.0f} dB on the whole); speech is not: "
-                "it is clipped, or raw samples of another format than was told",
-            )
-        elif self._peak > _CLIPPED:
-            self._tell(
-                "clipped",
-                f"goes up to {self._peak:.3g}, full scale is 1; the sound of the video is clipped",
-            )
-        if self._peak > _SILENT and self._loudest < _QUIET:
-            self._tell(
-                "quiet",
-                f"is very quiet ({20 * math.log10(max(self._loudest, 1e-9)):.0f} dB at its loudest)"
-                "; the face hears it louder, the sound of the video stays as it is",
-            )
+        """Reports what only the whole shows, unless it was reported before."""
+        for kind, text in self._levels.judge(self._layout):
+            self._tell(kind, text)
 
     def _tell(self, kind: str, text: str) -> None:
         if kind not in self._told:
@@ -176,7 +148,7 @@ class Mixer:
         self._all = shares if shares.any() else np.ones(len(layout))
         self._active = np.zeros(len(layout), bool)
         self._recent, self._recent_mix = np.zeros(len(layout)), 0.0
-        self._total = np.zeros(len(layout))
+        self._levels.total = np.zeros(len(layout))
         self._alone: int | None = None
         self._before: np.ndarray | None = None
 
@@ -205,17 +177,60 @@ class Mixer:
         elif self._recent_mix > _WHOLE * parts:
             self._alone = None
 
-    def _watch(self, channels: np.ndarray, mono: np.ndarray, rate: int) -> None:
-        self._total += (channels**2).sum(1)
-        self._peak = max(self._peak, float(np.abs(mono).max()))
-        self._power, self._num = self._power + float((mono**2).sum()), self._num + len(mono)
+
+class _Levels:
+    """Levels of a sound since its beginning, and what is odd about them as a whole."""
+
+    def __init__(self):
+        self.total: np.ndarray | None = None  # power of each channel
+        self.heard_s = self.peak = self.loudest = 0.0
+        self.power, self.num = 0.0, 0  # of the mix
+        self.is_judged = False
+
+    def add(self, channels: np.ndarray, mono: np.ndarray, rate: int) -> None:
+        """Adds a piece."""
+        self.total += (channels**2).sum(1)
+        self.peak = max(self.peak, float(np.abs(mono).max()))
+        self.power, self.num = self.power + float((mono**2).sum()), self.num + len(mono)
         size = max(1, round(_MOMENT_S * rate))
         for start in range(0, len(mono), size):
             part = mono[start : start + size]
             # The end of a piece may be a moment too short to say anything.
             power = float((part**2).sum()) / max(len(part), size // 4)
-            self._loudest = max(self._loudest, math.sqrt(power))
+            self.loudest = max(self.loudest, math.sqrt(power))
         if not is_silent(mono):
-            self._heard_s += len(mono) / rate
-        if self._heard_s >= _LISTEN_S:
-            self.finish()
+            self.heard_s += len(mono) / rate
+
+    def judge(self, layout: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Kind and text of each remark on the whole; none the second time.
+
+        Args:
+            layout: names of the channels.
+        """
+        if self.is_judged or self.total is None:
+            return
+        self.is_judged = True
+        loud = int(self.total.argmax())
+        others = self.total.sum() - self.total[loud]
+        is_one_sided = len(self.total) > 1 and others < _ONE_SIDED * self.total[loud]
+        if is_one_sided and self.peak > _SILENT:
+            named = layout[loud] or str(loud + 1)
+            yield "side", f"only channel {named} of {len(self.total)} carries sound; it is used"
+        rms = math.sqrt(self.power / max(1, self.num))
+        if rms > _NOISE:
+            yield (
+                "noise",
+                f"is as loud as noise ({20 * math.log10(rms):.0f} dB on the whole); speech is not: "
+                "it is clipped, or raw samples of another format than was told",
+            )
+        elif self.peak > _CLIPPED:
+            yield (
+                "clipped",
+                f"goes up to {self.peak:.3g}, full scale is 1; the sound of the video is clipped",
+            )
+        if self.peak > _SILENT and self.loudest < _QUIET:
+            yield (
+                "quiet",
+                f"is very quiet ({20 * math.log10(max(self.loudest, 1e-9)):.0f} dB at its loudest)"
+                "; the face hears it louder, the sound of the video stays as it is",
+            )

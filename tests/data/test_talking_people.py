@@ -253,7 +253,7 @@ def load_command():
 def test_a_missing_flite_is_named(monkeypatch, capsys, tmp_path):
     prepare_data = load_command()
     monkeypatch.setattr(prepare_data.shutil, "which", lambda name: None)
-    assert prepare_data.main(["people", "--out", str(tmp_path / "people")]) == 1
+    assert prepare_data.main(["people", "--out", str(tmp_path / "people")]) == 2
     assert "install the package `flite`" in capsys.readouterr().err
     assert not (tmp_path / "people").exists()
 

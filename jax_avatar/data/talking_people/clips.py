@@ -137,6 +137,43 @@ def make_talk(
     rate = speech.SAMPLE_RATE
     voice = str(rng.choice(split_voices))
     length = num_frames * rate // fps + LOOKAHEAD_SAMPLES
+    wave, phones, texts, starts_at_rest = _speak_for(rng, voice, length)
+    start = 0 if starts_at_rest else int(rng.integers(0, len(wave) - length + 1))
+    start_s, end_s = start / rate, (start + length) / rate
+    cut = tuple(
+        speech.Phone(p.name, p.start_s - start_s, p.end_s - start_s)
+        for p in phones
+        if p.end_s > start_s - 0.3 and p.start_s < end_s + 0.3
+    )
+    # The mouth is computed with the neighbours on both sides, so that lips move ahead of a sound.
+    lead_frames = fps // 4
+    lead_s = lead_frames / fps
+    shifted = [(p.name, max(0.0, p.start_s + lead_s), p.end_s + lead_s) for p in cut]
+    mouth = speech.mouth_units(
+        [p for p in shifted if p[2] > 0],
+        (num_frames + 2 * lead_frames) / fps,
+        float(fps),
+        rng,
+        amplitude=float(rng.uniform(0.85, 1.15)),
+    )
+    return Talk(
+        wave=wave[start : start + length].astype(np.float32),
+        phones=tuple(p for p in cut if p.end_s > 0 and p.start_s < end_s - start_s),
+        mouth={k: v[lead_frames : lead_frames + num_frames] for k, v in mouth.items()},
+        text=" ".join(texts),
+        voice=voice,
+    )
+
+
+def _speak_for(
+    rng: np.random.Generator, voice: str, length: int
+) -> tuple[np.ndarray, list[speech.Phone], list[str], bool]:
+    """Sentences and pauses for more than `length` samples.
+
+    Returns:
+        Wave, phones, sentences, and True if it begins with a pause.
+    """
+    rate = speech.SAMPLE_RATE
     pieces, phones, texts = [], [], []
     now = 0
 
@@ -163,31 +200,7 @@ def make_talk(
     wave = np.concatenate(pieces)
     # A quiet room instead of digital silence between the sentences.
     wave = wave + rng.normal(0, 1e-4, len(wave)).astype(np.float32)
-    start = 0 if starts_at_rest else int(rng.integers(0, len(wave) - length + 1))
-    start_s, end_s = start / rate, (start + length) / rate
-    cut = tuple(
-        speech.Phone(p.name, p.start_s - start_s, p.end_s - start_s)
-        for p in phones
-        if p.end_s > start_s - 0.3 and p.start_s < end_s + 0.3
-    )
-    # The mouth is computed with the neighbours on both sides, so that lips move ahead of a sound.
-    lead_frames = fps // 4
-    lead_s = lead_frames / fps
-    shifted = [(p.name, max(0.0, p.start_s + lead_s), p.end_s + lead_s) for p in cut]
-    mouth = speech.mouth_units(
-        [p for p in shifted if p[2] > 0],
-        (num_frames + 2 * lead_frames) / fps,
-        float(fps),
-        rng,
-        amplitude=float(rng.uniform(0.85, 1.15)),
-    )
-    return Talk(
-        wave=wave[start : start + length].astype(np.float32),
-        phones=tuple(p for p in cut if p.end_s > 0 and p.start_s < end_s - start_s),
-        mouth={k: v[lead_frames : lead_frames + num_frames] for k, v in mouth.items()},
-        text=" ".join(texts),
-        voice=voice,
-    )
+    return wave, phones, texts, starts_at_rest
 
 
 def combine_units(mouth: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> np.ndarray:

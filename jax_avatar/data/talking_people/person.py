@@ -1,6 +1,7 @@
 """Invented people: from one integer a face shape, skin, hair, clothes, light and background."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -59,6 +60,14 @@ _SHELL_THICKNESS = dict(
 )
 
 
+class Lights(NamedTuple):
+    """Light on a person, in linear colours."""
+
+    directions: np.ndarray  # [q 3] float32, unit vectors
+    colours: np.ndarray  # [q 3] float32
+    ambient: np.ndarray  # [3] float32
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Person:
     """One invented person, ready to be rendered; made by `make_person`."""
@@ -74,9 +83,7 @@ class Person:
     head_weight: np.ndarray  # [v] float32, 1 where the surface turns with the head
     left_eye: np.ndarray  # vertex indices of the eyeball
     right_eye: np.ndarray
-    lights: np.ndarray  # [q 3] float32, unit directions
-    light_colours: np.ndarray  # [q 3] float32, linear
-    ambient: np.ndarray  # [3] float32, linear
+    lights: Lights
     background_seed: int
     lid_droop: float  # resting weight of the blink units
     framing: tuple[float, float, float]  # zoom; shift right and up in picture heights
@@ -281,7 +288,7 @@ def _paint_clothes(paint: _Paint, colour, gloss) -> tuple[np.ndarray, float]:
     return cloth, height
 
 
-def _make_lights(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _make_lights(rng: np.random.Generator) -> Lights:
     turn, rise = rng.uniform(-0.9, 0.9), rng.uniform(0.15, 0.7)
     lights = np.array(
         [
@@ -300,7 +307,7 @@ def _make_lights(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.n
         ]
     )
     ambient = np.array([0.95, 0.97, 1.0]) * rng.uniform(0.22, 0.34)
-    return lights.astype(np.float32), colours.astype(np.float32), ambient.astype(np.float32)
+    return Lights(*(part.astype(np.float32) for part in (lights, colours, ambient)))
 
 
 def make_background(seed: int, size: int) -> Float[np.ndarray, "r r 3"]:
@@ -427,7 +434,7 @@ def make_person(seed: int, texture_size: int = 512) -> Person:
     keep = (mesh.triangle_group != mesh_lib.GROUPS.index("hair")) | has_hair_mesh
     head_weight = smooth_step(NECK_Y - 0.35, CHIN_Y + 0.1, y)
     head_weight[on_hair] = smooth_step(NECK_Y - 1.0, NECK_Y + 0.8, y[on_hair])
-    lights, light_colours, ambient = _make_lights(rng)
+    lights = _make_lights(rng)
     return Person(
         seed=seed,
         hair_style=style,
@@ -441,8 +448,6 @@ def make_person(seed: int, texture_size: int = 512) -> Person:
         left_eye=np.nonzero(mesh.vertex_group == mesh_lib.GROUPS.index("left_eye"))[0],
         right_eye=np.nonzero(mesh.vertex_group == mesh_lib.GROUPS.index("right_eye"))[0],
         lights=lights,
-        light_colours=light_colours,
-        ambient=ambient,
         background_seed=int(rng.integers(1 << 30)),
         lid_droop=float(rng.uniform(0.0, 0.07)),
         framing=_make_framing(rng),
@@ -461,12 +466,9 @@ def _close_mouth(vertices: np.ndarray) -> np.ndarray:
 def change_scene(person: Person, seed: int) -> Person:
     """The same person in other light, before another background, framed a little differently."""
     rng = np.random.default_rng(seed)
-    lights, light_colours, ambient = _make_lights(rng)
     return dataclasses.replace(
         person,
-        lights=lights,
-        light_colours=light_colours,
-        ambient=ambient,
+        lights=_make_lights(rng),
         background_seed=int(rng.integers(1 << 30)),
         framing=_make_framing(rng),
     )

@@ -147,9 +147,7 @@ def paint(
         person.layers,
         person.texture,
         background,
-        person.lights,
-        person.light_colours,
-        person.ambient,
+        *person.lights,
     )
     return image, hits
 

@@ -283,6 +283,17 @@ def mouth_units(
         sigma_s, lead_s = (0.055, 0.03) if unit in _ROUNDING else (0.032, 0.02)
         curves[:, i] = _smooth(held[:, i], sigma_s * _GRID_HZ, round(lead_s * _GRID_HZ))
 
+    curves = _close_lips(curves, times, phones, index)
+    frames = np.arange(round(duration_s * fps)) / fps
+    return {
+        side: np.clip(np.interp(frames, times, curves[:, i]), 0, 1).astype(np.float32)
+        for unit, i in index.items()
+        for side in _sides(unit)
+    }
+
+
+def _close_lips(curves, times, phones, index):
+    """Puts closures back that smoothing has opened: m, b, p and f, v."""
     for name, start, end in phones:
         viseme = _LOOKS_LIKE.get(name)
         if viseme not in ("m", "f"):
@@ -295,13 +306,7 @@ def mouth_units(
         outside = np.abs(times - (start + end) / 2 + 0.01) - half
         closed = 0.5 + 0.5 * np.cos(np.pi * np.clip(outside / 0.04, 0, 1))
         curves += closed[:, None] * (target - curves)
-
-    frames = np.arange(round(duration_s * fps)) / fps
-    return {
-        side: np.clip(np.interp(frames, times, curves[:, i]), 0, 1).astype(np.float32)
-        for unit, i in index.items()
-        for side in _sides(unit)
-    }
+    return curves
 
 
 def is_lip_closure(name: str) -> bool:
