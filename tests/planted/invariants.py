@@ -461,7 +461,7 @@ INVARIANTS = (
             "at(first + jnp.asarray(frames))", "at(jnp.asarray(frames))",
             forcing("motion_latents_are_seen_and_move_with_the_clip")),
     Mistake(21, "motion latents are not seen", "training/stages/flow.py",
-            'told.get("motion")', "None",
+            "motion=self._scaffold(batch, key)", "motion=None",
             forcing("motion_latents_are_seen_and_move_with_the_clip")),
     Mistake(21, "motion latents of a clip share a level", "training/stages/flow.py",
             "jax.random.uniform(level_key, motion.shape[:2])[",

@@ -80,7 +80,7 @@ SETTINGS = tuple(Mistake("setting", *row) for row in (
      "make_optimiser(config, state.step)", "make_optimiser(config)",
      schedules("skipped_steps_do_not_hold_a_schedule_back")),
     ("stage 1's window is a block longer than the stream's", "training/stages/flow.py",
-     "past_blocks=model.ring_blocks - 1", "past_blocks=model.ring_blocks",
+     "past_blocks=self.model.ring_blocks - 1", "past_blocks=self.model.ring_blocks",
      forcing("a_block_sees_a_window_of_the_past_and_a_teacher_everything")),
     ("the velocity without conditions is the critic's", "training/scores.py",
      "_guided(teacher, cond, noisy, sigma, b", "_guided(critic, cond, noisy, sigma, b",

@@ -288,13 +288,12 @@ class ForcingTask(LossTask):
         params, clean = self.settings.bind(frozen)(params), batch["latent"]
         level_key, noise_key, place_key = jax.random.split(key, 3)
         noise = jax.random.normal(noise_key, clean.shape)
-        told = {name: batch[name] for name in ("reference", "features", "text")}
-        told |= self._scaffold(key, batch)
+        conditions = self._conditions(batch, key)
 
         def error(level):
             sigma = jnp.full(clean.shape[:2], level)
             noised = add_noise(clean, noise, level)
-            velocity = self._velocity(params, noised, sigma, told, place_key)
+            velocity = self._velocity(params, noised, sigma, conditions, place_key)
             return jnp.mean((velocity - (noise - clean)) ** 2)
 
         return jax.lax.map(error, levels_in_bins(level_key))
@@ -343,13 +342,13 @@ class ForcingTask(LossTask):
         """Weighted error of the velocity, and its parts."""
         settings, clean = self.settings, batch["latent"]
         params = settings.bind(frozen)(params)
-        noise_key, level_key, told_key, place_key = jax.random.split(key, 4)
+        noise_key, level_key, drop_key, place_key = jax.random.split(key, 4)
         noise = jax.random.normal(noise_key, clean.shape)
         sigma = self._sigmas(level_key, *clean.shape[:2])
         wide = sigma[:, :, None, None, None]
         noisy = add_noise(clean, noise, wide)
-        told, heard = self._told(told_key, batch)
-        velocity = self._velocity(params, noisy, sigma, told, place_key)
+        conditions, heard = self._dropped_conditions(batch, drop_key)
+        velocity = self._velocity(params, noisy, sigma, conditions, place_key)
 
         square = jnp.mean((velocity - (noise - clean)) ** 2, axis=-1)
         square = square * self._level_weight(sigma)[:, :, None, None]
@@ -378,8 +377,20 @@ class ForcingTask(LossTask):
             params, adapter = self.settings.stored(self._base, weights)
             self._files.export(folder, params, metadata, adapter=adapter)
 
-    def _told(self, key: Array, batch: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
-        """Portrait, features and prompt with some dropped, and which clips hear something."""
+    def _conditions(self, batch: Mapping[str, Array], key: Array) -> Conditions:
+        """Conditions of clips, with the latents before them where the network sees any."""
+        return Conditions.of_portrait(
+            *(self.model, batch["reference"]),
+            pose=self._pose,
+            text=batch["text"],
+            audio=batch["features"],
+            motion=self._scaffold(batch, key),
+        )
+
+    def _dropped_conditions(
+        self, batch: Mapping[str, Array], key: Array
+    ) -> tuple[Conditions, Array]:
+        """Conditions with some of them dropped, and True for clips that keep their speech."""
         settings, reference = self.settings, batch["reference"]
         audio_key, text_key, face_key, level_key, noise_key = jax.random.split(key, 5)
 
@@ -391,36 +402,28 @@ class ForcingTask(LossTask):
         shown = kept(face_key, settings.reference_dropout)[:, None, None, None, None]
         level = settings.reference_noise * jax.random.uniform(level_key, shown.shape)
         reference = reference + level * jax.random.normal(noise_key, reference.shape)
-        told = {
+        left = {
             "reference": reference * shown,
             "features": batch["features"] * heard[:, None, None, None, None],
             "text": jnp.where(prompted, batch["text"], batch["null_text"]),
         }
-        return told | self._scaffold(key, batch), heard
+        return self._conditions({**batch, **left}, key), heard
 
-    def _scaffold(self, key: Array, batch: Mapping[str, Array]) -> dict[str, Array]:
+    def _scaffold(self, batch: Mapping[str, Array], key: Array) -> Array | None:
         """Latents before the clip, each at a level of its own, where the network sees any.
 
         Source: Live Avatar (arXiv 2512.04677), version 5.
         """
         if not self.settings.motion_latents:
-            return {}
+            return None
         motion = batch["motion"]
         # No other number of this key: splits of it may be the same as its first ones.
         level_key, noise_key = jax.random.split(jax.random.fold_in(key, _SCAFFOLD))
         sigma = jax.random.uniform(level_key, motion.shape[:2])[:, :, None, None, None]
-        return {"motion": add_noise(motion, jax.random.normal(noise_key, motion.shape), sigma)}
+        return add_noise(motion, jax.random.normal(noise_key, motion.shape), sigma)
 
-    def _velocity(self, params, noisy, sigma, told, key):
+    def _velocity(self, params, noisy, sigma, conditions, key):
         """The transformer's velocity in the form that is trained."""
-        model = self.model
-        conditions = Conditions.of_portrait(
-            *(model, told["reference"]),
-            pose=self._pose,
-            text=told["text"],
-            motion=told.get("motion"),
-            audio=told["features"],
-        )
         inputs = (noisy, 1000 * sigma, conditions)
         dit = self._trained.bind(params)
         if self.settings.form == "bidirectional":
@@ -430,7 +433,7 @@ class ForcingTask(LossTask):
             *inputs,
             first_frame=first,
             reference_frame=face,
-            past_blocks=model.ring_blocks - 1,
+            past_blocks=self.model.ring_blocks - 1,
             audio_context=self.settings.audio_context,
         )
 

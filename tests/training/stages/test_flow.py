@@ -114,21 +114,26 @@ def test_an_exact_velocity_costs_nothing_and_a_wrong_one_its_square(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("dropout", "given"),
-    [("audio_dropout", "features"), ("text_dropout", "text"), ("reference_dropout", "reference")],
+    ("dropout", "given", "field"),
+    [
+        ("audio_dropout", "features", "audio"),
+        ("text_dropout", "text", "text"),
+        ("reference_dropout", "reference", "reference"),
+    ],
 )
-def test_what_is_dropped_does_not_matter(dropout, given):
+def test_what_is_dropped_does_not_matter(dropout, given, field):
     batch = jax.tree.map(jnp.asarray, make_task().batches(0))
     batch["text"] = batch["text"] + 1
     for share in (0.0, 1.0):
         task = make_task(dataclasses.replace(SETTINGS, reference_noise=0.0, **{dropout: share}))
-        told, heard = task._told(jax.random.key(2), batch)
-        other, _ = task._told(jax.random.key(2), {**batch, given: batch[given] - 1})
-        assert np.array_equal(told[given], other[given]) == (share == 1)
+        key = jax.random.key(2)
+        left, heard = task._dropped_conditions(batch, key)
+        other, _ = task._dropped_conditions({**batch, given: batch[given] - 1}, key)
+        assert np.array_equal(getattr(left, field), getattr(other, field)) == (share == 1)
         assert heard.all() == (dropout != "audio_dropout" or share == 0)
-        others = {"features", "text", "reference"} - {given}
-        assert all(np.array_equal(told[name], other[name]) for name in others)
-    np.testing.assert_array_equal(told[given], 0)
+        others = {"audio", "text", "reference"} - {field}
+        assert all(np.array_equal(getattr(left, name), getattr(other, name)) for name in others)
+    np.testing.assert_array_equal(getattr(left, field), 0)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +152,13 @@ def test_a_block_sees_a_window_of_the_past_and_a_teacher_everything(
     settings = dataclasses.replace(SETTINGS, latents=12, form=form, audio_context=context)
     task = make_task(settings, make_clips(2, 12), network, num_layers=1, ring_blocks=2)
     params, batch = with_head(task.init(jax.random.key(0))), task.batches(0)
-    told = {name: jnp.asarray(batch[name]) for name in ("reference", "features", "text")}
+    given = task._conditions(jax.tree.map(jnp.asarray, batch), KEY)
     sigma, latent = jnp.full((2, 12), 0.7), jax.random.normal(KEY, batch["latent"].shape)
-    velocity = jax.jit(lambda latent, told: task._velocity(params, latent, sigma, told, KEY))
-    louder = told | {"features": told["features"].at[:, :, 12:24].add(1.0)}
-    others = (velocity(latent.at[:, 3:6].add(1.0), told), velocity(latent, louder))
+    velocity = jax.jit(lambda latent, given: task._velocity(params, latent, sigma, given, KEY))
+    louder = given.with_audio(given.audio.at[:, :, 12:24].add(1.0))
+    others = (velocity(latent.at[:, 3:6].add(1.0), given), velocity(latent, louder))
     for other, blocks in zip(others, (seen, heard), strict=True):
-        change = np.abs(other - velocity(latent, told)).reshape(2, 4, -1).max((0, 2))
+        change = np.abs(other - velocity(latent, given)).reshape(2, 4, -1).max((0, 2))
         assert np.flatnonzero(change).tolist() == blocks
 
 
@@ -167,30 +172,31 @@ def scaffolded():
 def test_motion_latents_are_seen_and_move_with_the_clip():
     task = scaffolded()
     params, batch = with_head(task.init(jax.random.key(0))), task.batches(0)
-    told, _ = task._told(jax.random.key(2), jax.tree.map(jnp.asarray, batch))
-    assert told["motion"].shape[1] == batch["motion"].shape[1] == 19
+    given = task._conditions(jax.tree.map(jnp.asarray, batch), jax.random.key(2))
+    assert given.motion.shape[1] == batch["motion"].shape[1] == 19
     task._places = lambda first, b: (first, first + 25)
     sigma, latent = jnp.full((2, 6), 0.7), jax.random.normal(KEY, batch["latent"].shape)
 
     @jax.jit
     def velocity(motion, first):
-        return task._velocity(params, latent, sigma, told | {"motion": motion}, first)
+        moved = dataclasses.replace(given, motion=motion)
+        return task._velocity(params, latent, sigma, moved, first)
 
-    here = velocity(told["motion"], jnp.array([0, 0]))
-    np.testing.assert_allclose(velocity(told["motion"], jnp.array([0, 700])), here, atol=1e-5)
-    other = velocity(told["motion"].at[:, -1].add(1.0), jnp.array([0, 0]))
+    here = velocity(given.motion, jnp.array([0, 0]))
+    np.testing.assert_allclose(velocity(given.motion, jnp.array([0, 700])), here, atol=1e-5)
+    other = velocity(given.motion.at[:, -1].add(1.0), jnp.array([0, 0]))
     assert np.abs(other - here).reshape(2, 2, -1).max(2).min() > 1e-4  # both blocks of both
 
 
 def test_every_motion_latent_has_a_noise_level_of_its_own():
     """Far from the origin the mean of a noised latent tells its level."""
     task, motion = scaffolded(), 1e4 * jnp.ones((200, 19, 1, 1, 4))
-    made = task._scaffold(KEY, {"motion": motion})["motion"]
+    made = task._scaffold({"motion": motion}, KEY)
     sigma = 1 - np.asarray(made).mean((2, 3, 4)) / 1e4
     assert 0 <= sigma.min() < 0.01 and 0.99 < sigma.max() <= 1.001
     assert abs(sigma.mean() - 0.5) < 0.02
     assert np.abs(np.corrcoef(sigma.T) - np.eye(19)).max() < 0.35
-    still = np.asarray(task._scaffold(KEY, {"motion": 0 * motion})["motion"])
+    still = np.asarray(task._scaffold({"motion": 0 * motion}, KEY))
     np.testing.assert_allclose(still.std((0, 2, 3, 4)), np.sqrt((sigma**2).mean(0)), rtol=0.15)
 
 
@@ -198,8 +204,8 @@ def test_without_a_scaffold_nothing_comes_before_the_clip():
     task = make_task()
     batch = jax.tree.map(jnp.asarray, task.batches(0))
     assert "motion" not in batch
-    told, _ = task._told(KEY, batch | {"motion": batch["latent"]})
-    assert set(told) == {"reference", "features", "text"}
+    given, _ = task._dropped_conditions(batch | {"motion": batch["latent"]}, KEY)
+    assert given.motion is None
     with pytest.raises(ValueError, match=r"needs the network's motion packer; .*model\.framepack"):
         make_task(scaffolded().settings, make_clips(2, 26), DiT)
     with pytest.raises(ValueError, match=r"is for task\.form='block_causal', 'bidirectional'"):

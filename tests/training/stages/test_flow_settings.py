@@ -130,13 +130,14 @@ def test_each_condition_is_dropped_as_often_as_told_and_for_itself():
         "null_text": jnp.full((MANY, 1, 1), 7.0),
         "reference": jnp.ones((MANY, 1, 1, 1, 1)),
     }
-    told, heard = task._told(KEY, batch)
-    kept = {name: np.asarray(value).reshape(MANY, -1)[:, 0] == 1 for name, value in told.items()}
-    np.testing.assert_array_equal(kept["features"], heard)
-    for name, share in zip(("features", "text", "reference"), shares.values(), strict=True):
+    left, heard = task._dropped_conditions(batch, KEY)
+    names = ("audio", "text", "reference")
+    kept = {name: np.asarray(getattr(left, name)).reshape(MANY, -1)[:, 0] == 1 for name in names}
+    np.testing.assert_array_equal(kept["audio"], heard)
+    for name, share in zip(names, shares.values(), strict=True):
         assert kept[name].mean() == pytest.approx(1 - share, abs=0.03)
-    assert set(np.unique(told["text"])) == {1, 7}  # the negative prompt, not silence
-    together = np.corrcoef(np.stack([kept[name] for name in ("features", "text", "reference")]))
+    assert set(np.unique(left.text)) == {1, 7}  # the negative prompt, not silence
+    together = np.corrcoef(np.stack([kept[name] for name in names]))
     assert np.abs(together - np.eye(3)).max() < 0.06
 
 
@@ -148,7 +149,7 @@ def test_the_portraits_noise_is_at_most_as_told_and_of_its_own_strength_in_every
         "null_text": jnp.ones((400, 1, 1)),
         "reference": jnp.full((400, 1, 8, 8, 4), 2.0),
     }
-    spread = np.asarray(task._told(KEY, batch)[0]["reference"]).std((1, 2, 3, 4))
+    spread = np.asarray(task._dropped_conditions(batch, KEY)[0].reference).std((1, 2, 3, 4))
     assert 0.25 < spread.max() < 0.34 and spread.min() < 0.02
     assert spread.mean() == pytest.approx(0.15, abs=0.01)
 
