@@ -71,8 +71,10 @@ INVARIANTS = (
     Mistake(2, "the last block's gradient replaces the sum", "training/blockwise.py",
             "lambda t, g: t + g", "lambda t, g: g", rollout(ONE_BLOCK)),
     Mistake(2, "noise on keys and values is drawn again in pass B", "training/rollout.py",
-            "clip.exit(net, trace.start[g], trace.history,",
-            "clip.exit(net, trace.start[g], plan.corrupt(trace.history, draws.corrupt_key(g, 0)),",
+            "return clip.exit(net, trace.start[g], trace.history,",
+            "noise = jax.random.normal(draws.corrupt_key(g, 0), trace.history.key.shape)\n    "
+            "again = dataclasses.replace(trace.history, key=trace.history.key + 0.3 * noise)\n    "
+            "return clip.exit(net, trace.start[g], again,",
             rollout(ONE_BLOCK)),
     Mistake(2, "the prompt's keys get no gradient", "training/rollout.py",
             "prompted.velocity(", "self.velocity(", rollout(ONE_BLOCK)),
