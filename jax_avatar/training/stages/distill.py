@@ -37,7 +37,7 @@ from jax_avatar.training.distillation import (
 from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.monitors import ClipFigures, measure_data
 from jax_avatar.training.run.step import LoopConfig
-from jax_avatar.training.stages.task import Task
+from jax_avatar.training.stages.task import OnClips, Task
 from jax_avatar.training.stages.validation import LEVELS_SEED, FlowValidation
 from jax_avatar.weights.folder import export_model, load_settings
 from jax_avatar.weights.kinds import KINDS
@@ -93,7 +93,7 @@ class _Batches:
         return ClipBatch(conditions, rows.astype(np.int32))
 
 
-class DistillTask(Task):
+class DistillTask(OnClips, Task):
     """Self-forcing distillation with its own state and step."""
 
     name = "dmd"
@@ -149,29 +149,9 @@ class DistillTask(Task):
         self._base = FrozenBase(self._read_or_draw)
 
     @property
-    def batch_size(self) -> int:
-        """Clips per update."""
-        return self.settings.batch_size
-
-    @property
-    def num_heads(self) -> int:
-        """Attention heads of the transformer."""
-        return self.model.num_heads
-
-    @property
-    def content_hash(self) -> str:
-        """Hash of the clips."""
-        return self.clips.content_hash
-
-    @property
     def replay_limit(self) -> float:
         """Largest difference between the two passes of Algorithm 2."""
         return self.settings.replay_limit_for(self.model.dtype)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Latent rows and columns of the clips."""
-        return tuple(self.clips.grid)
 
     @property
     def source(self) -> Callable[..., dict[str, ClipBatch]]:

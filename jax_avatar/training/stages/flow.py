@@ -35,7 +35,7 @@ from jax_avatar.shapes import Array, Latent, PyTree
 from jax_avatar.training.adapters import AdapterConfig, FrozenBase
 from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages.mouth_reader import fit_mouth_reader
-from jax_avatar.training.stages.task import LossTask
+from jax_avatar.training.stages.task import LossTask, OnClips
 from jax_avatar.training.stages.validation import LEVELS_SEED, FlowValidation, levels_in_bins
 
 __all__ = ["ForcingConfig", "ForcingFiles", "ForcingTask"]
@@ -174,7 +174,7 @@ class ForcingFiles:
     export: Callable[..., None] | None = None
 
 
-class ForcingTask(LossTask):
+class ForcingTask(OnClips, LossTask):
     """Flow matching as a training task: parameters, batches, loss."""
 
     by_clip = True
@@ -227,26 +227,6 @@ class ForcingTask(LossTask):
         if settings.mouth_probe_weight:
             few = clips.take(slice(None, None, max(1, len(clips) // 800)))
             self.reader = fit_mouth_reader(few)
-
-    @property
-    def batch_size(self) -> int:
-        """Clips per step."""
-        return self.settings.batch_size
-
-    @property
-    def num_heads(self) -> int:
-        """Attention heads of the transformer."""
-        return self.model.num_heads
-
-    @property
-    def content_hash(self) -> str:
-        """Hash of the clips."""
-        return self.clips.content_hash
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Latent rows and columns of the clips."""
-        return tuple(self.clips.grid)
 
     @property
     def stream_settings(self) -> Mapping[str, Any]:

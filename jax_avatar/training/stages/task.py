@@ -2,6 +2,7 @@
 
 Task        state and step of its own       DistillTask
 LossTask    parameters and a loss           ForcingTask, VAETask, SpeechTask, ..
+OnClips     a transformer on encoded clips  ForcingTask, DistillTask
 """
 
 import math
@@ -12,14 +13,16 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_avatar.data.latents import Clips
 from jax_avatar.layout import make_training_mesh
+from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.network import Network
 from jax_avatar.shapes import Array, PyTree
 from jax_avatar.training.run.evaluation import Evaluation
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import Batch, LoopConfig, Step, compiled_step, make_optimiser
 
-__all__ = ["LossTask", "Task"]
+__all__ = ["LossTask", "OnClips", "Task"]
 
 
 @runtime_checkable
@@ -125,3 +128,37 @@ class LossTask(Task):
         """Implements `Task`."""
         step, frozen = compiled_step(self, config, mesh), self.frozen(mesh)
         return lambda state, batch, key: step(state, batch, key, frozen)
+
+
+class OnClips:
+    """What `Task` asks of a stage that trains a transformer on encoded clips.
+
+    Attributes:
+        model: size of the transformer.
+        settings: of the stage, with `batch_size`.
+        clips: to train on.
+    """
+
+    model: DiTConfig
+    settings: Any
+    clips: Clips
+
+    @property
+    def batch_size(self) -> int:
+        """Clips per update."""
+        return self.settings.batch_size
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the transformer."""
+        return self.model.num_heads
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of the clips."""
+        return self.clips.content_hash
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Latent rows and columns of the clips."""
+        return tuple(self.clips.grid)
