@@ -141,14 +141,19 @@ class Camera:
         return self.unit * (CAMERA_DISTANCE - (self._bridge_at(self.pose)[2] - 0.9))
 
     def depth(self, vertices: Float[np.ndarray, "v 3"]) -> Float[np.ndarray, " v"]:
-        """How much nearer than the bridge of the nose points of the portrait lie."""
+        """Depth of points of the portrait before the bridge of the nose, in picture widths."""
         return self.unit * (vertices[:, 2] - self._bridge_at(self.pose)[2])
+
+    @property
+    def _frame(self) -> np.ndarray:
+        """The renderer's axes -> the framed picture's, without the scale."""
+        frame = np.eye(3)
+        frame[:2, :2] = self.framing.linear / self.framing.scale
+        return frame
 
     def _turned(self, matrix: np.ndarray) -> np.ndarray:
         """A turn in the mesh's axes -> in the picture's axes."""
-        frame = np.eye(3)
-        frame[:2, :2] = self.framing.linear / self.framing.scale
-        return frame @ _FLIP @ matrix @ _FLIP @ frame.T
+        return self._frame @ _FLIP @ matrix @ _FLIP @ self._frame.T
 
     @property
     def lever(self) -> Float[np.ndarray, " 3"]:
@@ -156,9 +161,7 @@ class Camera:
         arm = rotation(self.pose.yaw, self.pose.pitch, self.pose.roll) @ (
             self._rest - pivot(self.person)
         )
-        turn = np.eye(3)
-        turn[:2, :2] = self.framing.linear / self.framing.scale
-        return self.unit * (turn @ _FLIP @ arm)
+        return self.unit * (self._frame @ _FLIP @ arm)
 
     def head(self, pose: Pose) -> Float[np.ndarray, " 6"]:
         """The values of `POSE` in a frame with this pose of the renderer."""
