@@ -41,6 +41,7 @@ from jax_avatar.models.vae.anchored import AnchoredVAE, AnchoredVAEConfig
 from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
 from jax_avatar.training.stages.anchored_vae import HELD_OUT_SEED
 from jax_avatar.weights.files import load_weights
+from launch import cli
 
 _LIGHT_SIDE = 96
 _TEXTURE = {128: 512, 256: 768, 512: 1024}
@@ -48,7 +49,7 @@ Decode = Callable[[MovedPortrait], np.ndarray]
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--weights", required=True, help="folder with the anchored VAE")
     add("--light", default="jax_avatar/assets/small", help='folder with the light VAE; "" for none')
@@ -186,4 +187,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)
