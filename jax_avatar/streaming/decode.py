@@ -117,7 +117,7 @@ class Decoder:
                 f"the output of {self.model.name} is NaN or infinity from frame "
                 f"{self.fetched * len(frames)} on: its weights are too large for their type, or "
                 "diverged in training. Convert them again, take an earlier checkpoint, or stream "
-                "without --weights."
+                "without --dtype."
             )
         self.fetched += 1
         return frames

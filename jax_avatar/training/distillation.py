@@ -286,6 +286,7 @@ def update_critic(
 
 
 def teach_critic(setup, state, batch, key, base):
+    """One update of the critic on new clips; arguments as of `update_generator`."""
     settings, plan = setup.settings, setup.plan
     bind, keys = setup.bind(base), _keys(key, state.step, _CRITIC)
     net, exit_step = bind(state.generator), sample_exit_step(keys.exit, plan)

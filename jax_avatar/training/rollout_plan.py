@@ -110,7 +110,7 @@ def sample_randomness(
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """How a generator makes clips.
+    """Settings of a rollout for one size of transformer, and the functions that they choose.
 
     Attributes:
         config: size of the transformer; `ring_blocks - 1` blocks of the past are seen.

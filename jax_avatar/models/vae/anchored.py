@@ -140,7 +140,7 @@ class AnchoredVAEConfig:
         return curves[..., np.array([self.curves.index(name) for name in self.leading])]
 
     def features(self, curves: Float[Array, "... c"]) -> Float[Array, "... f"]:
-        """What the mean expression's flow is linear in: 1, curves, products of leading ones."""
+        """Regressors of the mean expression's flow: 1, curves, products of leading ones."""
         lead, part = self.lead(curves), self.pose_slice
         first, second = np.triu_indices(len(self.leading))
         return jnp.concatenate(
@@ -428,7 +428,7 @@ class AnchoredVAE(nnx.Module):
     def curves_and_codes(
         self, latent: Float[Array, "n z"]
     ) -> tuple[Float[Array, "n 4 c"], Float[Array, "n 4 h w e"]]:
-        """What latents say of each of their four frames."""
+        """Curves of motion and codes of the four frames of each latent."""
         return self.basis.to_curves(latent), self.frame.codes(latent)
 
     def paint(

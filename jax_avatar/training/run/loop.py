@@ -176,7 +176,7 @@ class _Run:
     def to_the_end(
         self, state: PyTree, pending: list, start: Callable[[], PyTree], progress: bool
     ) -> PyTree:
-        """As `on`, with rollbacks."""
+        """Runs `on` to the last step; goes back to a good checkpoint after too many skips."""
         while True:
             try:
                 return self.on(state, pending, progress)
