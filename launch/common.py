@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 from absl import logging as absl_logging
 
-from jax_avatar.io.faces import face_missing
 from jax_avatar.io.image import fit_size, prepare_reference
+from jax_avatar.portraits.faces import face_missing
 from launch.cli import check_devices, parse_size, warn
 
 

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from starlette.datastructures import Headers
 
-from jax_avatar.io.faces import face_missing
 from jax_avatar.io.image import decode_image, prepare_reference
+from jax_avatar.portraits.faces import face_missing
 from jax_avatar.serving.messages import VERSION, ProtocolError, SessionCreate
 from jax_avatar.serving.server_state import ServerState
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("numba")
 
 from jax_avatar.data.talking_people import head_motion
-from jax_avatar.data.talking_people.head_motion import CURVES, SCALE, Framing, index, mirrored
+from jax_avatar.data.talking_people.head_motion import CURVES, SCALE, index, mirrored
 from jax_avatar.data.talking_people.moved_portraits import (
     MovedPortrait,
     MovedPortraitsConfig,
@@ -20,6 +20,7 @@ from jax_avatar.data.talking_people.moved_portraits import (
 from jax_avatar.data.talking_people.person import make_person
 from jax_avatar.data.talking_people.render import Pose, posed_vertices, project, unit_weights
 from jax_avatar.models.vae import rigid_head
+from jax_avatar.portraits.framing import EYES_AND_MOUTH, Framing
 
 pytestmark = pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed")
 
@@ -80,7 +81,7 @@ def test_eyes_and_mouth_of_every_portrait_are_in_the_same_places():
         vertices = posed_vertices(person, unit_weights({}), pose)
         points = head_motion.eyes_and_mouth(person, vertices)
         framed = Framing.of(points)(points)
-        np.testing.assert_allclose(framed, head_motion.EYES_AND_MOUTH, atol=0.03)
+        np.testing.assert_allclose(framed, EYES_AND_MOUTH, atol=0.03)
         moved = Framing.of(1.3 * points @ [[0.8, 0.6], [-0.6, 0.8]] + 2)
         again = moved(1.3 * points @ [[0.8, 0.6], [-0.6, 0.8]] + 2)
         np.testing.assert_allclose(again, framed, atol=1e-6)

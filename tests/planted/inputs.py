@@ -16,7 +16,7 @@ distillation = tests_in("training/test_distillation")
 rollout = tests_in("training/test_rollout")
 videos = tests_in("data/test_videos")
 audio = tests_in("io/test_audio")
-faces = tests_in("io/test_faces")
+faces = tests_in("portraits/test_faces")
 mixing = tests_in("io/test_mixing")
 video = tests_in("io/test_video")
 level = tests_in("streaming/test_working_level")
@@ -202,12 +202,18 @@ INPUTS = tuple(Mistake("input", *row) for row in (
     ("the clock of a file begins at 0", "data/videos/footage.py",
      "self._begin_s = float((picture.start_time or 0) * picture.time_base)", "self._begin_s = 0.0",
      videos("a_file_that_begins_late_begins_with_its_first_picture")),
-    ("every picture shows a face", "io/faces.py",
-     "best = max(best, _score(", "best = max(1.0, _score(",
+    ("every picture shows a face", "portraits/faces.py",
+     "if face.presence >= FACE_SCORE:", "if True:",
      faces("what_shows_no_face_is_told")),
-    ("parts of a picture are not searched for faces", "io/faces.py",
-     "for top in _starts(height, side):", "for top in []:",
-     faces("a_photograph_shows_a_face")),
+    ("parts of a picture are not searched for faces", "portraits/faces.py",
+     "for parts in ((1, 2), (4,)):", "for parts in ((1,),):",
+     faces("small_faces_and_several_are_found")),
+    ("the landmarks' network knows no negative values", "portraits/networks.py",
+     "return np.maximum(x, 0) + slope * np.minimum(x, 0)", "return np.maximum(x, 0)",
+     faces("the_networks_are_the_published_ones")),
+    ("points are placed by the first look alone", "portraits/faces.py",
+     "_LOOKS = 3", "_LOOKS = 1",
+     faces("landmarks_turn_and_grow_with_the_picture")),
     ("quiet speech stays quiet for the encoder", "streaming/working_level.py",
      "self.gain = 10 ** (wanted / 20) if wanted else 1.0", "self.gain = 1.0",
      level("quiet_speech_is_brought_to_the_level_of_training")),

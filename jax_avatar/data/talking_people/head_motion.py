@@ -1,7 +1,7 @@
 """What moves in a face, frame by frame, as numbers that a portrait's pixels can be moved by.
 
 A frame is described against its portrait: face units as they are, the turn of the head and the
-place of the face in the picture as differences. All of it is in the framing that `framing`
+place of the face in the picture as differences. All of it is in the framing that `Framing`
 gives every portrait, eyes and mouth in the same places.
 """
 
@@ -21,9 +21,7 @@ from jax_avatar.data.talking_people.render import (
     rotation,
 )
 from jax_avatar.data.talking_people.speech import MOUTH_UNITS
-
-EYES_AND_MOUTH = np.array([[0.6, 0.507], [0.4, 0.507], [0.5, 0.758]])
-"""Places of the eye on the picture's right, of the other, and of the mouth, in its widths."""
+from jax_avatar.portraits.framing import Framing
 
 LIDS = ("eyeBlinkLeft", "eyeBlinkRight")
 BROWS = ("browInnerUp", "browOuterUpLeft", "browOuterUpRight")
@@ -75,32 +73,6 @@ def _bridge() -> np.ndarray:
     is_body = mesh.vertex_group == mesh_lib.GROUPS.index("body")
     low, high = mesh_lib.EYE_Y - 0.2, mesh_lib.EYE_Y - 0.02
     return np.nonzero(is_body & (np.abs(x) < 0.1) & (low < y) & (y < high) & (z > 1.2))[0]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Framing:
-    """Similarity that brings a portrait's eyes and mouth to their places, in picture widths."""
-
-    linear: np.ndarray  # [2 2] turn times scale
-    shift: np.ndarray  # [2]
-
-    @classmethod
-    def of(cls, points: Float[np.ndarray, "3 2"]) -> "Framing":
-        """The one nearest in least squares, for points in the order of `EYES_AND_MOUTH`."""
-        a, b = points - points.mean(0), EYES_AND_MOUTH - EYES_AND_MOUTH.mean(0)
-        x, y = a[:, 0] + 1j * a[:, 1], b[:, 0] + 1j * b[:, 1]
-        turn = (x.conj() * y).sum() / (abs(x) ** 2).sum()
-        linear = np.array([[turn.real, -turn.imag], [turn.imag, turn.real]])
-        return cls(linear, EYES_AND_MOUTH.mean(0) - linear @ points.mean(0))
-
-    @property
-    def scale(self) -> float:
-        """Factor on lengths."""
-        return float(np.hypot(*self.linear[0]))
-
-    def __call__(self, points: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "... 2"]:
-        """Moves points."""
-        return points @ self.linear.T + self.shift
 
 
 def eyes_and_mouth(person: Person, vertices: Float[np.ndarray, "v 3"]) -> Float[np.ndarray, "3 2"]:

@@ -32,6 +32,7 @@ from jax_avatar.data.talking_people.render import (
     project,
     unit_weights,
 )
+from jax_avatar.portraits.framing import Framing
 
 FLOW_SIDE = 64
 """Cells of the flow's grid in either direction."""
@@ -102,7 +103,7 @@ def make_moved_portrait(seed: int, config: MovedPortraitsConfig) -> MovedPortrai
     points = head_motion.eyes_and_mouth(scene.person, vertices)
     if not config.is_plain:
         points = points + rng.normal(0, 0.006, points.shape)  # as a detector of landmarks errs
-    camera = head_motion.Camera(scene.person, scene.pose, head_motion.Framing.of(points))
+    camera = head_motion.Camera(scene.person, scene.pose, Framing.of(points))
     portrait = _Drawing(scene.person, vertices, camera.framing, scene.background)
     drawn = [
         _Drawing(scene.person, scene.vertices_at(i), camera.framing, scene.background)
@@ -187,7 +188,7 @@ class _Scene:
 class _Drawing:
     """One framed picture, and what lies under its samples."""
 
-    def __init__(self, person: Person, vertices, framing: head_motion.Framing, background):
+    def __init__(self, person: Person, vertices, framing: Framing, background):
         mesh = mesh_lib.load_face_mesh()
         self.person, self.fine = person, 2 * len(background)
         xy, self.inverse_z = project(person, vertices, 1)
