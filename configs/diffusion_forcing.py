@@ -11,9 +11,11 @@ with random weights instead.
 from ml_collections import ConfigDict
 
 from configs.sizes import (
+    ANCHORED_MODEL,
     PAPER_MODEL,
     SMALL_MODEL,
     adam,
+    anchored_dit,
     choose,
     paper_dit,
     small_dit,
@@ -23,8 +25,8 @@ from configs.sizes import (
 
 
 def get_config(size: str = "small") -> ConfigDict:
-    """Settings of one size: "tiny", "small" or "wan_s2v_14b"."""
-    sizes = {"tiny": _tiny, "small": _small, "wan_s2v_14b": _wan_s2v_14b}
+    """Settings of one size: "tiny", "small", "anchored" or "wan_s2v_14b"."""
+    sizes = {"tiny": _tiny, "small": _small, "anchored": _anchored, "wan_s2v_14b": _wan_s2v_14b}
     return choose("diffusion_forcing", size, sizes)
 
 
@@ -72,6 +74,36 @@ def _small() -> dict:
             "ema_decay": 0.998,
             "log_every": 20,
             "evaluate_every": 350,
+            "checkpoint_every": 200,
+        },
+    }
+
+
+def _anchored() -> dict:
+    return {
+        "fps": 25,
+        "data": "",
+        "latents": "data/motion",
+        "weights": weights(ANCHORED_MODEL, start="runs/teacher"),
+        "model": anchored_dit(),
+        "task": {
+            "batch_size": 16,
+            "latents": 36,
+            # A block of half a second hears too little alone.
+            "audio_context": "clip",
+            "shift": 3.0,
+            # Every step keeps a window of blocks at its own level.
+            "shared_share": 0.5,
+            "audio_dropout": 0.1,
+            "text_dropout": 0.0,
+            "shift_max": 900,
+            "reference_frames": [4, 30],
+        },
+        "loop": {
+            **adam(2000, 6e-4, 100, betas=[0.9, 0.95], ema_decay=0.998),
+            "schedule": "cosine",
+            "log_every": 20,
+            "evaluate_every": 500,
             "checkpoint_every": 200,
         },
     }

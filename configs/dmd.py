@@ -12,12 +12,22 @@ converted without the distilled LoRA (`PAPER_MODEL` in configs/sizes.py) and sta
 
 from ml_collections import ConfigDict
 
-from configs.sizes import PAPER_MODEL, SMALL_MODEL, adam, choose, paper_dit, small_dit, tiny_dit
+from configs.sizes import (
+    ANCHORED_MODEL,
+    PAPER_MODEL,
+    SMALL_MODEL,
+    adam,
+    anchored_dit,
+    choose,
+    paper_dit,
+    small_dit,
+    tiny_dit,
+)
 
 
 def get_config(size: str = "small") -> ConfigDict:
-    """Settings of one size: "tiny", "small" or "wan_s2v_14b"."""
-    sizes = {"tiny": _tiny, "small": _small, "wan_s2v_14b": _wan_s2v_14b}
+    """Settings of one size: "tiny", "small", "anchored" or "wan_s2v_14b"."""
+    sizes = {"tiny": _tiny, "small": _small, "anchored": _anchored, "wan_s2v_14b": _wan_s2v_14b}
     return choose("dmd", size, sizes)
 
 
@@ -74,6 +84,35 @@ def _small() -> dict:
             "log_every": 5,
             "evaluate_every": 140,
             "checkpoint_every": 70,
+        },
+    }
+
+
+def _anchored() -> dict:
+    return {
+        "fps": 25,
+        "data": "",
+        "latents": "data/motion",
+        "weights": {
+            "model": ANCHORED_MODEL,
+            "teacher": "runs/teacher",
+            "student": "runs/diffusion_forcing",
+        },
+        "model": anchored_dit(),
+        "rollout": {"sigmas": "shift3", "audio_context": "clip", "sink_distance": [4, 30]},
+        "task": {
+            "batch_size": 16,
+            "latents": 21,
+            "guidance_scale": 1.5,
+            "critic_learning_rate": 1e-4,
+            "ema_start": 50,
+        },
+        "loop": {
+            **_loop(num_steps=300, learning_rate=5e-5, warmup_steps=10),
+            "ema_decay": 0.98,
+            "log_every": 5,
+            "evaluate_every": 150,
+            "checkpoint_every": 50,
         },
     }
 

@@ -14,6 +14,9 @@ from configs import wan_s2v_14b
 SMALL_MODEL = "jax_avatar/assets/small"
 """Folder of the model that ships, for its VAE, speech encoder and stream settings."""
 
+ANCHORED_MODEL = "jax_avatar/assets/anchored"
+"""Folder of the VAE that is anchored in the portrait, and of the speech encoder beside it."""
+
 PAPER_MODEL = "models/wan_s2v_14b"
 """Folder of the converted official weights, without the distilled LoRA merged into them:
 
@@ -67,6 +70,18 @@ def small_dit() -> dict:
         "ring_blocks": 3,
         "zero_init": False,
         "unroll": 6,
+    }
+
+
+def anchored_dit() -> dict:
+    """The transformer of motion: 4.4 million weights, one token per latent."""
+    return {
+        **small_dit(),
+        "ffn_width": 576,
+        "latent_channels": 12,
+        "pose_channels": 12,
+        "ring_blocks": 5,
+        "unroll": 1,
     }
 
 

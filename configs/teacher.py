@@ -11,9 +11,11 @@ the recipe of the model that ships (docs/small_model.md) and takes one CPU core 
 from ml_collections import ConfigDict
 
 from configs.sizes import (
+    ANCHORED_MODEL,
     PAPER_MODEL,
     SMALL_MODEL,
     adam,
+    anchored_dit,
     choose,
     paper_dit,
     small_dit,
@@ -23,8 +25,8 @@ from configs.sizes import (
 
 
 def get_config(size: str = "small") -> ConfigDict:
-    """Settings of one size: "tiny", "small" or "wan_s2v_14b"."""
-    sizes = {"tiny": _tiny, "small": _small, "wan_s2v_14b": _wan_s2v_14b}
+    """Settings of one size: "tiny", "small", "anchored" or "wan_s2v_14b"."""
+    sizes = {"tiny": _tiny, "small": _small, "anchored": _anchored, "wan_s2v_14b": _wan_s2v_14b}
     return choose("teacher", size, sizes)
 
 
@@ -75,6 +77,32 @@ def _small() -> dict:
         "sampler": {"num_steps": 40, "guidance": 4.0},
         "loop": {
             **adam(1500, 7e-4, 100, betas=[0.9, 0.95], ema_decay=0.999),
+            "schedule": "cosine",
+            "log_every": 20,
+            "evaluate_every": 500,
+            "checkpoint_every": 200,
+        },
+    }
+
+
+def _anchored() -> dict:
+    return {
+        "fps": 25,
+        "data": "",
+        "latents": "data/motion",
+        "weights": weights(ANCHORED_MODEL),
+        "model": anchored_dit(),
+        "task": {
+            **_clips(),
+            "batch_size": 16,
+            "latents": 36,
+            "text_dropout": 0.0,
+            "reference_dropout": 0.0,
+            "shift_max": 900,
+        },
+        "sampler": {"num_steps": 40, "guidance": 2.0},
+        "loop": {
+            **adam(4000, 1e-3, 100, betas=[0.9, 0.95], ema_decay=0.998),
             "schedule": "cosine",
             "log_every": 20,
             "evaluate_every": 500,
