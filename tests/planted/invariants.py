@@ -18,6 +18,8 @@ lora = tests_in("models/test_lora")
 adapter = tests_in("models/test_adapter")
 evaluation = tests_in("evaluation/test_in_training")
 scores = tests_in("evaluation/test_scores")
+anchored = tests_in("training/stages/test_anchored_vae")
+motion = tests_in("evaluation/test_motion_scores")
 fps = tests_in("training/stages/test_fps")
 validation = tests_in("training/stages/test_validation")
 monitors = tests_in("training/run/test_monitors")
@@ -481,6 +483,21 @@ INVARIANTS = (
     Mistake(21, "stage 1's target has the other sign", "training/stages/flow.py",
             "(velocity - (noise - clean)) ** 2, axis", "(velocity + (noise - clean)) ** 2, axis",
             forcing("an_exact_velocity_costs_nothing_and_a_wrong_one_its_square")),
+    Mistake(13, "the head gains nothing", "training/stages/anchored_basis.py",
+            "scale / _HEAD_GAIN, scale", "scale, scale",
+            anchored("the_code_keeps_slopes_of_head_and_gaze_and_every_frame_of_the_lids")),
+    Mistake(13, "late motion is called early", "evaluation/motion_scores.py",
+            "float(_LAGS[int(np.argmax(lips))])", "-float(_LAGS[int(np.argmax(lips))])",
+            motion("every_defect_moves_its_score")),
+    Mistake(13, "openings count as blinks", "evaluation/motion_scores.py",
+            "(lids[..., 1:] > BLINK) & (lids[..., :-1] <= BLINK)", "lids[..., 1:] > BLINK",
+            motion("the_truth_has_perfect_scores")),
+    Mistake(13, "distances do not see means", "evaluation/motion_scores.py",
+            "np.square(found.mean(0)).sum() + np", "np",
+            motion("the_frechet_distance_sees_means_and_spreads")),
+    Mistake(13, "jumps are speeds", "evaluation/motion_scores.py",
+            "slice(GROUP - 1, None, GROUP)", "slice(None)",
+            motion("every_defect_moves_its_score")),
     Mistake(21, "the student flees the teacher", "training/dmd.py",
             "(fake - real) / jnp", "(real - fake) / jnp",
             learning("the_student_moves_as_much_as_the_data"), slow=True),

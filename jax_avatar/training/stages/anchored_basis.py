@@ -24,6 +24,7 @@ from jax_avatar.models.vae.warp import grid, packed, read
 __all__ = ["fit_basis", "fit_code"]
 
 _LEAST_STD = 0.02  # of a component, lest what hardly moves in few people becomes huge in others
+_HEAD_GAIN = 3.0  # on the latents of the head's pose
 _FEW = 0.05  # share of the people below which a cell of the mean maps is filled in
 
 
@@ -59,7 +60,9 @@ def fit_code(
 
     Components by variance over all curves would drop the slopes of the head within a window,
     which are small, and heads would jump from latent to latent. So pose and gaze keep level and
-    slope of each curve, lids their mean in every frame, and the mouth takes the rest.
+    slope of each curve, lids their mean in every frame, and the mouth takes the rest. The head's
+    are larger: it moves slowly, and noise as large as all that it does would hide what is new in a
+    latent, so that a generated head would tremble.
 
     Args:
         config: for the order of the curves and the size of a latent.
@@ -67,7 +70,8 @@ def fit_code(
         whitening: 0 keeps the spread of the components relative to each other, 1 makes all alike.
 
     Returns:
-        `mean`, `analysis` and `synthesis`; latents have a mean square of one over all.
+        `mean`, `analysis` and `synthesis`; latents have a mean square of one over all, those of
+        the head's pose one of `_HEAD_GAIN` squared times what they had.
     """
     curves, z = len(config.curves), config.latent_size
     mean = windows.mean((0, 1), keepdims=True)
@@ -96,6 +100,9 @@ def fit_code(
     std = np.maximum(std, _LEAST_STD)
     scale = std**whitening
     scale *= np.sqrt(((std / scale) ** 2).mean())
+    is_head = [curve for curve, name in enumerate(config.curves) if name in POSE]
+    moves_head = vectors.reshape(z, GROUP, curves)[:, :, is_head].any((1, 2))
+    scale = np.where(moves_head, scale / _HEAD_GAIN, scale)
     return dict(
         mean=np.tile(mean.ravel(), GROUP).astype(np.float32),
         analysis=(vectors.T / scale).astype(np.float32),
