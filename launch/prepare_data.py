@@ -5,6 +5,12 @@
     python launch/prepare_data.py encode --data data/people --checkpoint jax_avatar/assets/small \\
         --out data/latents --phases 4
 
+The latents of an anchored VAE are motion, so that data for its transformer need no pictures:
+
+    python launch/prepare_data.py utterances --out data/utterances
+    python launch/prepare_data.py motion --utterances data/utterances \\
+        --checkpoint jax_avatar/assets/anchored --speech runs/speech25 --out data/motion --hours 4
+
 `python launch/prepare_data.py stats data/people` tells what is in a set, raw or encoded, as a table
 and as `statistics.json`. `... portraits --out jax_avatar/assets/portraits` draws the portraits that
 come with the package; none of these people is in the training data.
@@ -112,6 +118,40 @@ def encode_flags(add: Callable) -> None:
     )
 
 
+def utterances_flags(add: Callable) -> None:
+    add("--out", required=True, help="folder to write to")
+    amounts_flags(add)
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes to speak with")
+
+
+def amounts_flags(add: Callable) -> None:
+    add("--flite", type=int, default=1000, help="training sentences of Flite; 0: none")
+    add("--utterances_seed", type=int, default=0, help="another seed, other sentences")
+
+
+def motion_flags(add: Callable) -> None:
+    add("--out", required=True, help="folder to write to")
+    add("--utterances", required=True, help="folder of speech that the command utterances made")
+    amounts_flags(add)
+    checkpoint = f"{cli.CHECKPOINT} whose encoders are used"
+    add("--checkpoint", required=True, help=checkpoint)
+    add("--vae", default="", help="folder of another VAE")
+    add("--speech", default="", help="folder of another speech encoder")
+    no_features = "leave the speech features to be computed in training"
+    add("--no_features", dest="store_features", action="store_false", help=no_features)
+    add("--hours", type=cli.finite, default=4.0, help="of training tracks")
+    minutes = "of each held-out split"
+    add("--held_out_minutes", type=cli.finite, default=20.0, help=minutes)
+    add("--seconds", type=cli.finite, default=20.0, help="length of a track")
+    add("--fps", type=int, default=25, help="video frames per second")
+    add("--movement", type=cli.finite, default=0.6, help="scale of the head's movements")
+    add("--actions", type=cli.finite, default=0.0, help="share of tracks with timed actions")
+    add("--quiet", type=cli.finite, default=0.1, help="share of tracks that are mostly silence")
+    add("--tracks_per_shard", type=int, default=90, help="records of a shard")
+    add("--seed", type=int, default=0, help="another seed, other tracks")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes to draw with")
+
+
 def stats_flags(add: Callable) -> None:
     add("data", help="folder of raw or encoded clips")
     add("--sample", type=int, default=2000, help="clips to open, evenly spread")
@@ -120,8 +160,9 @@ def stats_flags(add: Callable) -> None:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuses outputs that are inputs, and counts and sizes that make no data; reads sizes."""
-    if arguments.command in ("videos", "encode"):
-        given = {name: getattr(arguments, name, None) for name in ("src", "data", "checkpoint")}
+    if arguments.command in ("videos", "encode", "motion"):
+        inputs = ("src", "data", "checkpoint", "utterances")
+        given = {name: getattr(arguments, name, None) for name in inputs}
         cli.refuse_input_as_output("out", arguments.out, **given)
     if getattr(arguments, "workers", 1) < 1:
         raise ValueError(f"--workers {arguments.workers}: expected at least 1.")
@@ -148,9 +189,10 @@ def check_programs(arguments: argparse.Namespace) -> None:
                 f"videos need a package that is not installed ({error}); install the extra "
                 '`videos`: pip install "jax_avatar[videos]"'
             ) from error
-    if arguments.command not in ("people", "portraits"):
+    if arguments.command not in ("people", "portraits", "utterances", "motion"):
         return
-    if arguments.command == "people" and shutil.which("flite") is None:
+    speaks = arguments.command == "people" or getattr(arguments, "flite", 0)
+    if speaks and arguments.command != "motion" and shutil.which("flite") is None:
         raise ValueError(
             "speech synthesis needs the program `flite`, which was not found; install the package "
             "`flite` (Debian and Ubuntu: `sudo apt install flite`)"
@@ -159,7 +201,7 @@ def check_programs(arguments: argparse.Namespace) -> None:
         import numba  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "rendering needs numba, which is not installed; install the extra `people`: "
+            "faces need numba, which is not installed; install the extra `people`: "
             'pip install "jax_avatar[people]"'
         ) from error
 
@@ -263,6 +305,56 @@ def encode_clips(arguments: argparse.Namespace) -> None:
     print(f"hash {index['hash'][:16]}")
 
 
+def speak_utterances(arguments: argparse.Namespace) -> None:
+    from jax_avatar.data.talking_people import utterances
+
+    config = utterances_config(arguments)
+    left = utterances.left_to_do(config, arguments.out)
+    with tqdm(total=sum(job.count for job in left), unit="sentence", smoothing=0.1) as progress:
+        if left:
+            with worker_pool(min(arguments.workers, len(left))) as pool:
+                for count in pool.imap_unordered(utterances.make_utterances, left):
+                    progress.update(count)
+    for split in utterances.SPLITS:
+        spoken = utterances.load_utterances(config, arguments.out, split)
+        print(
+            f"{arguments.out}: {split}, {spoken.seconds / 60:.0f} min, {len(spoken.voices)} voices"
+        )
+
+
+def utterances_config(arguments: argparse.Namespace):
+    from jax_avatar.data.talking_people.utterances import UtterancesConfig
+
+    config = config_of(UtterancesConfig, arguments)
+    return dataclasses.replace(config, seed=arguments.utterances_seed)
+
+
+def make_motion(arguments: argparse.Namespace) -> None:
+    from jax_avatar.data.motion_set import MotionCode, MotionSetConfig, write_motion_set
+    from jax_avatar.data.talking_people.tracks import TrackConfig
+    from jax_avatar.weights.encoders import Encoders
+
+    amounts, tracks = config_of(MotionSetConfig, arguments), config_of(TrackConfig, arguments)
+    model = arguments.checkpoint
+    folders = {"vae": arguments.vae or model, "speech": arguments.speech or model}
+    code = MotionCode(folders["vae"])
+    encoders = Encoders.load(folders, fps=tracks.fps) if arguments.store_features else None
+    spoken = utterances_config(arguments)
+    total = amounts.total(tracks.seconds)
+    with tqdm(total=total, unit="track", smoothing=0.1) as progress:
+        with worker_pool(arguments.workers) as pool:
+            index = write_motion_set(
+                arguments.out, code, encoders, amounts, tracks, spoken, arguments.utterances,
+                map_jobs=pool.imap, advance=progress.update,
+            )  # fmt: skip
+    for split, shards in index["splits"].items():
+        clips, size = sum(len(s["latents"]) for s in shards), sum(s["bytes"] for s in shards)
+        print(
+            f"{arguments.out}: {split}, {clips} tracks in {len(shards)} shards, {size / 1e6:.0f} MB"
+        )
+    print(f"hash {index['hash'][:16]}")
+
+
 def print_statistics(arguments: argparse.Namespace) -> None:
     from jax_avatar.data.statistics import FILE, data_statistics, statistics_table
     from jax_avatar.weights.files import save_json
@@ -308,6 +400,16 @@ COMMANDS = {
         encode_flags,
         encode_clips,
         "raw clips -> latents, text rows and speech features, as the transformer trains on",
+    ),
+    "utterances": (
+        utterances_flags,
+        speak_utterances,
+        "sentences of many voices, synthesised once for `motion` and the speech encoder",
+    ),
+    "motion": (
+        motion_flags,
+        make_motion,
+        "speech and the motion that goes with it, as latents of an anchored VAE, not rendered",
     ),
     "stats": (
         stats_flags,

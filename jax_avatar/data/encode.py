@@ -203,7 +203,7 @@ def encode_clip(
         boxes = np.concatenate([np.repeat(boxes[:1], 3, axis=0), boxes])
         size = (height // stride, width // stride)
         lips = {"mouth": mouth_cells(boxes, size, stride), "lip_gap": clip.lip_gap[shown]}
-    caption = caption_of(clip)
+    caption = caption_of(clip.caption, clip.actions)
     features = None
     if config.store_features:
         # Heard from the start, as in a stream, whatever frame the record begins with.
@@ -225,10 +225,10 @@ def encode_clip(
     )
 
 
-def caption_of(clip: ClipRecord) -> str:
+def caption_of(caption: str, actions: Sequence[tuple[str, float, float, str]]) -> str:
     """Prompt of a clip: its caption, and the timed actions."""
-    said = clip.caption or "A person talks to the camera."
-    for _, start, end, what in clip.actions:
+    said = caption or "A person talks to the camera."
+    for _, start, end, what in actions:
         said += f" From {start:.1f} to {end:.1f} seconds, the person {what}."
     return said
 

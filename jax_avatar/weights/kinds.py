@@ -10,6 +10,7 @@ from jax_avatar.models.portrait_dit import PortraitDiT
 from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from jax_avatar.models.text import UMT5Encoder
+from jax_avatar.models.vae.anchored import AnchoredVAE, AnchoredVAEConfig
 from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
 from jax_avatar.models.vae.wan import WanVAE
 
@@ -30,7 +31,11 @@ class Kind(NamedTuple):
 
 KINDS = {
     "dit": {"wan_s2v": Kind(DiT, DiTConfig), "portrait": Kind(PortraitDiT, DiTConfig)},
-    "vae": {"light": Kind(LightVAE, LightVAEConfig), "wan": Kind(WanVAE, WanVAEConfig)},
+    "vae": {
+        "light": Kind(LightVAE, LightVAEConfig),
+        "wan": Kind(WanVAE, WanVAEConfig),
+        "anchored": Kind(AnchoredVAE, AnchoredVAEConfig),
+    },
     "speech": {
         "mel": Kind(SpeechEncoder, SpeechConfig),
         "wav2vec2": Kind(Wav2Vec2, Wav2Vec2Config),

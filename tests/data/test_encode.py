@@ -117,7 +117,8 @@ def test_a_repeated_portrait_keeps_its_last_latent():
 
 
 def test_captions_tell_what_happens_when():
-    said = caption_of(make_clip(caption="A man sits."))
+    clip = make_clip(caption="A man sits.")
+    said = caption_of(clip.caption, clip.actions)
     assert said == "A man sits. From 0.5 to 1.0 seconds, the person nods."
 
 
@@ -133,7 +134,7 @@ def test_a_folder_becomes_a_set_that_trains(tmp_path):
     assert [(r.person, r.first_frame) for r in map(records.__getitem__, range(12))] == [
         (person, phase) for person in range(3) for phase in range(4)
     ]
-    assert records[0].text.shape == (len(caption_of(clips[0])) % 7, 3)
+    assert records[0].text.shape == (len(caption_of(clips[0].caption, clips[0].actions)) % 7, 3)
 
 
 @pytest.mark.parametrize("store_features", [False, True])

@@ -20,7 +20,9 @@ def prepare():
     return module.main
 
 
-@pytest.mark.parametrize("command", ["people", "portraits", "videos", "encode"])
+@pytest.mark.parametrize(
+    "command", ["people", "portraits", "videos", "encode", "utterances", "motion"]
+)
 def test_every_command_explains_itself(prepare, capsys, command):
     with pytest.raises(SystemExit) as stopped:
         prepare([command, "--help"])
@@ -46,6 +48,13 @@ def test_every_command_explains_itself(prepare, capsys, command):
         ("videos --src {src} --out {out} --filter .:a", "--filter .:a"),
         ("videos --src {src} --out {out} --filter os:name", "--filter os:name is not a function"),
         ("encode --data {src} --model m --out {src}", "--out {src} is what --data reads"),
+        ("utterances --out {out} --flite 0", "a synthesiser with more than 0 sentences"),
+        ("motion --utterances {src} --checkpoint m --out {src}", "is what --utterances reads"),
+        ("motion --utterances {src} --checkpoint m --out {out} --hours 0", "hours 0.0"),
+        (
+            "motion --utterances {src} --checkpoint jax_avatar/assets/small --out {out}",
+            "VAE of kind 'light', whose latents are pictures",
+        ),
         ("stats {long}", "File name too long"),
     ],
 )

@@ -18,6 +18,7 @@ loops = tests_in("training/run/test_loop_settings")
 rollouts = tests_in("training/test_rollout_settings")
 stage = tests_in("training/stages/test_stage_settings")
 vae = tests_in("training/stages/test_light_vae_settings")
+motion = tests_in("data/test_motion_set")
 
 ADAMW = loops("a_step_is_adamw_at_the_rate_of_its_number_and_its_average_follows")
 CHANCE = distill("nothing_that_is_drawn_shares_a_key")
@@ -259,5 +260,21 @@ SETTINGS = tuple(Mistake("setting", *row) for row in (
      "key, (count, 1, 1, 1, 1), minval=-amount",
      "key, (count, video.shape[1], 1, 1, 1), minval=-amount",
      vae("colours_are_changed_by_at_most_as_told_and_alike_in_a_clip")),
+    ("heads nod on every vowel", "data/talking_people/speaking.py",
+     "size = style.nod * stress * rng", "size = style.nod * (stress > -1) * rng",
+     motion("heads_nod_on_stressed_syllables_and_on_no_others")),
+    ("curves are a frame ahead of the sound", "data/talking_people/tracks.py",
+     "curves[lead - 3 : lead + config.frames]", "curves[lead - 2 : lead + config.frames + 1]",
+     motion("sound_phones_and_curves_agree_to_the_sample")),
+    ("held-out sentences are trained on", "data/talking_people/utterances.py",
+     "if is_held_out(text) == held_out:", "if True:",
+     motion("splits_share_neither_sentences_nor_held_out_voices")),
+    ("timed actions shrink with the head", "data/talking_people/speaking.py",
+     "act(rng, planned, time, units, pose, gaze)",
+     "act(rng, planned, time, units, pose * movement, gaze)",
+     motion("actions_happen_at_full_movement_and_are_told")),
+    ("the portrait of a track moves", "data/motion_set.py",
+     "reference=code.to_latent(np.zeros(", "reference=code.to_latent(np.ones(",
+     motion("a_set_trains_and_goes_on_where_it_stopped")),
 ))
 # fmt: on

@@ -21,6 +21,7 @@ from jax_avatar.data.talking_people.render import (
     rotation,
 )
 from jax_avatar.data.talking_people.speech import MOUTH_UNITS
+from jax_avatar.models.vae.rigid_head import BRIDGE
 from jax_avatar.portraits.framing import Framing
 
 LIDS = ("eyeBlinkLeft", "eyeBlinkRight")
@@ -43,6 +44,7 @@ SCALE = np.array(
 )
 """By which curves are divided, so that each is about as large as what it changes."""
 
+_MEAN_BRIDGE = 0.59  # decimetres, nearer than the camera is told; mean of a dozen people
 _FLIP = np.diag([1.0, -1.0, 1.0])  # the mesh's y points up, that of pictures down
 
 
@@ -63,6 +65,27 @@ def mirrored(curves: Float[np.ndarray, "... c"]) -> Float[np.ndarray, "... c"]:
     flipped = curves[..., index(*map(other, CURVES))].copy()
     flipped[..., index("yaw", "roll", "right", "gaze_right")] *= -1
     return flipped
+
+
+def head_curves(
+    pose: Float[np.ndarray, "T 6"], lever: Float[np.ndarray, " 3"], focal: float
+) -> Float[np.ndarray, "T 6"]:
+    """The values of `POSE` against a neutral portrait, without a person.
+
+    Args:
+        pose: yaw, pitch, roll in radians; shift right, up, near in decimetres.
+        lever: of a `Camera`, or the mean of many.
+        focal: the same.
+    """
+    unit = focal / (CAMERA_DISTANCE - _MEAN_BRIDGE)
+    turned = np.stack(
+        [_FLIP @ rotation(*angles) @ _FLIP @ lever for angles in pose[:, :3].tolist()]
+    )
+    right, down, near = (turned - lever + unit * pose[:, 3:] * (1, -1, 1)).T
+    growth = near / (focal - near)
+    nose = np.asarray(BRIDGE) - 0.5
+    place = (nose + np.stack([right, down], 1)) * (1 + growth[:, None]) - nose
+    return np.concatenate([pose[:, :3], place, growth[:, None]], 1).astype(np.float32)
 
 
 @functools.cache

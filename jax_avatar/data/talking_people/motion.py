@@ -1,6 +1,7 @@
 """Motion of a talking head besides its mouth: blinks, glances, sway and small timed actions."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -113,9 +114,16 @@ def _bump(time: np.ndarray, start: float, end: float, edge: float = 0.3) -> np.n
     return rise * rise * (3 - 2 * rise)
 
 
-def _plan_actions(
+def plan_actions(
     rng: np.random.Generator, duration_s: float, probability: float
 ) -> tuple[Action, ...]:
+    """Draws when which actions happen.
+
+    Args:
+        rng: source.
+        duration_s: of the clip.
+        probability: chance that there are one or two.
+    """
     if rng.random() >= probability:
         return ()
     count = int(rng.integers(1, 3))
@@ -127,6 +135,49 @@ def _plan_actions(
         start = rng.uniform(low, high - length)
         actions.append(Action(str(name), float(start), float(start + length), ACTIONS[str(name)]))
     return tuple(actions)
+
+
+def act(
+    rng: np.random.Generator,
+    actions: Sequence[Action],
+    time: Float[np.ndarray, " T"],
+    units: dict[str, np.ndarray],
+    pose: Float[np.ndarray, "T 6"],
+    gaze: Float[np.ndarray, "T 2"],
+) -> None:
+    """Adds timed actions to curves, in place.
+
+    Args:
+        rng: varies them.
+        actions: to add.
+        time: of the values, in seconds.
+        units: smile, cheeks and brows are among them.
+        pose: as of `Motion`.
+        gaze: as of `Motion`.
+    """
+    for action in actions:
+        lasting = _bump(time, action.start_s, action.end_s).astype(np.float32)
+        phase = 2 * np.pi * (time - action.start_s) * rng.uniform(1.6, 2.1)
+        sign = rng.choice([-1, 1])
+        match action.name:
+            case "smile":
+                for side in _PAIRED:
+                    units[f"mouthSmile{side}"] = units[f"mouthSmile{side}"] + 0.65 * lasting
+                    units[f"cheekSquint{side}"] = units[f"cheekSquint{side}"] + 0.4 * lasting
+            case "nod":
+                pose[:, 1] += 0.07 * lasting * (1 - np.cos(phase))
+            case "shake_head":
+                pose[:, 0] += 0.16 * lasting * np.sin(phase)
+                gaze[:, 0] -= 0.11 * lasting * np.sin(phase)
+            case "look_left" | "look_right":
+                way = -1 if action.name == "look_left" else 1
+                gaze[:, 0] += way * 0.38 * lasting
+                pose[:, 0] += way * 0.10 * lasting
+            case "raise_brows":
+                for name in ("browInnerUp", "browOuterUpLeft", "browOuterUpRight"):
+                    units[name] = units[name] + 0.9 * lasting
+            case "tilt_head":
+                pose[:, 2] += sign * 0.16 * lasting
 
 
 def make_motion(
@@ -156,30 +207,8 @@ def make_motion(
     pose = np.stack(angles + shifts, 1)
     gaze = glances(rng, num_frames, fps) - 0.7 * pose[:, :2]  # the eyes stay on the viewer
 
-    actions = _plan_actions(rng, duration_s, action_probability)
-    for action in actions:
-        lasting = _bump(time, action.start_s, action.end_s).astype(np.float32)
-        phase = 2 * np.pi * (time - action.start_s) * rng.uniform(1.6, 2.1)
-        sign = rng.choice([-1, 1])
-        match action.name:
-            case "smile":
-                for side in _PAIRED:
-                    units[f"mouthSmile{side}"] = units[f"mouthSmile{side}"] + 0.65 * lasting
-                    units[f"cheekSquint{side}"] = units[f"cheekSquint{side}"] + 0.4 * lasting
-            case "nod":
-                pose[:, 1] += 0.07 * lasting * (1 - np.cos(phase))
-            case "shake_head":
-                pose[:, 0] += 0.16 * lasting * np.sin(phase)
-                gaze[:, 0] -= 0.11 * lasting * np.sin(phase)
-            case "look_left" | "look_right":
-                way = -1 if action.name == "look_left" else 1
-                gaze[:, 0] += way * 0.38 * lasting
-                pose[:, 0] += way * 0.10 * lasting
-            case "raise_brows":
-                for name in ("browInnerUp", "browOuterUpLeft", "browOuterUpRight"):
-                    units[name] = units[name] + 0.9 * lasting
-            case "tilt_head":
-                pose[:, 2] += sign * 0.16 * lasting
+    actions = plan_actions(rng, duration_s, action_probability)
+    act(rng, actions, time, units, pose, gaze)
     return Motion(
         units={name: np.clip(curve, 0, 1).astype(np.float32) for name, curve in units.items()},
         pose=pose.astype(np.float32),

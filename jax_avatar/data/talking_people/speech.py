@@ -45,12 +45,14 @@ class Utterance:
         phones: what is said when; contiguous, from 0 s to the end of the wave.
         text: what is said.
         voice: who says it.
+        word_ends: in seconds, where the synthesiser tells them.
     """
 
     wave: np.ndarray  # samples
     phones: tuple[Phone, ...]
     text: str
     voice: str
+    word_ends: tuple[float, ...] = ()
 
     @property
     def duration_s(self) -> float:
@@ -165,7 +167,9 @@ def crop(utterance: Utterance, start_s: float, duration_s: float) -> Utterance:
         for name, start, end in phones
     ]
     kept = tuple(phone for phone in moved if phone.start_s < phone.end_s)
-    return dataclasses.replace(utterance, wave=samples, phones=kept)
+    words = [end - start_s for end in utterance.word_ends]
+    words = tuple(end for end in words if 0 < end < duration_s)
+    return dataclasses.replace(utterance, wave=samples, phones=kept, word_ends=words)
 
 
 def speak(rng: np.random.Generator, *, voices: Sequence[str] = TRAINING_VOICES) -> Utterance:
@@ -186,7 +190,10 @@ def _resample(utterance: Utterance, source_rate: int, factor: float) -> Utteranc
     phones = [Phone(p.name, p.start_s * stretch, p.end_s * stretch) for p in utterance.phones]
     # Flite rounds its times to milliseconds and may end a frame after its last phone.
     phones[-1] = phones[-1]._replace(end_s=len(samples) / SAMPLE_RATE)
-    return dataclasses.replace(utterance, wave=samples.astype(np.float32), phones=tuple(phones))
+    words = tuple(end * stretch for end in utterance.word_ends)
+    return dataclasses.replace(
+        utterance, wave=samples.astype(np.float32), phones=tuple(phones), word_ends=words
+    )
 
 
 # ---------------------------------------------------------------- phones -> mouth units
@@ -246,7 +253,7 @@ def mouth_units(
     fps: int | float,
     rng: np.random.Generator | None = None,
     *,
-    amplitude: float = 1.0,
+    amplitude: float | Float[np.ndarray, " p"] = 1.0,
 ) -> dict[str, Float[np.ndarray, " T"]]:
     """Curves of the face units that speech moves, at the times `i / fps`.
 
@@ -259,7 +266,8 @@ def mouth_units(
         duration_s: length of the curves.
         fps: video frames per second.
         rng: varies the size of single phones by some 8 %; None for none.
-        amplitude: factor on opening and rounding, for a lively or a mumbling speaker.
+        amplitude: factor on opening and rounding, for a lively or a mumbling speaker; one for all
+            phones or one for each.
 
     Returns:
         A float32 curve of `round(duration_s * fps)` values in [0, 1] for each of `MOUTH_UNITS`.
@@ -270,7 +278,8 @@ def mouth_units(
     times = np.arange(length) / _GRID_HZ
 
     held = np.zeros((length, len(_SHAPES)))
-    for name, start, end in phones:
+    sizes = np.broadcast_to(amplitude, len(phones))
+    for (name, start, end), amplitude in zip(phones, sizes, strict=True):
         size = amplitude * (1.0 if rng is None else np.clip(rng.normal(1, 0.08), 0.8, 1.2))
         first, last = round(start * _GRID_HZ), round(end * _GRID_HZ)
         visemes = _GLIDES.get(name) or (_LOOKS_LIKE.get(name, "ah"),)
@@ -312,6 +321,16 @@ def _close_lips(curves, times, phones, index):
 def is_lip_closure(name: str) -> bool:
     """True if the lips close in this phone: m, b, p."""
     return _LOOKS_LIKE.get(_bare(name)) == "m"
+
+
+def is_vowel(name: str) -> bool:
+    """True for vowels, diphthongs among them."""
+    return _bare(name)[0] in "aeiou" and _bare(name) not in ("el", "em", "en")
+
+
+def is_silence(name: str) -> bool:
+    """True for a pause."""
+    return _LOOKS_LIKE.get(_bare(name)) == "silence"
 
 
 def _bare(name: str) -> str:
