@@ -39,6 +39,7 @@ from jax_avatar.evaluation.moved_portrait_scores import (
 from jax_avatar.models.network import Network
 from jax_avatar.models.vae.anchored import AnchoredVAE, AnchoredVAEConfig
 from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
+from jax_avatar.pixels import from_uint8, to_uint8
 from jax_avatar.training.stages.anchored_vae import HELD_OUT_SEED
 from jax_avatar.weights.files import load_weights
 from launch import cli
@@ -72,14 +73,6 @@ def load(folder: str, network: type, config: type) -> Network:
     return made.with_params(jax.device_put(params))
 
 
-def floats(frames: np.ndarray) -> jax.Array:
-    return jnp.asarray(frames, jnp.float32) / 127.5 - 1
-
-
-def pixels(frames: jax.Array) -> np.ndarray:
-    return np.round((np.asarray(frames).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
-
-
 def anchored(network: Network) -> tuple[Decode, Decode]:
     """Decoding of the true motion, and of what the encoder reads; one latent at a time."""
     config = network.config
@@ -102,16 +95,16 @@ def anchored(network: Network) -> tuple[Decode, Decode]:
         return network.bind(params).encode(video)
 
     def shown(clip: MovedPortrait, latents: jax.Array) -> np.ndarray:
-        ready = prepare(network.params, floats(clip.portrait[None]))
+        ready = prepare(network.params, from_uint8(clip.portrait[None]))
         parts = [decode(network.params, ready, z[None, None]) for z in latents[0]]
-        return np.concatenate([pixels(part[0]) for part in parts])
+        return np.concatenate([to_uint8(np.asarray(part[0])) for part in parts])
 
     def motion(clip: MovedPortrait) -> np.ndarray:
         return shown(clip, code(network.params, jnp.asarray(clip.motion[::WINDOW])))
 
     def encoded(clip: MovedPortrait) -> np.ndarray:
         small = resized(np.concatenate([clip.portrait[None], clip.frames]), 128)
-        return shown(clip, encode(network.params, floats(small[None]))[:, 1:])
+        return shown(clip, encode(network.params, from_uint8(small[None]))[:, 1:])
 
     return motion, encoded
 
@@ -125,7 +118,8 @@ def light(network: Network) -> Decode:
     def through(clip: MovedPortrait) -> np.ndarray:
         small = resized(np.concatenate([clip.portrait[None], clip.frames]), _LIGHT_SIDE)
         return resized(
-            pixels(run(network.params, floats(small[None]))[0, 1:]), clip.frames.shape[1]
+            to_uint8(np.asarray(run(network.params, from_uint8(small[None]))[0, 1:])),
+            clip.frames.shape[1],
         )
 
     return through

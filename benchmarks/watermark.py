@@ -18,6 +18,7 @@ import numpy as np
 from jax_avatar.io.fragments import FragmentWriter
 from jax_avatar.io.video import read_video
 from jax_avatar.io.watermark import detect, mark
+from jax_avatar.pixels import psnr
 from launch import cli
 
 
@@ -71,7 +72,7 @@ def measure(path: str) -> dict:
         "unmarked": unmarked,
     }
     return {"clip": Path(path).name, "size": plain.shape[1:3]} | {
-        "psnr_db": round(10 * np.log10(255**2 / error), 1),
+        "psnr_db": round(float(psnr(error)), 1),
         "bytes_ratio": round(size / size_before, 2),
         "mark_ms": round(mark_s * 1e3, 3),
         "encode_ms": round(encode_s * 1e3, 3),

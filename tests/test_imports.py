@@ -11,7 +11,7 @@ import pytest
 import jax_avatar
 
 ROOT = Path(__file__).parents[1]
-# What a part may import of the project; everything may import itself, shapes and layout.
+# What a part may import of the project; everything may import itself, shapes, layout and pixels.
 MAY_IMPORT = {
     "models": set(),
     "diffusion": set(),
@@ -51,7 +51,7 @@ def test_parts_import_only_what_lies_below(part):
         for name in imported(path):
             if name.startswith("jax_avatar."):
                 target = name.split(".")[1]
-                allowed = MAY_IMPORT[part] | {part, "shapes", "layout"}
+                allowed = MAY_IMPORT[part] | {part, "shapes", "layout", "pixels"}
                 assert target in allowed, f"{path}: {part} must not import {name}"
 
 

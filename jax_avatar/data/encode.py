@@ -26,6 +26,7 @@ from jax_avatar.data.encoded import (
 from jax_avatar.data.latents import StoredClips
 from jax_avatar.data.records import SPLITS, ClipRecord, read_clips, read_manifest
 from jax_avatar.data.shards import write_records
+from jax_avatar.pixels import from_uint8
 from jax_avatar.weights.encoders import Encoders
 from jax_avatar.weights.files import save_weights
 
@@ -209,8 +210,10 @@ def encode_clip(
         # Heard from the start, as in a stream, whatever frame the record begins with.
         features = encoders.features(clip.wave, len(clip.frames))[shown]
     return EncodedClip(
-        latent=np.asarray(encoders.video(_pixels(clip.frames[shown])))[0],
-        reference=np.stack([np.asarray(encoders.video(_pixels(s)))[0, -1] for s in stills]),
+        latent=np.asarray(encoders.video(from_uint8(clip.frames[shown][None])))[0],
+        reference=np.stack(
+            [np.asarray(encoders.video(from_uint8(s[None])))[0, -1] for s in stills]
+        ),
         wave=clip.wave,
         text=np.asarray(encoders.text(caption)) if encoders.text else None,
         features=features,
@@ -290,7 +293,3 @@ def _portraits(clip: ClipRecord, shown: slice) -> tuple[list[np.ndarray], tuple[
     edges = np.linspace(0, count, _CANDIDATES + 1).astype(int)
     places = tuple(int(rng.integers(a, max(a + 1, b))) for a, b in itertools.pairwise(edges))
     return [clip.frames[shown.start + place] for place in places], places
-
-
-def _pixels(frames: np.ndarray) -> np.ndarray:
-    return frames[None].astype(np.float32) / 127.5 - 1

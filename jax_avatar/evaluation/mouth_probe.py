@@ -16,6 +16,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Shaped
 
+from jax_avatar.pixels import from_uint8
+
 __all__ = ["MouthProbe", "mouth_crops"]
 
 _SIDE = 32  # pixels that the network sees
@@ -114,7 +116,7 @@ def mouth_crops(
     index = np.arange(len(frames))[:, None, None]
     crops = frames[index, rows[:, :, None], columns[:, None, :]]
     if crops.dtype == np.uint8:
-        return crops.astype(np.float32) / 127.5 - 1
+        return from_uint8(crops)
     return crops.astype(np.float32)
 
 

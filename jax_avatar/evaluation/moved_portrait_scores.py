@@ -14,6 +14,7 @@ from jax_avatar.data.talking_people.head_motion import LIDS, SCALE, index
 from jax_avatar.data.talking_people.moved_portraits import WINDOW, MovedPortrait
 from jax_avatar.evaluation.mouth_probe import MouthProbe
 from jax_avatar.evaluation.scores import interval
+from jax_avatar.pixels import frame_psnr
 
 __all__ = ["PROBE_SIDE", "blinks", "clip_scores", "fit_probes", "means", "resized"]
 
@@ -49,17 +50,17 @@ def clip_scores(
     error = ((frames.astype(np.float32) - truth.frames) ** 2).mean(-1)
     still = ((truth.portrait.astype(np.float32) - truth.frames) ** 2).mean(-1)
     row = dict(
-        psnr=_psnr(error).mean(),
-        face_psnr=_psnr(error, face).mean(),
-        above_still=(_psnr(error) - _psnr(still)).mean(),
+        psnr=frame_psnr(error).mean(),
+        face_psnr=frame_psnr(error, face).mean(),
+        above_still=(frame_psnr(error) - frame_psnr(still)).mean(),
         sharp=_sharpness(frames, truth.frames, np.ones_like(face)),
         face_sharp=_sharpness(frames, truth.frames, face),
     )
     closed = blinks(truth)
     if (is_closed := closed > _CLOSED).any():
-        row["closed_lid"] = _psnr(error, eyes)[is_closed].mean()
+        row["closed_lid"] = frame_psnr(error, eyes)[is_closed].mean()
     if (is_wide := truth.lip_gap > _WIDE).any():
-        row["wide_mouth"] = _psnr(error, mouth)[is_wide].mean()
+        row["wide_mouth"] = frame_psnr(error, mouth)[is_wide].mean()
     small, boxes = resized(frames, PROBE_SIDE), truth.boxes * PROBE_SIDE
     gap = lips.predict(small, boxes[:, 0])
     row["lip_r"], row["lip_amplitude"] = _agreement(gap, truth.lip_gap)
@@ -120,13 +121,6 @@ def _inside(boxes: Float[np.ndarray, "T 3 4"], side: int, margin: float = 0.02) 
     x = (at > left - margin) & (at < right + margin)
     y = (at > top - margin) & (at < bottom + margin)
     return (y[..., :, None] & x[..., None, :]).astype(np.float32)
-
-
-def _psnr(error: Float[np.ndarray, "T H W"], where: np.ndarray | None = None) -> np.ndarray:
-    """Of each frame, from squared errors."""
-    where = np.ones_like(error) if where is None else where
-    mean = (error * where).sum((1, 2)) / where.sum((1, 2))
-    return 10 * np.log10(255**2 / np.maximum(mean, 1e-2))
 
 
 def _sharpness(frames: _Frames, truth: _Frames, where: Float[np.ndarray, "T H W"]) -> float:

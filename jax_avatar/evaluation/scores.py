@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
@@ -18,6 +17,7 @@ from jax_avatar.data.records import ClipRecord
 from jax_avatar.evaluation.mouth_probe import MouthProbe
 from jax_avatar.models.network import Network
 from jax_avatar.models.vae.light import LightVAE
+from jax_avatar.pixels import from_uint8, psnr, to_uint8
 
 __all__ = [
     "Measures",
@@ -128,8 +128,7 @@ def reconstruct(vae: LightVAE, frames: Frames) -> Frames:
     @jax.jit
     def again(network, video):
         vae = network.bind()
-        decoded = vae.decode(vae.encode(video.astype(jnp.float32) / 127.5 - 1))
-        return jnp.round((jnp.clip(decoded, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+        return to_uint8(vae.decode(vae.encode(from_uint8(video))))
 
     return np.concatenate([np.asarray(again(network, clip[None])) for clip in frames])
 
@@ -198,13 +197,13 @@ def summarise(measures: Measures) -> dict[str, float]:
         `lip_lag_frames`: shift at which the mean correlation is highest, positive if the picture
         is late; `lip_r_best`: there; `lip_amplitude`: deviation of the opening over the truth's.
     """
-    psnr = 10 * np.log10(255**2 / np.maximum(measures.error, _SMALL))
+    clip_psnr = psnr(measures.error)
     # Every fourth change crosses a border; which one depends on the first frame.
     phases = measures.change[:, 0].mean(0)
     change, flicker = measures.change.mean((0, 2)), measures.flicker.mean(0)
     scores = {
-        "psnr": psnr[:, 0].mean(),
-        "psnr_above_still": (psnr[:, 0] - psnr[:, 1]).mean(),
+        "psnr": clip_psnr[:, 0].mean(),
+        "psnr_above_still": (clip_psnr[:, 0] - clip_psnr[:, 1]).mean(),
         "motion": change[0] / max(change[1], _SMALL),
         "flicker": flicker[0] / max(flicker[1], _SMALL),
         "latent_jump": phases.max() / max(np.sort(phases)[:3].mean(), _SMALL),

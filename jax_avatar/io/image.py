@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jax_avatar.pixels import from_uint8
 from jax_avatar.shapes import Float
 
 __all__ = ["decode_image", "fit_size", "load_image", "prepare_reference", "resized_size"]
@@ -172,7 +173,7 @@ def prepare_reference(
     top, left = (_margin(have, want) for have, want in zip(size, (height, width), strict=True))
     # A crop that reaches beyond the image is filled with black.
     cropped = resized.crop((left, top, left + width, top + height))
-    return (np.asarray(cropped, np.float32) / 127.5 - 1)[None, None]
+    return from_uint8(np.asarray(cropped))[None, None]
 
 
 def _margin(have: int, want: int) -> int:

@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 
 from jax_avatar.models.sharding import batch_sharding, put_on
+from jax_avatar.pixels import from_uint8
 from jax_avatar.shapes import Array, AudioFeatures, Latent, PyTree
 from jax_avatar.streaming.decode import Decoder
 from jax_avatar.streaming.features import DROPPED_FRAMES
@@ -77,7 +78,7 @@ class BatchStream:
         silence = DROPPED_FRAMES * model.speech.config.samples_per_frame
         padded = np.pad(np.asarray(waves, np.float32), ((0, 0), (silence, 0)))[:, None]
         features = self._features(self._speech_params, self._put(padded), total)
-        video = self._put(portraits.astype(np.float32)[:, None] / 127.5 - 1)
+        video = self._put(from_uint8(portraits)[:, None])
         still, _ = self._encode(self._decoder.params, video)
         self._decoder.start(still[:, : model.settings.warmup_latents])
         parts = []

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 
 from jax_avatar.models.network import Network
 from jax_avatar.models.sharding import put_on
+from jax_avatar.pixels import to_uint8
 from jax_avatar.shapes import Array, Latent
 from jax_avatar.weights.folder import AvatarModel
 
@@ -39,8 +40,7 @@ def make_decode(vae: Network) -> tuple[Callable, Callable]:
         def decode(params, *arguments):
             video, state = getattr(bare.bind(params), method)(*arguments)
             video = video.astype(jnp.float32)
-            pixels = jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5)
-            return pixels.astype(jnp.uint8), jnp.isfinite(video).all(), state
+            return to_uint8(video), jnp.isfinite(video).all(), state
 
         return decode
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.evaluation.mouth_probe import MouthProbe, mouth_crops
+from jax_avatar.pixels import from_uint8
 
 
 def faces(count, seed):
@@ -29,7 +30,7 @@ def test_opening_is_read_from_unseen_faces(probe):
     frames, boxes, gap = faces(200, 1)
     read = probe.predict(frames, boxes)
     assert np.corrcoef(read, gap)[0, 1] > 0.95
-    as_floats = probe.predict(frames.astype(np.float32) / 127.5 - 1, boxes)
+    as_floats = probe.predict(from_uint8(frames), boxes)
     np.testing.assert_allclose(as_floats, read, atol=1e-3)
 
 

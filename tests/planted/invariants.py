@@ -297,7 +297,7 @@ INVARIANTS = (
             "outside = (1 - level) / 2", "outside = 0.025",
             scores("the_interval_of_a_mean_is_that_of_its_normal_distribution")),
     Mistake(13, "PSNR is above that of the truth", "evaluation/scores.py",
-            "(psnr[:, 0] - psnr[:, 1])", "psnr[:, 0]",
+            "(clip_psnr[:, 0] - clip_psnr[:, 1])", "clip_psnr[:, 0]",
             scores("the_still_portrait_is_what_others_are_above")),
     Mistake(13, "clips that move too much set no alarm", "training/run/monitors.py",
             '("motion", "above", 1.25,', '("motion", "above", 125,',

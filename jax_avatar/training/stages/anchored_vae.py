@@ -26,6 +26,7 @@ from jax_avatar.data.talking_people.moved_portraits import (
 from jax_avatar.models.network import Network
 from jax_avatar.models.vae.anchored import FLOW, GROUP, SIDE, AnchoredVAE, AnchoredVAEConfig
 from jax_avatar.models.vae.warp import shrunk
+from jax_avatar.pixels import frame_psnr, from_uint8
 from jax_avatar.shapes import Scalar
 from jax_avatar.training.run.evaluation import AverageEvaluation
 from jax_avatar.training.run.step import LoopConfig
@@ -198,7 +199,7 @@ class AnchoredTask(LossTask):
             count = len(picture)
             truth = person.frames[:count]
             weight = self._importance(jnp.asarray(person.boxes[:count]), truth.shape[1])
-            inside = np.asarray(weight) > 1
+            inside = np.asarray(weight)[..., 0] > 1
             found["psnr"].append(_psnr(np.asarray(picture), truth))
             found["face_psnr"].append(_psnr(np.asarray(picture), truth, inside))
             found["still_psnr"].append(_psnr(person.portrait[None], truth))
@@ -235,7 +236,7 @@ class AnchoredTask(LossTask):
         """Frames of one portrait from its true motion, uint8 values as floats."""
         vae = self.network.bind(params)
         latent = vae.basis.to_latent(windows).reshape(1, -1, *self.model.latent_shape)
-        ready = vae.prepare(portrait[None].astype(jnp.float32) / 127.5 - 1)
+        ready = vae.prepare(from_uint8(portrait[None]))
         picture, _ = vae.decode_next(ready, latent)
         return jnp.clip((picture[0] + 1) * 127.5, 0, 255)
 
@@ -341,7 +342,5 @@ def _cross_entropy(share: Array, truth: Array) -> Array:
 
 
 def _psnr(x: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None) -> float:
-    error = (x.astype(np.float32) - truth) ** 2
-    where = np.ones((len(error), *error.shape[1:3], 1)) if where is None else where
-    mean = (error * where).sum((1, 2, 3)) / (3 * where.sum((1, 2, 3)))
-    return float(np.mean(10 * np.log10(255**2 / np.maximum(mean, 1e-2))))
+    error = ((x.astype(np.float32) - truth) ** 2).mean(-1)
+    return float(frame_psnr(error, where).mean())

@@ -26,6 +26,7 @@ from jax_avatar.models.vae.light import (
     principal_components,
     with_patch_basis,
 )
+from jax_avatar.pixels import from_uint8, psnr, to_uint8
 from jax_avatar.shapes import Latent, Scalar, Video
 from jax_avatar.training.run.evaluation import AverageEvaluation
 from jax_avatar.training.run.step import LoopConfig
@@ -194,7 +195,7 @@ class VAETask(LossTask):
         sample = [self._window(rng, cropped=False) for _ in range(_BASIS_WINDOWS)]
         video, box = (np.stack(part) for part in zip(*sample, strict=True))
         weight = mouth_weight(box, *video.shape[2:4], self.settings.basis_mouth_weight)
-        return principal_components(video.astype(np.float32) / 127.5 - 1, weight, self.model.z_dim)
+        return principal_components(from_uint8(video), weight, self.model.z_dim)
 
     def batches(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step: uint8 frames and the weight of every pixel."""
@@ -216,7 +217,7 @@ class VAETask(LossTask):
         """Weighted error of the reconstruction from noisy latents, and its parts."""
         settings = self.settings
         jitter_key, level_key, noise_key = jax.random.split(key, 3)
-        video = batch["video"].astype(jnp.float32) / 127.5 - 1.0
+        video = from_uint8(batch["video"])
         video = _jitter(jitter_key, video, settings.colour_jitter)
         model = self.network.bind(self.model_params(params))
         latent = model.encode(video)
@@ -269,11 +270,8 @@ class VAETask(LossTask):
     ) -> UInt8[np.ndarray, "b T H W 3"]:
         """Encodes and decodes clips of `1 + 4k` frames, one at a time."""
         params = self.model_params(params)
-        parts = [
-            self._reconstruct(params, clip[None].astype(np.float32) / 127.5 - 1.0) for clip in video
-        ]
-        decoded = np.concatenate([np.asarray(part) for part in parts])
-        return np.clip(np.round((decoded + 1.0) * 127.5), 0, 255).astype(np.uint8)
+        parts = [self._reconstruct(params, from_uint8(clip[None])) for clip in video]
+        return to_uint8(np.concatenate([np.asarray(part) for part in parts]))
 
     def export(self, params: dict[str, Any], folder: str | Path, metadata: dict) -> None:
         """Writes `vae.safetensors` in half precision, with scores among the metadata.
@@ -286,8 +284,9 @@ class VAETask(LossTask):
             rng = np.random.default_rng([self.seed, 3])
             video = np.stack([self._window(rng, cropped=False)[0] for _ in range(64)])
             encode = jax.jit(lambda params, video: self.network.bind(params).encode(video))
-            video = video / np.float32(127.5) - 1
-            latent = np.concatenate([np.asarray(encode(weights, clip[None])) for clip in video])
+            latent = np.concatenate(
+                [np.asarray(encode(weights, clip[None])) for clip in from_uint8(video)]
+            )
             old_mean, old_std = np.asarray(config.latent_mean), np.asarray(config.latent_std)
             mean, std = latent_statistics(latent * old_std + old_mean)
             config = replace(config, latent_mean=mean, latent_std=std)
@@ -336,8 +335,8 @@ def reconstruction_scores(
     inside = mouth_weight(mouth_box, *video.shape[2:4], 2.0, margin=0.0) - 1.0
     mouth = (square * inside).sum() / max(inside.sum(), 1.0)
     return {
-        "psnr": float(10 * np.log10(255.0**2 / max(square.mean(), 1e-9))),
-        "mouth_psnr": float(10 * np.log10(255.0**2 / max(mouth, 1e-9))),
+        "psnr": float(psnr(square.mean())),
+        "mouth_psnr": float(psnr(mouth)),
     }
 
 

@@ -126,7 +126,7 @@ def test_scores_tell_the_mouth_from_the_rest(windows):
     worse = np.where(inside[..., None], video, np.clip(video.astype(int) + 20, 0, 255))
     scores = reconstruction_scores(video, worse.astype(np.uint8), box)
     assert scores["psnr"] < 24
-    assert scores["mouth_psnr"] > 80
+    assert scores["mouth_psnr"] > 60
 
 
 def test_settings_are_checked(windows):
