@@ -1,4 +1,8 @@
-"""Safetensors files as lazy mappings: names and shapes at once, arrays on access."""
+"""Safetensors files as lazy mappings: names and shapes at once, arrays on access.
+
+Not `safetensors.safe_open`, which cannot read float8 tensors as NumPy arrays: versions 0.5.0 and
+0.8.0 raise `AttributeError: module 'numpy' has no attribute 'float8_e4m3fn'`.
+"""
 
 import itertools
 import json
