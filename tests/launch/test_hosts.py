@@ -80,7 +80,8 @@ def start(*arguments):
 def start_command(command):
     """A process of its own, without the devices and settings of this one."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
-    kept |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    kept |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    kept |= {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=kept, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.planning.test_stream import NANO
+from tests.launch.one_process import refusals
+from tests.planning.test_stream import NANO_FOLDER
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,16 +17,19 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "nano.py"
-    plain = NANO | {"dit": {k: v for k, v in NANO["dit"].items() if "dtype" not in k}}
+    plain = NANO_FOLDER | {"dit": {k: v for k, v in NANO_FOLDER["dit"].items() if "dtype" not in k}}
     lines = ["from ml_collections import ConfigDict", "", "def get_config():"]
     path.write_text("\n".join([*lines, f"    return ConfigDict({plain!r})", ""]))
     return path
 
 
+def environment():
+    return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+
+
 def run(*flags):
-    kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, str(ROOT / "launch" / "plan.py"), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, env=kept, timeout=500)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500)
 
 
 def test_a_tiny_stream_is_planned(config):
@@ -50,15 +54,12 @@ def test_a_table_says_where_numbers_are_from(config):
     assert "nothing is published about this hardware" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--mesh=7"], "--mesh 7: 4 timesteps"),
-        (["--task=dmd", "--mesh=4by2"], "training mesh '4by2': expected DATAxMODEL"),
-        (["--size=384:704"], "--size 384:704: expected HEIGHT*WIDTH"),
-    ],
-)
-def test_what_cannot_be_planned_is_one_clear_error(flags, message):
-    result = run(*flags)
-    assert result.returncode == 2 and not result.stdout
-    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+def test_what_cannot_be_planned_is_one_clear_error():
+    cases = {
+        ("--mesh=7",): "--mesh 7: 4 timesteps",
+        ("--task=dmd", "--mesh=4by2"): "training mesh '4by2': expected DATAxMODEL",
+        ("--size=384:704",): "--size 384:704: expected HEIGHT*WIDTH",
+    }
+    answers = refusals("launch.plan", list(cases), environment())
+    for (code, said), message in zip(answers, cases.values(), strict=True):
+        assert code == 2 and message in said.splitlines()[-1]

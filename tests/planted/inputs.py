@@ -117,7 +117,7 @@ INPUTS = tuple(Mistake("input", *row) for row in (
      streams("blocks_that_follow_one_another_are_not_spread_over_slices")),
     ("--force_sampler is not heard", "launch/stream.py",
      'changes["force_sampler"] = FLAGS.force_sampler', 'changes["force_sampler"] = False',
-     commands("wrong_flags_get_one_clear_line")),
+     commands("what_makes_no_video_is_refused_with_one_clear_line")),
     ("a stream unlike the training passes", "weights/folder.py",
      "if not force_sampler:", "if False:", UNLIKE),
     ("a stream unlike the training cannot be forced", "weights/folder.py",
