@@ -12,10 +12,12 @@ from flax import nnx
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.network import Network
+from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
+from jax_avatar.shapes import PyTree
+from jax_avatar.weights.checkpoint_writer import ResumableCheckpointWriter
 from jax_avatar.weights.files import save_json, save_weights
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "make_network",
     "save_model",
     "save_networks",
+    "save_orbax",
 ]
 
 NANO = DiTConfig(
@@ -164,3 +167,23 @@ def save_networks(
     folder = Path(folder)
     save_json(folder / "config.json", {"name": name, **kinds, "stream": stream})
     return folder
+
+
+def save_orbax(
+    folder: str | Path,
+    params: PyTree,
+    config: dict[str, Any],
+    metadata: dict[str, Any] | None = None,
+) -> None:
+    """Writes a network's weights to an Orbax folder, as a conversion does.
+
+    Args:
+        folder: where to.
+        params: of the network.
+        config: fields of its config.
+        metadata: of the checkpoint.
+    """
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    writer = ResumableCheckpointWriter(folder, leaves, config, metadata or {})
+    writer.write("all", {(path, ()): leaf for path, leaf in leaves.items()})
+    writer.finish()

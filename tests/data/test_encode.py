@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.data import encode as encoding
 from jax_avatar.data.encode import (
     EncodeConfig,
@@ -17,7 +18,6 @@ from jax_avatar.data.records import ClipRecord, finish_manifest, start_manifest,
 from jax_avatar.data.windows import Windows
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
 from jax_avatar.weights.encoders import Encoders
-from tests import nano
 
 CONFIG = EncodeConfig(clips_per_shard=2)
 
@@ -99,7 +99,7 @@ def test_without_known_lips_there_is_nothing_to_probe():
     video_clip = make_clip(lip_gap=None, mouth_box=None, style="video")
     clips = encode_clips([video_clip], dataclasses.replace(ENCODERS, text=None))
     assert not clips.has_lips and not clips.moving(0)["mouth"].any()
-    model = nano.CONFIG.replace(framepack=False, latent_channels=3)
+    model = testing.NANO.replace(framepack=False, latent_channels=3)
     with pytest.raises(ValueError, match=r"mouth_probe_weight=0\.1 needs clips whose lips"):
         ForcingTask(model, ForcingConfig(latents=3, mouth_probe_weight=0.1), clips)
 

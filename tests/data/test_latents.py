@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.data.encoded import describe
 from jax_avatar.data.latents import StoredClips, load_encoded, random_clips
 from jax_avatar.data.windows import Windows, check_fit
-from tests import nano
 from tests.data.test_encoded import BF16, make_clip, write_set
 
-MODEL = nano.CONFIG.replace(framepack=False, text_width=3, text_len=6)
+MODEL = testing.NANO.replace(framepack=False, text_width=3, text_len=6)
 LATENTS = 3
 
 

@@ -13,10 +13,10 @@ from jax_avatar.layout import make_training_mesh, parse_layout
 from jax_avatar.models import sharding
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.testing import save_model
 from jax_avatar.training.run.placement import place_state
 from jax_avatar.weights.folder import load_model
 from tests.evaluation.test_scores import BrightnessProbe
-from tests.nano import save_model
 
 
 @pytest.fixture(scope="module")

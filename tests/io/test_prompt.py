@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.io.prompt import Tokenizer, clean_prompt
-from tests.nano import PROMPTS, save_tokenizer
+from tests.prompts import PROMPTS, save_tokenizer
 
 
 @pytest.fixture(scope="module", params=["json", "sentencepiece"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nano import save_model
+from jax_avatar.testing import save_model
 
 WORKER = Path(__file__).parents[2] / "launch" / "livekit_worker.py"
 

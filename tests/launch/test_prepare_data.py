@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.data.latents import load_encoded
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
-from tests import nano
 from tests.data.test_encode import make_clip, write_data
+from tests.prompts import save_text_encoder
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "prepare_data.py"
 
@@ -81,7 +82,7 @@ def test_an_interrupt_is_one_line(prepare, tmp_path, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def encoded(prepare, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded")
-    nano.save_text_encoder(nano.save_model(folder / "model"))
+    save_text_encoder(testing.save_model(folder / "model"))
     write_data(folder / "raw", [make_clip(i, length=14) for i in range(2)])
     command = ["encode", "--data", str(folder / "raw"), "--model", str(folder / "model")]
     command += ["--out", str(folder / "set"), "--phases", "2", "--negative_prompt", "café"]
@@ -91,7 +92,7 @@ def encoded(prepare, tmp_path_factory):
 
 def test_encoded_clips_train_the_model_whose_encoders_made_them(encoded):
     clips = load_encoded(encoded[0] / "set", "train")
-    model = nano.CONFIG.replace(framepack=False)
+    model = testing.NANO.replace(framepack=False)
     task = ForcingTask(model, ForcingConfig(batch_size=4, latents=3), clips)
     batch = task.batches(0)
     assert batch["latent"].shape == (4, 3, 4, 4, 4)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from websockets.exceptions import ConnectionClosed
 
+from jax_avatar.testing import save_model
 from tests.live.helpers import voice
-from tests.nano import save_model
 from tests.serving.client import Client
 from tests.serving.test_server import free_port
 

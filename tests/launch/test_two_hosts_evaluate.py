@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.data.records import finish_manifest, start_manifest, write_shard
 from jax_avatar.data.toy import toy_clips
 from jax_avatar.io.video import read_video
@@ -15,7 +16,6 @@ from jax_avatar.models.network import flatten
 from jax_avatar.weights.files import load_weights
 from jax_avatar.weights.folder import load_model, load_settings
 from launch import prepare_data
-from tests import nano
 from tests.launch.test_hosts import finish, free_port, start_command
 
 TRAIN = """
@@ -49,7 +49,7 @@ def preset(tmp_path_factory):
     """Arguments of the shrunk preset, on a folder as a converted Wan-S2V has it."""
     folder = tmp_path_factory.mktemp("paper")
     model, data, latents = (str(folder / name) for name in ("model", "data", "latents"))
-    nano.save_model(
+    testing.save_model(
         folder / "model", speech="wav2vec2", framepack=True, audio_window="whole",
         motion="still", pose="zeros", size=None, max_area=64 * 64,
     )  # fmt: skip
@@ -59,8 +59,8 @@ def preset(tmp_path_factory):
     encode = ["encode", "--data", data, "--model", model, "--out", latents]
     assert prepare_data.main(encode) in (0, None)
     size = {
-        field.name: getattr(nano.CONFIG, field.name)
-        for field in dataclasses.fields(nano.CONFIG)
+        field.name: getattr(testing.NANO, field.name)
+        for field in dataclasses.fields(testing.NANO)
         if "dtype" not in field.name
     }
     size |= {"framepack": False, "dtype": "float32", "param_dtype": "float32"}

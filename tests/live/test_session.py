@@ -10,6 +10,7 @@ from jax_avatar.live.clock import Clock
 from jax_avatar.live.session import LiveSession, LiveSettings
 from jax_avatar.live.turn import State
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.testing import save_model
 from jax_avatar.weights.folder import load_model
 from tests.live.helpers import (
     FPS,
@@ -25,7 +26,6 @@ from tests.live.helpers import (
     voice,
     watch,
 )  # fmt: skip
-from tests.nano import save_model
 
 
 @pytest.fixture(scope="module")

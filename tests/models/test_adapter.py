@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import add_adapter, init_adapter, with_adapter
 from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.models.sharding import param_specs
-from tests import nano
 
 SCALING, RANK = 0.5, 2
-PLAIN = nano.CONFIG.replace(framepack=False)  # two layers, so that stacks are stacks
+PLAIN = testing.NANO.replace(framepack=False)  # two layers, so that stacks are stacks
 ADAPTED = PLAIN.replace(adapter_rank=RANK, adapter_scaling=SCALING)
 slow = pytest.mark.slow
 FORMS = [
@@ -34,7 +34,7 @@ def adapter(fresh=False):
 
 
 def plain_params():
-    return nano.make_network(PLAIN).params
+    return testing.make_network(PLAIN).params
 
 
 @functools.cache
@@ -44,8 +44,8 @@ def structure(config):
 
 @functools.cache
 def given():
-    told, noisy = nano.make_conditions(PLAIN), nano.make_latents(6, PLAIN)
-    return told, noisy, np.concatenate([*nano.make_audio(2, PLAIN)], axis=2)
+    told, noisy = testing.make_conditions(PLAIN), testing.make_latents(6, PLAIN)
+    return told, noisy, np.concatenate([*testing.make_audio(2, PLAIN)], axis=2)
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def network(form, config, params):
     sink, position = dit.prefill(told), block_position(config, 0, 16)
     told = told.with_audio(audio)
     if form == "stream_block":
-        cache = empty_cache(config, b, *nano.GRID)
+        cache = empty_cache(config, b, *testing.GRID)
         return dit.stream_block(noisy, timestep, told, cache, sink, position)[0]
     past = jnp.zeros((b, 0, config.num_heads, config.head_dim), config.dtype)
     return dit.block_after(noisy, timestep, told, lambda layer: (past, past), sink, position)[0]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jax_avatar.models.conditions import Conditions, still_pose
-from tests.nano import CONFIG, GRID
+from jax_avatar.testing import GRID, NANO
 
-PORTRAIT = np.ones((2, 1, *GRID, CONFIG.latent_channels), np.float32)
+PORTRAIT = np.ones((2, 1, *GRID, NANO.latent_channels), np.float32)
 
 
 @pytest.mark.parametrize("arrays", [np, jnp], ids=["numpy", "jax"])
@@ -23,10 +23,10 @@ def test_the_pose_is_the_portrait_or_zeros_of_its_own_channels(arrays):
 
 
 def test_conditions_of_a_portrait_have_a_prompt_of_zeros_unless_given():
-    made = Conditions.of_portrait(CONFIG, PORTRAIT, pose="zeros", motion=PORTRAIT)
-    assert made.text.shape == (2, 1, CONFIG.text_width) and not made.text.any()
+    made = Conditions.of_portrait(NANO, PORTRAIT, pose="zeros", motion=PORTRAIT)
+    assert made.text.shape == (2, 1, NANO.text_width) and not made.text.any()
     assert made.motion is PORTRAIT and made.audio is None
-    told = Conditions.of_portrait(CONFIG, PORTRAIT, pose="zeros", text=np.ones((2, 1, 4)))
+    told = Conditions.of_portrait(NANO, PORTRAIT, pose="zeros", text=np.ones((2, 1, 4)))
     assert told.text.all()
 
 
@@ -39,6 +39,6 @@ def test_changed_conditions_keep_all_other_fields():
 
 
 def test_conditions_may_have_axes_in_front():
-    made = Conditions.of_portrait(CONFIG, jnp.asarray(PORTRAIT), pose="reference")
+    made = Conditions.of_portrait(NANO, jnp.asarray(PORTRAIT), pose="reference")
     out = jax.vmap(lambda one: one.with_audio(one.reference))(made)
     assert out.audio.shape == PORTRAIT.shape and out.motion is None

@@ -9,12 +9,12 @@ from flax import nnx
 from jax_avatar.models.cache import block_position, empty_cache
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.network import Network
-from tests.nano import CONFIG, GRID, make_audio, make_conditions, make_latents, make_network
+from jax_avatar.testing import GRID, NANO, make_audio, make_conditions, make_latents, make_network
 
 NETWORK = make_network()
 PARAMS = NETWORK.params
 CONDITIONS = make_conditions()
-FRAMES = CONFIG.frames_per_block
+FRAMES = NANO.frames_per_block
 
 
 @jax.jit
@@ -51,11 +51,11 @@ def clip_audio(blocks):
 
 
 def stream(blocks, latents, timestep, audio, distance, first_block=0):
-    sink, cache = prefill(PARAMS, CONDITIONS.reference), empty_cache(CONFIG, 1, *GRID)
+    sink, cache = prefill(PARAMS, CONDITIONS.reference), empty_cache(NANO, 1, *GRID)
     velocities = []
     for block in range(blocks):
         frames = slice(block * FRAMES, (block + 1) * FRAMES)
-        position = block_position(CONFIG, first_block + block, distance)
+        position = block_position(NANO, first_block + block, distance)
         features = audio[:, :, 4 * frames.start : 4 * frames.stop]
         velocity, cache = stream_block(
             PARAMS, latents[:, frames], timestep[:, frames], features, cache, sink, position
@@ -78,7 +78,7 @@ def test_a_rolled_window_equals_one_recomputed_from_its_blocks():
     latents = make_latents(21)
     rolled = stream(7, latents, timestep, audio, 16)[:, -FRAMES:]
     # In one layer keys do not depend on older blocks, so a fresh window gives the same.
-    one_layer = CONFIG.replace(num_layers=1)
+    one_layer = NANO.replace(num_layers=1)
     network = make_network(one_layer)
 
     def last_block(first):
@@ -128,7 +128,7 @@ def test_later_audio_never_changes_earlier_frames():
 @pytest.mark.parametrize("shift", [0, 10**7])
 def test_hour_100_equals_minute_1(shift):
     """Positions are integers and angles float64: shifting everything changes nothing."""
-    config = CONFIG.replace(framepack=False)  # packed motion frames stay behind by design
+    config = NANO.replace(framepack=False)  # packed motion frames stay behind by design
     network = make_network(config)
     dit = network.bind()
     latents, audio = make_latents(18), clip_audio(6)
@@ -154,9 +154,9 @@ def test_hour_100_equals_minute_1(shift):
 
 
 def test_the_reference_rolls_ahead_of_the_block():
-    position = block_position(CONFIG, 100, 16)
-    first = block_position(CONFIG, 0, 16)
-    turned = block_position(CONFIG, 316 // 3, 1)  # frame 315, reference 316
+    position = block_position(NANO, 100, 16)
+    first = block_position(NANO, 0, 16)
+    turned = block_position(NANO, 316 // 3, 1)  # frame 315, reference 316
     np.testing.assert_allclose(position.reference.cos, turned.reference.cos, atol=1e-6)
     assert np.abs(np.asarray(first.reference.cos) - position.reference.cos).max() > 1e-3
 
@@ -166,7 +166,7 @@ def test_speakers_reach_only_their_mask():
     sink = prefill(PARAMS, CONDITIONS.reference)
     audio = jnp.asarray(make_audio(1, speakers=2)[0])
     left = jnp.zeros((1, 2, FRAMES, 4, 4)).at[:, 0, :, :, :2].set(1).at[:, 1, :, :, 2:].set(1)
-    one_layer = CONFIG.replace(num_layers=1)
+    one_layer = NANO.replace(num_layers=1)
     network = make_network(one_layer)
     dit = network.bind()
     sink = dit.prefill(CONDITIONS)
@@ -190,9 +190,9 @@ def test_several_speakers_need_a_mask():
             make_latents(FRAMES),
             jnp.zeros((1, FRAMES)),
             CONDITIONS.with_audio(jnp.asarray(make_audio(1, speakers=2)[0])),
-            empty_cache(CONFIG, 1, *GRID),
+            empty_cache(NANO, 1, *GRID),
             sink,
-            block_position(CONFIG, 0, 30),
+            block_position(NANO, 0, 30),
         )
 
 
@@ -203,9 +203,9 @@ def test_wrong_audio_length_and_prompt_are_named():
             make_latents(FRAMES),
             jnp.zeros((1, FRAMES)),
             CONDITIONS.with_audio(jnp.zeros((1, 1, 8, 2, 6))),
-            empty_cache(CONFIG, 1, *GRID),
+            empty_cache(NANO, 1, *GRID),
             prefill(PARAMS, CONDITIONS.reference),
-            block_position(CONFIG, 0, 30),
+            block_position(NANO, 0, 30),
         )
     with pytest.raises(ValueError, match="at most 3 rows of 4"):
         dit.prefill(CONDITIONS.with_text(jnp.zeros((1, 5, 4))))
@@ -223,7 +223,7 @@ def test_wrong_audio_length_and_prompt_are_named():
 )
 def test_impossible_sizes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        CONFIG.replace(**change)
+        NANO.replace(**change)
 
 
 def test_gradients_reach_every_parameter():
@@ -244,7 +244,7 @@ def test_gradients_reach_every_parameter():
 
 def abstract(**changes):
     """A transformer of shapes."""
-    config = CONFIG.replace(**{"framepack": False, "adapter_rank": 2, **changes})
+    config = NANO.replace(**{"framepack": False, "adapter_rank": 2, **changes})
     return Network.abstract(DiT, config)
 
 
@@ -290,7 +290,7 @@ def test_every_switch_is_in_the_program():
 
 def test_pose_starts_at_zero_if_told():
     def pose(**changes):
-        config = CONFIG.replace(framepack=False, num_layers=1, **changes)
+        config = NANO.replace(framepack=False, num_layers=1, **changes)
         params = jax.jit(lambda: Network.of(DiT(config, rngs=nnx.Rngs(0))).params["pose"])()
         return np.abs(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])).max()
 

@@ -5,7 +5,7 @@ import pytest
 
 from jax_avatar.models.lora import adapted_kernels, add_adapter, init_adapter
 from jax_avatar.models.network import flatten, unflatten
-from tests.nano import make_network
+from jax_avatar.testing import make_network
 
 
 def test_a_fresh_adapter_changes_nothing():

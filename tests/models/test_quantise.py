@@ -8,7 +8,7 @@ from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.quantise import QuantisedLinear, quantise, quantise_params, quantised_leaves
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
-from tests.nano import CONFIG, make_audio, make_conditions, make_network
+from jax_avatar.testing import NANO, make_audio, make_conditions, make_network
 
 KINDS = ["int8", "fp8"]
 
@@ -35,7 +35,7 @@ def test_zeros_stay_zeros_and_large_values_stay_finite(kind):
 def test_a_product_is_near_the_exact_one(kind):
     keys = jax.random.split(jax.random.key(1), 3)
     x, kernel = jax.random.normal(keys[0], (2, 5, 64)), jax.random.normal(keys[1], (64, 48))
-    layer = QuantisedLinear(CONFIG.replace(weights=kind), 64, 48)
+    layer = QuantisedLinear(NANO.replace(weights=kind), 64, 48)
     values, scale = quantise(kernel, kind, axis=0)
     bias = jax.random.normal(keys[2], (48,))
     for name, value in (("kernel", values), ("kernel_scale", scale[0]), ("bias", bias)):
@@ -47,7 +47,7 @@ def test_a_product_is_near_the_exact_one(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounded_parameters_fit_the_network_and_its_leaves(kind):
-    config = CONFIG.replace(weights=kind)
+    config = NANO.replace(weights=kind)
     params = make_network().params
     rounded = flatten(quantise_params(params, kind))
     expected = flatten(Network.abstract(DiT, config).params)
@@ -71,7 +71,7 @@ def test_a_stream_of_rounded_weights_stays_near(kind):
 
     network = make_network()
     exact = stream(network)
-    config = CONFIG.replace(weights=kind)
+    config = NANO.replace(weights=kind)
     rounded = stream(
         Network.abstract(DiT, config).with_params(quantise_params(network.params, kind))
     )

@@ -10,11 +10,11 @@ from jax_avatar.models.network import flatten
 from jax_avatar.models.quantise import quantise_params
 from jax_avatar.models.sharding import param_shardings, param_specs
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.testing import make_network, save_model, save_orbax
 from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import place, tree_of
 from jax_avatar.weights.folder import load_model
 from jax_avatar.weights.orbax import StoredWeights
-from tests.nano import make_network, save_model, save_orbax
 
 PARAMS = make_network().params
 

@@ -21,12 +21,12 @@ from jax_avatar.planning.stream import plan_stream, step_flops
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
-from tests.nano import CONFIG, GRID, make_conditions, make_network
+from jax_avatar.testing import GRID, NANO, make_conditions, make_network
 
-NANO = {
+NANO_FOLDER = {
     "name": "nano",
     "kinds": {"dit": "wan_s2v", "vae": "wan"},
-    "dit": dataclasses.asdict(CONFIG),
+    "dit": dataclasses.asdict(NANO),
     "vae": {
         "dim": 4,
         "z_dim": 4,
@@ -45,7 +45,7 @@ NANO = {
 
 @pytest.fixture(scope="module")
 def nano():
-    return abstract_model(NANO)
+    return abstract_model(NANO_FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_plan_weighs_what_a_stream_holds(nano, mesh):
         else PipelinedStream(*arguments, devices)
     )
     held = {"weights": stream.params, "windows": stream.state.windows, "sink": stream.state.sink}
-    planned = step_program(nano, GRID, layout, jax.devices(), attention=CONFIG.attention).held
+    planned = step_program(nano, GRID, layout, jax.devices(), attention=NANO.attention).held
 
     def places(tree):
         return jax.tree.map(lambda x: (x.dtype, x.sharding.shard_shape(x.shape)), tree)
@@ -141,7 +141,7 @@ def test_decoding_latent_by_latent_holds_less_for_the_same_arithmetic(nano):
 def test_xla_counts_what_the_layers_have(nano):
     """Where every layer injects audio nothing is estimated: the count is that of all layers."""
     config = nano.dit.config.replace(num_layers=4, audio_inject_layers=(0, 1, 2, 3), unroll=4)
-    model = abstract_model(NANO | {"dit": dataclasses.asdict(config)})
+    model = abstract_model(NANO_FOLDER | {"dit": dataclasses.asdict(config)})
     program = step_program(model, GRID, Layout(1, 1, False, 1), jax.devices(), attention="xla")
     whole = program.function.lower(*program.arguments).cost_analysis()["flops"]
     np.testing.assert_allclose(count_step_flops(model, GRID), whole, rtol=1e-3)
@@ -228,9 +228,9 @@ def test_unknown_hardware_and_incomplete_configs_are_named():
     with pytest.raises(ValueError, match=r"--hardware v4 is unknown; known are h100.*v7x, cpu"):
         find_hardware("v4")
     with pytest.raises(ValueError, match=r"lacks \['vae'\]"):
-        abstract_model({key: value for key, value in NANO.items() if key != "vae"})
+        abstract_model({key: value for key, value in NANO_FOLDER.items() if key != "vae"})
     with pytest.raises(ValueError, match="dit is of kind 'wan', known are"):
-        abstract_model(NANO | {"kinds": {"dit": "wan", "vae": "wan"}})
+        abstract_model(NANO_FOLDER | {"kinds": {"dit": "wan", "vae": "wan"}})
 
 
 @pytest.mark.slow

@@ -18,17 +18,17 @@ from jax_avatar.planning.training import (
     training_devices,
     training_programs,
 )
+from jax_avatar.testing import GRID, NANO
 from jax_avatar.training.rollout_plan import RolloutConfig
 from jax_avatar.training.run.placement import clip_devices
 from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages.flow import ForcingConfig
-from tests.nano import CONFIG, GRID
-from tests.planning.test_stream import NANO
+from tests.planning.test_stream import NANO_FOLDER
 
 
 @pytest.mark.slow
 def test_the_state_is_counted():
-    model = abstract_model(NANO | {"dit": NANO["dit"] | {"framepack": False}})
+    model = abstract_model(NANO_FOLDER | {"dit": NANO_FOLDER["dit"] | {"framepack": False}})
     count = sum(leaf.size for leaf in jax.tree.leaves(model.dit.params))
     needs = plan_training(model, GRID, "1", HARDWARE["h200"], FORCING)
     used = {name: figure.value for name, figure in needs.devices[0].bytes.items()}
@@ -40,7 +40,7 @@ def test_the_state_is_counted():
 
 @pytest.mark.slow
 def test_too_large_a_state_asks_for_more_devices():
-    model = abstract_model(NANO | {"dit": NANO["dit"] | {"framepack": False}})
+    model = abstract_model(NANO_FOLDER | {"dit": NANO_FOLDER["dit"] | {"framepack": False}})
     small = dataclasses.replace(HARDWARE["h100"], memory_gb=1e-6)
     needs = plan_training(model, GRID, "2", small, FORCING)
     assert not needs.fits and needs.advice[0].startswith("--mesh ")
@@ -49,7 +49,7 @@ def test_too_large_a_state_asks_for_more_devices():
 @pytest.mark.slow
 def test_an_adapter_has_a_frozen_base():
     sections = FORCING | {"task": {"latents": 6, "adapter_rank": 2}}
-    needs = plan_training(abstract_model(NANO), GRID, "2x2", HARDWARE["h200"], sections)
+    needs = plan_training(abstract_model(NANO_FOLDER), GRID, "2x2", HARDWARE["h200"], sections)
     used = {name: figure.value for name, figure in needs.devices[0].bytes.items()}
     assert used["frozen base"] > used["adapter"] == used["averaged adapter"] > 0
     assert used["optimiser"] < used["frozen base"]
@@ -68,9 +68,9 @@ def test_replicas_hold_what_one_of_them_alone_does(monkeypatch):
     monkeypatch.setattr(sharding, "SMALL", 1)  # however small, weights are cut
     held, batches, remarks = [], [], []
     for text in ("2x2x1", "2x1", "4x1"):
-        mesh, _ = training_devices(text, HARDWARE["h100"], CONFIG.num_heads)
+        mesh, _ = training_devices(text, HARDWARE["h100"], NANO.num_heads)
         settings = ForcingConfig(**FORCING["task"], batch_size=clip_devices(mesh))
-        config = CONFIG.replace(attention="chunked", **FORCING["model"])
+        config = NANO.replace(attention="chunked", **FORCING["model"])
         training = Training(DiT, config, GRID, settings, LoopConfig(num_steps=1000))
         (program,) = training_programs(training, mesh)
         held.append({name: placed_bytes(tree) for name, tree in program.held.items()})
@@ -84,7 +84,7 @@ def test_replicas_hold_what_one_of_them_alone_does(monkeypatch):
 
 @pytest.mark.slow
 def test_distillation_is_planned_with_its_own_updates():
-    needs = plan_training(abstract_model(NANO), (4, 4), "2x2", HARDWARE["h100"], SECTIONS)
+    needs = plan_training(abstract_model(NANO_FOLDER), (4, 4), "2x2", HARDWARE["h100"], SECTIONS)
     generator, critic = needs.devices
     assert (generator.role, critic.role) == ("generator's update", "critic's update")
     assert needs.fits and generator.count == 4 and not generator.refused
@@ -95,7 +95,7 @@ def test_distillation_is_planned_with_its_own_updates():
 
 
 def test_what_is_kept_grows_with_clip_window_and_steps():
-    config = CONFIG.replace(ring_blocks=3, num_layers=40)
+    config = NANO.replace(ring_blocks=3, num_layers=40)
     rollout = RolloutConfig(sigmas=(1.0, 0.8, 0.5, 0.0))
     literal = dataclasses.replace(rollout, cache="exit_only")
     kept, longer = (kept_bytes(config, GRID, rollout, latents) for latents in (9, 12))

@@ -25,9 +25,9 @@ from jax_avatar.serving.links.livekit.access import avatar_token
 from jax_avatar.serving.links.livekit.video import AvatarVideoGenerator
 from jax_avatar.serving.links.livekit.worker import avatar_options, serve_room
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.testing import save_model
 from jax_avatar.weights.folder import load_model
 from tests.live.helpers import FastClock, voice
-from tests.nano import save_model
 from tests.serving.livekit_rooms import meet
 
 RATE, FRAME_S = 24_000, 1 / 16

@@ -24,9 +24,9 @@ from jax_avatar.serving.server import make_config
 from jax_avatar.serving.server_state import ServerState
 from jax_avatar.streaming.decode import NotFinite
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.testing import save_model
 from jax_avatar.weights.folder import load_model
 from tests.live.helpers import voice
-from tests.nano import save_model
 from tests.serving.client import Client, base64_of
 
 TOKEN = "open sesame"

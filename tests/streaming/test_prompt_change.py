@@ -8,10 +8,10 @@ from jax_avatar.layout import make_mesh, parse_layout
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
-from tests.nano import CONFIG, make_audio, make_conditions, make_network
+from jax_avatar.testing import NANO, make_audio, make_conditions, make_network
 
 BLOCKS = 8
-CONFIG = CONFIG.replace(framepack=False)
+CONFIG = NANO.replace(framepack=False)
 NETWORK = make_network(CONFIG)
 CONDITIONS = make_conditions(CONFIG)
 AUDIO = make_audio(BLOCKS, CONFIG)

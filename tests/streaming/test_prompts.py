@@ -12,9 +12,10 @@ from jax_avatar.layout import parse_layout
 from jax_avatar.streaming import prompts
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.testing import NANO, save_model, save_orbax
 from jax_avatar.weights.files import load_header, load_json, load_weights, save_weights
 from jax_avatar.weights.folder import SMALL, has_text_encoder, load_model, load_text_encoder
-from tests.nano import CONFIG, PROMPTS, save_model, save_orbax, save_text_encoder, save_tokenizer
+from tests.prompts import PROMPTS, save_text_encoder, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_states_are_those_of_the_cleaned_prompt_without_padding(tmp_path):
 
 
 def test_a_long_prompt_is_cut_to_the_rows_of_the_transformer(folder):
-    assert prompt_states(folder, PROMPTS[0]).shape == (1, CONFIG.text_len, 4)
+    assert prompt_states(folder, PROMPTS[0]).shape == (1, NANO.text_len, 4)
 
 
 def test_the_second_time_no_encoder_is_loaded(folder, tmp_path, loads):
@@ -126,7 +127,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"neither tokenizer.json nor"):
         prompt_states(folder, PROMPTS[0])
     save_tokenizer(folder / "text_tokenizer", "sentencepiece")
-    assert prompt_states(folder, PROMPTS[0]).shape == (1, CONFIG.text_len, 4)
+    assert prompt_states(folder, PROMPTS[0]).shape == (1, NANO.text_len, 4)
     config = load_json(folder / "config.json") | {"text": "bert"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"of kind 'bert', known are \['umt5'\]"):

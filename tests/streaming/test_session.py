@@ -7,9 +7,9 @@ from jax_avatar.layout import parse_layout
 from jax_avatar.streaming.decode import NotFinite
 from jax_avatar.streaming.file import for_duration, stream_to_file
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.testing import save_model
 from jax_avatar.weights.files import load_json, save_json
 from jax_avatar.weights.folder import load_model
-from tests.nano import save_model
 
 RATE, FPS, PER_FRAME = 16_000, 16, 1000
 

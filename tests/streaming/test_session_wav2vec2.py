@@ -8,8 +8,8 @@ import pytest
 from jax_avatar.layout import parse_layout
 from jax_avatar.streaming.features import DROPPED_FRAMES
 from jax_avatar.streaming.session import AvatarSession
+from jax_avatar.testing import save_model
 from jax_avatar.weights.folder import load_model, load_settings
-from tests.nano import save_model
 from tests.streaming.test_session import frames_of, portrait, voice  # noqa: F401
 
 FPS, PER_FRAME, LOOK_AHEAD = 25, 640, 3840

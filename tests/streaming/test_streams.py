@@ -11,11 +11,11 @@ from jax_avatar.models.conditions import Conditions
 from jax_avatar.streaming.pipeline import PipelinedStream, Register, slice_inputs
 from jax_avatar.streaming.plan import StreamPlan, stream_layout
 from jax_avatar.streaming.sampler import SequentialStream
+from jax_avatar.testing import NANO, make_audio, make_conditions, make_network
 from jax_avatar.weights.settings import StreamSettings
-from tests.nano import CONFIG, make_audio, make_conditions, make_network
 
 BLOCKS = 9  # the window of four blocks wraps twice, the sink is renewed, the pipe fills and drains
-CONFIG = CONFIG.replace(framepack=False)
+CONFIG = NANO.replace(framepack=False)
 NETWORK = make_network(CONFIG)
 CONDITIONS = make_conditions(CONFIG)
 AUDIO = make_audio(BLOCKS, CONFIG)

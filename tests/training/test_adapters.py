@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.data.latents import random_clips
 from jax_avatar.layout import make_training_mesh
 from jax_avatar.models.lora import add_adapter
@@ -23,9 +24,8 @@ from jax_avatar.training.stages.flow import ForcingConfig, ForcingFiles, Forcing
 from jax_avatar.weights.files import load_weights
 from jax_avatar.weights.folder import export_model, load_model
 from jax_avatar.weights.networks import read_dit
-from tests import nano
 
-MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)
+MODEL = testing.NANO.replace(framepack=False, num_layers=2, ring_blocks=2)
 SETTINGS = ForcingConfig(
     batch_size=4, latents=6, reference_frames=(13, 30), adapter_rank=2, adapter_alpha=4.0
 )
@@ -40,7 +40,7 @@ def clips():
 
 def make_task(model, settings=SETTINGS):
     """Stage 1 from the weights in a model folder."""
-    start = functools.partial(read_dit, str(model), nano.make_network(MODEL).params)
+    start = functools.partial(read_dit, str(model), testing.make_network(MODEL).params)
 
     def export(folder, params, metadata, *, adapter):
         export_model(folder, str(model), params, MODEL, metadata, stream={}, adapter=adapter)
@@ -54,7 +54,7 @@ def assert_same(left, right):
 
 
 def test_a_fresh_adapter_has_the_loss_of_the_weights_alone(tmp_path):
-    adapted = make_task(nano.save_model(tmp_path))
+    adapted = make_task(testing.save_model(tmp_path))
     whole = make_task(tmp_path, dataclasses.replace(SETTINGS, adapter_rank=0))
     batch = adapted.batches(0)
     base = jax.tree.map(jnp.asarray, whole.init(KEY))
@@ -73,7 +73,7 @@ def test_a_fresh_adapter_has_the_loss_of_the_weights_alone(tmp_path):
 def stage1(tmp_path_factory):
     """A run of stage 1 with adapters, and its state."""
     folder = tmp_path_factory.mktemp("stage1")
-    nano.save_model(folder / "model")
+    testing.save_model(folder / "model")
     state = train(make_task(folder / "model"), LOOP, folder / "run", progress=False)
     return folder, state
 
@@ -119,18 +119,18 @@ def test_an_adapter_beside_another_base_is_refused(stage1, tmp_path):
     folder, _ = stage1
     task = distil(folder)
     params, config, _ = load_weights(folder / "model", "dit")
-    nano.save_orbax(tmp_path / "dit", params, config)  # the same weights in another kind of file
+    testing.save_orbax(tmp_path / "dit", params, config)  # the same weights in another kind of file
     task.weights = dataclasses.replace(task.weights, teacher=str(tmp_path))
     task.start(LOOP, KEY)
     params["blocks"]["ffn_in"]["kernel"] *= 1.01
-    nano.save_orbax(tmp_path / "dit", params, config)
+    testing.save_orbax(tmp_path / "dit", params, config)
     with pytest.raises(ValueError, match=r"run was trained beside other weights than those of"):
         task.start(LOOP, KEY)
 
 
 @pytest.mark.slow
 def test_a_step_is_the_same_on_every_layout(tmp_path):
-    nano.save_model(tmp_path)
+    testing.save_model(tmp_path)
 
     def step(layout):
         task = make_task(tmp_path)
@@ -151,10 +151,10 @@ def test_a_step_is_the_same_on_every_layout(tmp_path):
 
 @pytest.mark.parametrize("layout", [None, "4x2"])
 def test_weights_are_read_where_they_belong_without_the_motion_packer(tmp_path, layout):
-    whole = nano.CONFIG.replace(num_layers=1)
-    params = nano.make_network(whole).params
-    nano.save_orbax(tmp_path / "dit", params, {})
-    expected = nano.make_network(whole.replace(framepack=False)).params
+    whole = testing.NANO.replace(num_layers=1)
+    params = testing.make_network(whole).params
+    testing.save_orbax(tmp_path / "dit", params, {})
+    expected = testing.make_network(whole.replace(framepack=False)).params
     mesh = make_training_mesh(layout, None, num_heads=2) if layout else None
     found = read_dit(tmp_path, expected, mesh)
     assert set(found) == set(expected) < set(params)

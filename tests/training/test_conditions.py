@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.training.distill_state import ClipBatch, DistillConfig
 from jax_avatar.training.scores import score_gradient
-from tests import nano
 
-MODEL = nano.CONFIG.replace(framepack=False)
+MODEL = testing.NANO.replace(framepack=False)
 KEY = jax.random.key(4)
 
 

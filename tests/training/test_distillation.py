@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.data.latents import random_clips
 from jax_avatar.diffusion.sampling import Sampling
 from jax_avatar.models.conditions import Conditions
@@ -24,9 +25,8 @@ from jax_avatar.training.scores import score_gradient
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.weights.files import load_json, load_weights, save_json
 from jax_avatar.weights.folder import load_model
-from tests import nano
 
-MODEL = nano.CONFIG.replace(framepack=False, num_layers=1, ring_blocks=2)
+MODEL = testing.NANO.replace(framepack=False, num_layers=1, ring_blocks=2)
 ROLLOUT = RolloutConfig(sigmas=(1.0, 0.8, 0.0), shift_max=20)
 SETTINGS = DistillConfig(
     batch_size=2, latents=6, generator_every=2, critic_learning_rate=1e-3, ema_start=4,
@@ -55,9 +55,9 @@ def make_batch(seed=0, b=2, grid=(4, 4), config=MODEL):
 @functools.cache
 def distillation_of():
     """The step's constants, and the base."""
-    network = nano.make_network(MODEL)
+    network = testing.make_network(MODEL)
     config = SETTINGS.adapted(MODEL)
-    student, plan = nano.make_network(config).bind, RolloutPlan(config, ROLLOUT)
+    student, plan = testing.make_network(config).bind, RolloutPlan(config, ROLLOUT)
     return Distillation(student, network.bind, plan, SETTINGS, LOOP), network.params
 
 
@@ -282,8 +282,8 @@ def test_fresh_adapters_change_nothing_at_all():
 
 
 def make_task(model, rollout=None, **changes):
-    nano.save_model(model)
-    config = dataclasses.replace(MODEL, num_layers=nano.CONFIG.num_layers, ring_blocks=4)
+    testing.save_model(model)
+    config = dataclasses.replace(MODEL, num_layers=testing.NANO.num_layers, ring_blocks=4)
     settings = dataclasses.replace(SETTINGS, **changes)
     weights = DistillWeights(str(model), str(model))
     clips = random_clips(3, 7, (4, 4), 4, (2, 6))
@@ -326,7 +326,7 @@ def test_the_loop_distils_and_resumes_bit_by_bit(tmp_path):
 
 
 def test_clips_are_cut_with_their_speech_and_differ_by_role(tmp_path):
-    nano.save_model(tmp_path)
+    testing.save_model(tmp_path)
     clips = random_clips(3, 7, (4, 4), 4, (2, 6))
     made = DistillTask(MODEL, ROLLOUT, SETTINGS, DistillWeights(str(tmp_path)), clips)
     assert set(made.batches(0)) == {"critic"} and set(made.batches(1)) == {"critic", "generator"}
@@ -343,7 +343,7 @@ def test_clips_are_cut_with_their_speech_and_differ_by_role(tmp_path):
 
 
 def test_parts_that_do_not_fit_are_named(tmp_path):
-    nano.save_model(tmp_path)
+    testing.save_model(tmp_path)
     clips, weights = random_clips(3, 7, (4, 4), 4, (2, 6)), DistillWeights(str(tmp_path))
     with pytest.raises(ValueError, match=r"task\.latents=8: clips have 7"):
         settings = dataclasses.replace(SETTINGS, latents=8)

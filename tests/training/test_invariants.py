@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.diffusion.flow import noise_from_velocity
 from jax_avatar.diffusion.step import move
 from jax_avatar.models.cache import History, block_position, empty_cache
@@ -23,10 +24,9 @@ from jax_avatar.training.rollout import ClipDenoiser, concat_blocks, exit_block,
 from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan, sample_randomness
 from jax_avatar.training.run.guards import check_update
 from jax_avatar.training.scores import score_gradient
-from tests import nano
 
 GRID, BLOCKS = (4, 4), 2
-MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)
+MODEL = testing.NANO.replace(framepack=False, num_layers=2, ring_blocks=2)
 ONE_LAYER = MODEL.replace(num_layers=1)
 SETTINGS = RolloutConfig(sigmas=(1.0, 0.9, 0.6, 0.0), shift_max=1000)
 FRAMES = MODEL.frames_per_block
@@ -34,7 +34,7 @@ FRAMES = MODEL.frames_per_block
 
 @functools.cache
 def network(config=MODEL, kind=DiT):
-    return nano.make_network(config, kind=kind)
+    return testing.make_network(config, kind=kind)
 
 
 def make_clip(blocks=BLOCKS, seed=0):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.fft
 
+from jax_avatar import testing
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.training import distillation
 from jax_avatar.training.distill_state import ClipBatch, DistillConfig
@@ -16,10 +17,9 @@ from jax_avatar.training.distillation import Distillation, rollout_inputs
 from jax_avatar.training.rollout import generated_clips, self_forcing_batch
 from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan
 from jax_avatar.training.run.step import LoopConfig
-from tests import nano
 
 FRAMES, GRID, BATCH = 6, (4, 4), 4
-MODEL = nano.CONFIG.replace(framepack=False, num_layers=1, ring_blocks=2)
+MODEL = testing.NANO.replace(framepack=False, num_layers=1, ring_blocks=2)
 ROLLOUT = RolloutConfig(sigmas=(1.0, 0.7, 0.0), shift_max=20)
 SETTINGS = DistillConfig(
     batch_size=BATCH, latents=FRAMES, generator_every=2, critic_learning_rate=0.03,
@@ -71,7 +71,7 @@ def motion_of_data():
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [LOOP.learning_rate])
 def test_the_student_moves_as_much_as_the_data(rate):
-    network = nano.make_network(MODEL)
+    network = testing.make_network(MODEL)
     loop, batch = dataclasses.replace(LOOP, learning_rate=rate), make_batch()
     generator, plan = network.bind, RolloutPlan(MODEL, ROLLOUT)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.portrait_dit import PortraitDiT
@@ -22,10 +23,9 @@ from jax_avatar.training.rollout_plan import (
     RolloutPlan,
     sample_randomness,
 )
-from tests import nano
 
 BLOCKS = 3
-MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)
+MODEL = testing.NANO.replace(framepack=False, num_layers=2, ring_blocks=2)
 SETTINGS = RolloutConfig(sigmas=(1.0, 0.9, 0.6, 0.0), shift_max=40)
 GRID = (4, 4)
 KEY = jax.random.key(5)
@@ -53,7 +53,7 @@ def make_draws(settings=SETTINGS, key=KEY, blocks=BLOCKS):
 
 @functools.cache
 def network(config=MODEL, kind=DiT):
-    return nano.make_network(config, kind=kind)
+    return testing.make_network(config, kind=kind)
 
 
 def roll(conditions, draws, exit_step, settings=SETTINGS, config=MODEL, net=None, **options):

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.models.cache import KVCache, Sink
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.training.blockwise import gradient_of
 from jax_avatar.training.corrupt import make_corrupt
 from jax_avatar.training.rollout import self_forcing
 from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan, sample_randomness
-from tests import nano
 
-MODEL = nano.CONFIG.replace(framepack=False, ring_blocks=2)
+MODEL = testing.NANO.replace(framepack=False, ring_blocks=2)
 BLOCKS, SHAPE = 3, (1, 3, 8, 8, 4)
 SIGMAS = (1.0, 0.75, 0.25, 0.0)
 SETTINGS = RolloutConfig(sigmas=SIGMAS, sink_distance=(8, 11), shift_max=5)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_avatar import testing
 from jax_avatar.models.network import Network
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
-from tests import nano
 
-MODEL = nano.CONFIG.replace(framepack=False, num_layers=1)
+MODEL = testing.NANO.replace(framepack=False, num_layers=1)
 KEYS = jax.random.split(jax.random.key(4), 2)
 REFERENCE = jax.random.normal(KEYS[0], (2, 1, 4, 4, 4))
 FEATURES = jax.random.normal(KEYS[1], (2, 1, 24, 2, 6))
@@ -16,7 +16,7 @@ FEATURES = jax.random.normal(KEYS[1], (2, 1, 24, 2, 6))
 
 @functools.cache
 def sampler(guidance, num_steps=1):
-    network = nano.make_network(MODEL)
+    network = testing.make_network(MODEL)
     settings = SamplerConfig(num_steps, guidance=guidance)
     sample = make_sampler(network, settings, pose="reference")
     return functools.partial(sample, network.params)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_avatar import testing
 from jax_avatar.models.cache import History, Sink
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.training import blockwise, distillation, rollout, scores
@@ -19,9 +20,8 @@ from jax_avatar.training.distillation import Distillation
 from jax_avatar.training.rollout import Trace
 from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan
 from jax_avatar.training.run.step import LoopConfig
-from tests import nano
 
-MODEL = nano.CONFIG.replace(framepack=False)
+MODEL = testing.NANO.replace(framepack=False)
 CLIPS, CHANNELS, GRID, LATENTS = 64, 4, (2, 2), 6
 KEY = jax.random.key(3)
 # No two rates, counts, decays or bounds are alike, and none is a default.

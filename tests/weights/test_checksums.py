@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jax_avatar.testing import save_orbax
 from jax_avatar.weights.checkpoint_writer import ResumableCheckpointWriter
 from jax_avatar.weights.checksums import CHECKSUMS, keep_checksums, recorded
 from jax_avatar.weights.files import (
@@ -20,7 +21,6 @@ from jax_avatar.weights.finite import all_finite, check_finite
 from jax_avatar.weights.folder import SMALL, load_model
 from jax_avatar.weights.orbax import StoredWeights
 from jax_avatar.weights.whole_file import BrokenFile
-from tests.nano import save_orbax
 
 PARAMS = {"head": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "bias": np.ones(3)}
 PARAMS = jax.tree.map(np.float32, PARAMS)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from jax_avatar.testing import save_orbax
 from jax_avatar.weights.files import (
     load_json,
     load_weights,
@@ -8,14 +9,13 @@ from jax_avatar.weights.files import (
     save_weights,
 )
 from jax_avatar.weights.orbax import StoredWeights
-from tests.nano import save_orbax
 
 PARAMS = {
     "blocks": {"0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3) / 8}},
     "bias": np.ones(3, np.float32),
     "count": np.array(7, np.int32),
 }
-CONFIG = {"width": 3, "layers": [0, 2]}
+NANO = {"width": 3, "layers": [0, 2]}
 
 
 def assert_same(actual, expected):
@@ -29,10 +29,10 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
 def test_weights_come_back_with_config_and_history(tmp_path, dtype):
-    save_weights(tmp_path, "net", PARAMS, CONFIG, {"command": "train"}, dtype=dtype)
+    save_weights(tmp_path, "net", PARAMS, NANO, {"command": "train"}, dtype=dtype)
     params, config, metadata = load_weights(tmp_path, "net")
     assert_same(params, PARAMS)  # eighths are exact in every type
-    assert (config, metadata) == (CONFIG, {"command": "train"})
+    assert (config, metadata) == (NANO, {"command": "train"})
     assert params["bias"].dtype == np.float32
 
 
@@ -44,14 +44,14 @@ def test_half_precision_halves_the_file(tmp_path):
 
 
 def test_orbax_comes_back_through_the_same_call(tmp_path):
-    save_orbax(tmp_path / "net", PARAMS, CONFIG, {"command": "train"})
+    save_orbax(tmp_path / "net", PARAMS, NANO, {"command": "train"})
     params, config, metadata = load_weights(tmp_path, "net")
     assert_same(params, PARAMS)
-    assert (config, metadata) == (CONFIG, {"command": "train"})
+    assert (config, metadata) == (NANO, {"command": "train"})
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    save_weights(tmp_path, "net", PARAMS, CONFIG)
+    save_weights(tmp_path, "net", PARAMS, NANO)
     with pytest.raises(TypeError):
         save_weights(tmp_path, "net", PARAMS, {"bad": object()})
     assert_same(load_weights(tmp_path, "net")[0], PARAMS)
@@ -63,7 +63,7 @@ def test_missing_cut_off_and_foreign_files_are_named(tmp_path):
         load_weights(tmp_path, "net")
     with pytest.raises(ValueError, match="no such folder"):
         load_weights(tmp_path / "nowhere", "net")
-    path = save_weights(tmp_path, "net", PARAMS, CONFIG)
+    path = save_weights(tmp_path, "net", PARAMS, NANO)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match="is cut off: it has"):
         load_weights(tmp_path, "net")
@@ -89,7 +89,7 @@ def test_json_round_trip_and_errors(tmp_path):
 
 
 def test_a_failed_orbax_save_leaves_the_old_checkpoint(tmp_path):
-    save_orbax(tmp_path / "net", PARAMS, CONFIG)
+    save_orbax(tmp_path / "net", PARAMS, NANO)
     with pytest.raises((TypeError, ValueError)):
         save_orbax(tmp_path / "net", PARAMS, {"bad": object()})
     assert_same(load_weights(tmp_path, "net")[0], PARAMS)
@@ -97,6 +97,6 @@ def test_a_failed_orbax_save_leaves_the_old_checkpoint(tmp_path):
 
 def test_an_orbax_save_replaces_the_old_checkpoint_and_leaves_nothing_else(tmp_path):
     for value in (1, 2):
-        save_orbax(tmp_path / "net", {"w": np.full(3, value, np.float32)}, CONFIG)
+        save_orbax(tmp_path / "net", {"w": np.full(3, value, np.float32)}, NANO)
     np.testing.assert_array_equal(load_weights(tmp_path, "net")[0]["w"], 2)
     assert [path.name for path in tmp_path.iterdir()] == ["net"]

@@ -6,11 +6,11 @@ import pytest
 
 from jax_avatar.models.lora import add_adapter, init_adapter
 from jax_avatar.models.network import flatten
+from jax_avatar.testing import save_model, save_orbax
 from jax_avatar.weights.files import load_weights, save_json, save_weights
 from jax_avatar.weights.folder import export_model, load_model, load_settings
 from jax_avatar.weights.networks import kind_of, load_network
 from jax_avatar.weights.settings import add_to_config
-from tests.nano import save_model, save_orbax
 
 
 @pytest.fixture(scope="module")

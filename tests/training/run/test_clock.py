@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.layout import make_training_mesh
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
@@ -22,7 +23,6 @@ from jax_avatar.training.run.clock import PHASES, StepClock, Work, memory_peak
 from jax_avatar.training.run.loop import train
 from jax_avatar.training.run.step import LoopConfig
 from jax_avatar.training.stages.flow import ForcingConfig
-from tests import nano
 from tests.training.run.test_loggers import CONFIG, Still, read
 
 BATCH = {"x": np.zeros(2)}
@@ -122,7 +122,7 @@ def test_memory_is_left_out_where_a_backend_does_not_count():
 
 def test_operations_of_a_clip_are_those_the_compiler_counts():
     frames, grid = 6, (16, 16)
-    config = nano.CONFIG.replace(
+    config = testing.NANO.replace(
         width=256, ffn_width=1024, num_layers=1, text_len=32, framepack=False, attention="xla"
     )
     network = Network.abstract(DiT, config)
@@ -145,17 +145,17 @@ def test_operations_of_a_clip_are_those_the_compiler_counts():
 
 def test_work_of_a_step_follows_batch_clips_adapters_and_hardware(monkeypatch):
     mesh = make_training_mesh("1x1", 2)
-    config = nano.CONFIG
+    config = testing.NANO
 
     def work(stage="teacher", **settings):
         kind = DistillConfig if stage == "dmd" else ForcingConfig
         task = kind(**{"batch_size": 2, "latents": 6, **settings})
         sections = {"model": config, "task": task, "rollout": RolloutConfig()}
-        return step_work(stage, sections, task.batch_size, nano.GRID, mesh)
+        return step_work(stage, sections, task.batch_size, testing.GRID, mesh)
 
     one = work()
     assert one.peak_flops == 0 and one.clips == 2 and one.tokens == 2 * 6 * 16
-    assert one.flops == 2 * 3 * sum(clip_flops(config, nano.GRID, 6))
+    assert one.flops == 2 * 3 * sum(clip_flops(config, testing.GRID, 6))
     assert work(batch_size=4).flops == 2 * one.flops
     assert work(adapter_rank=2).flops < one.flops
     often, rare = (work("dmd", generator_every=n, guidance_scale=4.0).flops for n in (1, 5))

@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.lora import init_adapter
 from jax_avatar.models.network import Network
 from jax_avatar.training.run.norms import average_distance, family_norms
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, make_optimiser
-from tests import nano
 from tests.training.run.test_loop import LineTask
 
 FAMILIES = {
@@ -23,7 +23,7 @@ FAMILIES = {
 
 
 def test_every_parameter_of_a_transformer_belongs_to_one_family():
-    shapes = Network.abstract(DiT, nano.CONFIG.replace(framepack=True)).params
+    shapes = Network.abstract(DiT, testing.NANO.replace(framepack=True)).params
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     measure = functools.partial(family_norms, "weight")
     norms = jax.jit(measure)(params)

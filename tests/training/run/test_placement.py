@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.data.latents import random_clips
 from jax_avatar.layout import TrainingLayout, make_training_mesh, parse_training_layout
 from jax_avatar.models import sharding
@@ -27,10 +28,9 @@ from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, make_optimiser
 from jax_avatar.training.scores import sample_noise
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
-from tests import nano
 
 BATCH, GRID = 8, (2, 4)
-MODEL = nano.CONFIG.replace(framepack=False, num_layers=1, ring_blocks=2)
+MODEL = testing.NANO.replace(framepack=False, num_layers=1, ring_blocks=2)
 # Many steps, so that parts which drew exits of their own would hardly draw the same.
 ROLLOUT = RolloutConfig(sigmas=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.0), shift_max=20)
 SETTINGS = DistillConfig(batch_size=BATCH, latents=6, adapter_rank=2, adapter_alpha=4.0)
@@ -92,7 +92,7 @@ def mesh_of(text, accumulate):
 
 @functools.cache
 def network():
-    return nano.make_network(MODEL)
+    return testing.make_network(MODEL)
 
 
 def make_batch():
@@ -173,7 +173,7 @@ def test_clips_have_their_own_chance_and_one_exit():
 
 def distillation_of(loop):
     config = SETTINGS.adapted(MODEL)
-    student = nano.make_network(config).bind
+    student = testing.make_network(config).bind
     teacher = network().bind
     return Distillation(student, teacher, RolloutPlan(config, ROLLOUT), SETTINGS, loop)
 

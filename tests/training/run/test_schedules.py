@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.training import distillation
 from jax_avatar.training.distill_state import ClipBatch, DistillConfig
@@ -16,7 +17,6 @@ from jax_avatar.training.rollout_plan import RolloutConfig, RolloutPlan
 from jax_avatar.training.run.state import start_state
 from jax_avatar.training.run.step import LoopConfig, compiled_step, learning_rate, make_optimiser
 from jax_avatar.training.stages.task import LossTask
-from tests import nano
 
 # Without memory, and with gradients of one sign, every update moves a weight by the rate.
 LOOP = LoopConfig(
@@ -67,7 +67,7 @@ def toy_distillation(monkeypatch, loop, settings):
     monkeypatch.setattr(distillation, "generated_clips", lambda _: jnp.zeros((1, 3, 2, 2, 4)))
     monkeypatch.setattr(distillation, "clip_velocity", velocity)
     monkeypatch.setattr(distillation, "rollout_inputs", lambda *_: (None, None))
-    plan = RolloutPlan(nano.CONFIG.replace(framepack=False), RolloutConfig())
+    plan = RolloutPlan(testing.NANO.replace(framepack=False), RolloutConfig())
     return Distillation(lambda p: p, lambda p: p, plan, settings, loop), batch
 
 

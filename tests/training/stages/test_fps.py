@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.data.latents import random_clips
 from jax_avatar.training.base_weights import trained_fps
 from jax_avatar.training.stages import build as stages
@@ -11,15 +12,14 @@ from jax_avatar.weights.encoders import Encoders
 from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import load_json
 from jax_avatar.weights.folder import load_model
-from tests import nano
 
-MODEL = nano.CONFIG.replace(framepack=False, num_layers=2, ring_blocks=2)
+MODEL = testing.NANO.replace(framepack=False, num_layers=2, ring_blocks=2)
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """A folder like that of a converted Wan-S2V: its settings say 25 frames per second."""
-    folder = nano.save_model(
+    folder = testing.save_model(
         tmp_path_factory.mktemp("converted"), speech="wav2vec2", audio_window="whole"
     )
     assert load_json(folder / "config.json")["stream"]["fps"] == 25
@@ -41,7 +41,7 @@ def test_a_model_converted_for_25_frames_is_trained_and_exported_at_16(
 
     def load_latents(settings, split):
         asked.append(Encoders.load(settings["weights"], fps=settings["fps"]).fps)
-        clips = random_clips(3, 7, nano.GRID, 4, (2, 6))
+        clips = random_clips(3, 7, testing.GRID, 4, (2, 6))
         object.__setattr__(clips, "fps", 16)
         return clips
 
@@ -80,7 +80,7 @@ def test_a_speech_encoder_makes_features_at_the_rate_that_is_asked_for(converted
 
 
 def test_a_speech_encoder_that_was_trained_for_a_rate_keeps_it(tmp_path):
-    nano.save_model(tmp_path)
+    testing.save_model(tmp_path)
     assert load_model(tmp_path).settings.fps == 16
     message = r"mel speech encoder was trained for 16 frames per second, 25 are asked for"
     with pytest.raises(ValueError, match=message):

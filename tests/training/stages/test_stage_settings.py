@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.data.latents import random_clips
 from jax_avatar.diffusion.schedule import few_step_schedule
 from jax_avatar.models.network import Network, flatten
@@ -15,10 +16,9 @@ from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import load_weights, save_weights
-from tests import nano
 from tests.training.test_distillation import LOOP, ROLLOUT, SETTINGS
 
-MODEL = nano.CONFIG.replace(framepack=False)
+MODEL = testing.NANO.replace(framepack=False)
 KEY = jax.random.key(0)
 
 
@@ -28,7 +28,7 @@ def folders(tmp_path_factory):
     made = {}
     for value, name in enumerate(("model", "teacher", "student", "vae", "speech"), 1):
         folder = made[name] = tmp_path_factory.mktemp(name)
-        nano.save_model(folder)
+        testing.save_model(folder)
         for network in ("dit", "vae", "speech"):
             params, config, _ = load_weights(folder, network)
             params = jax.tree.map(lambda leaf, value=value: np.full_like(leaf, value), params)
@@ -44,7 +44,7 @@ def value_of(params):
 
 def distil(weights, **changes):
     settings = dataclasses.replace(SETTINGS, adapter_rank=0, **changes)
-    clips = random_clips(5, 7, nano.GRID, 4, (2, 6))
+    clips = random_clips(5, 7, testing.GRID, 4, (2, 6))
     return DistillTask(MODEL, ROLLOUT, settings, weights, clips)
 
 
@@ -72,7 +72,7 @@ def test_a_batch_of_distillation_has_as_many_clips_as_long_as_told(folders):
 
 def test_the_clips_of_a_role_are_those_of_the_seed(folders):
     weights = DistillWeights(str(folders["model"]))
-    clips = random_clips(6, 7, nano.GRID, 4, (2, 6))
+    clips = random_clips(6, 7, testing.GRID, 4, (2, 6))
 
     def portraits(seed, role):
         task = DistillTask(MODEL, ROLLOUT, SETTINGS, weights, clips, seed=seed)
@@ -91,7 +91,7 @@ def test_flow_matching_reads_each_network_from_its_folder(folders, tmp_path, mon
 
     def load_latents(settings, split):
         asked.append(settings["weights"])
-        return random_clips(3, 7, nano.GRID, 4, (2, 6))
+        return random_clips(3, 7, testing.GRID, 4, (2, 6))
 
     monkeypatch.setattr(stages, "load_latents", load_latents)
     weights = {

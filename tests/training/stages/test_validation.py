@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_avatar import testing
 from jax_avatar.data.latents import random_clips
 from jax_avatar.layout import make_training_mesh
 from jax_avatar.training.distill_state import DistillConfig
@@ -20,9 +21,8 @@ from jax_avatar.training.stages import build as stages
 from jax_avatar.training.stages.distill import DistillTask, DistillWeights
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingFiles, ForcingTask
 from jax_avatar.training.stages.validation import NUM_BINS, FlowValidation, levels_in_bins
-from tests import nano
 
-MODEL = nano.CONFIG.replace(framepack=False, num_layers=1, ring_blocks=2)
+MODEL = testing.NANO.replace(framepack=False, num_layers=1, ring_blocks=2)
 SETTINGS = ForcingConfig(batch_size=4, latents=6, reference_frames=(13, 30))
 LOOP = LoopConfig(num_steps=2, warmup_steps=0, evaluate_every=1, validation_clips=3)
 
@@ -82,7 +82,7 @@ def test_the_error_is_that_of_the_velocity_at_the_level_of_the_bin():
     bins = [found[f"flow_bin{i}"] for i in range(NUM_BINS)]
     np.testing.assert_allclose(bins, bins[0], rtol=1e-5)
     assert bins[0] == pytest.approx(2, abs=0.15)
-    some = validation(state_of(nano.make_network(MODEL).params, nothing), 0)
+    some = validation(state_of(testing.make_network(MODEL).params, nothing), 0)
     assert len({some[f"flow_bin{i}"] for i in range(NUM_BINS)}) == NUM_BINS
     assert {key: some[f"raw/{key}"] for key in found if "raw" not in key} == {
         key: value for key, value in found.items() if "raw" not in key
@@ -134,7 +134,7 @@ def test_clips_that_are_not_there_or_not_asked_for_are_left_out(monkeypatch, cap
 
 @pytest.mark.slow
 def test_of_a_critic_it_is_the_error_on_clips_of_the_student(tmp_path):
-    nano.save_model(tmp_path)
+    testing.save_model(tmp_path)
     settings = DistillConfig(batch_size=2, latents=6)
     rollout = RolloutConfig(sigmas=(1.0, 0.8, 0.0), shift_max=20)
     weights, model = DistillWeights(str(tmp_path)), MODEL

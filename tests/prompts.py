@@ -1,33 +1,12 @@
-"""What tests need beside `jax_avatar.testing`: prompt encoders, conversions."""
+"""Prompt encoders and tokenizers for tests: small, random."""
 
-import numpy as np
 from flax import nnx
 
+from jax_avatar.models.config import UMT5Config
 from jax_avatar.models.network import Network
-from jax_avatar.testing import (
-    GRID,
-    make_audio,
-    make_conditions,
-    make_latents,
-    make_network,
-    save_model,
-)
-from jax_avatar.testing import NANO as CONFIG
-
-__all__ = [
-    "CONFIG",
-    "GRID",
-    "PROMPTS",
-    "make_audio",
-    "make_conditions",
-    "make_latents",
-    "make_network",
-    "save_model",
-    "save_orbax",
-    "save_text_encoder",
-    "save_tokenizer",
-]
-
+from jax_avatar.models.text import UMT5Encoder
+from jax_avatar.weights.fields import plain_fields
+from jax_avatar.weights.files import load_json, save_json, save_weights
 
 PROMPTS = ["a man speaks to the camera", "a woman sings in a kitchen, calmly", "café: it's raining"]
 
@@ -69,11 +48,6 @@ def save_tokenizer(folder, kind="json"):
 
 def save_text_encoder(folder, kind="json", **changes):
     """Adds a random prompt encoder and a tokenizer to the model in `folder`."""
-    from jax_avatar.models.config import UMT5Config
-    from jax_avatar.models.text import UMT5Encoder
-    from jax_avatar.weights.fields import plain_fields
-    from jax_avatar.weights.files import load_json, save_json, save_weights
-
     values = dict(vocab_size=64, width=4, ffn_width=8, num_heads=2, head_dim=2, num_layers=2)
     config = UMT5Config(**(values | changes))
     fields = plain_fields(config)
@@ -82,14 +56,3 @@ def save_text_encoder(folder, kind="json", **changes):
     save_json(folder / "config.json", load_json(folder / "config.json") | {"text": "umt5"})
     save_tokenizer(folder / "text_tokenizer", kind)
     return folder
-
-
-def save_orbax(folder, params, config, metadata=None):
-    """Writes a network's weights to the Orbax folder `folder`, as a conversion does."""
-    from jax_avatar.models.network import flatten
-    from jax_avatar.weights.checkpoint_writer import ResumableCheckpointWriter
-
-    leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
-    writer = ResumableCheckpointWriter(folder, leaves, config, metadata or {})
-    writer.write("all", {(path, ()): leaf for path, leaf in leaves.items()})
-    writer.finish()
