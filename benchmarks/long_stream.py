@@ -87,10 +87,10 @@ def speech_features(model, voice: np.ndarray):
 class Decoder:
     """Latents of a run of blocks -> frames in [-1, 1]."""
 
-    def __init__(self, model):
-        vae = model.vae
+    def __init__(self, session):
+        vae, self._portrait = session.model.vae, session.portrait
         self._params = jax.tree.map(jnp.asarray, vae.params)
-        self._first = jax.jit(lambda p, x: vae.bind(p).decode_first(x))
+        self._start = jax.jit(lambda p, portrait, x: vae.bind(p).start(portrait, x)[1])
         self._next = jax.jit(lambda p, s, x: vae.bind(p).decode_next(s, x))
         self._state = None
 
@@ -102,7 +102,7 @@ class Decoder:
         """Frames of the next block, `[T H W 3]`."""
         latent = jnp.asarray(latent)
         if self._state is None:
-            _, self._state = self._first(self._params, latent[:, :1])
+            self._state = self._start(self._params, self._portrait, latent[:, :1])
         video, self._state = self._next(self._params, self._state, latent)
         return np.clip(np.asarray(video)[0], -1, 1)
 
@@ -138,13 +138,13 @@ class Scorer:
         finite: whether all latents are.
     """
 
-    def __init__(self, model, blocks: int, size: int, decode_all: bool):
+    def __init__(self, session, blocks: int, size: int, decode_all: bool):
         self.starts, self.size = window_starts(blocks, size), size
         self.scores = [[] for _ in self.starts]
         # Filled in place: a list that grows would look like a leak.
         self.means, self.stds = np.zeros(blocks), np.zeros(blocks)
         self.finite = True
-        self._decoder, self._decode_all, self._number = Decoder(model), decode_all, 0
+        self._decoder, self._decode_all, self._number = Decoder(session), decode_all, 0
 
     def take(self, latent) -> None:
         """Scores a finished block."""
@@ -177,7 +177,7 @@ def run(session, features, seconds: float, window: float, decode_all: bool, prog
     stream, block_s = session.stream, session.format.block_s
     blocks = max(20, round(seconds / block_s))
     size = max(1, min(round(window / block_s), blocks // 4))
-    scorer = Scorer(session.model, blocks, size, decode_all)
+    scorer = Scorer(session, blocks, size, decode_all)
     wall, cpu = np.zeros(blocks), np.zeros(blocks)
     every = max(1, blocks // 1000)
     memory = np.zeros((-(-blocks // every), 2))
@@ -275,7 +275,7 @@ def main(argv=None) -> dict:
         "benchmark": "long_stream",
         "model": model.name,
         "mesh": arguments.mesh,
-        "latent": list(session.reference.shape),
+        "latent": list(session.still[:, :1].shape),
         "dtype": str(model.dit.config.dtype),
         "decode": arguments.decode,
         "audio": Path(arguments.audio).name,

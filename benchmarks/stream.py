@@ -99,8 +99,8 @@ def time_vae(model, session, repeats: int) -> dict:
     vae, pieces = model.vae, session.format.pieces_per_block
     params = jax.tree.map(jnp.asarray, vae.params)
     latent = jnp.repeat(jnp.asarray(session.still[:, :1]), session.format.piece_frames // 4, 1)
-    first, following = make_decode(vae)
-    *_, state = first(params, latent[:, :1])
+    start, following = make_decode(vae)
+    _, state = start(params, session.portrait, latent[:, :1])
 
     def call():
         nonlocal state
@@ -212,7 +212,7 @@ def run(model, mesh: str, voice, seconds: float, repeats: int = 20, progress: bo
         "mesh": mesh,
         "dtype": str(config.dtype),
         "shapes": {
-            "frame": [session.format.block_frames, *(model.settings.size or (384, 704)), 3],
+            "frame": [session.format.block_frames, *session.portrait.shape[2:]],
             "latent": [1, config.frames_per_block, *session.still.shape[2:]],
             "dit": {"width": config.width, "layers": config.num_layers, "heads": config.num_heads},
         },

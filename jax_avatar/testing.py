@@ -12,17 +12,21 @@ from flax import nnx
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.dit import DiT
-from jax_avatar.models.network import Network, flatten
-from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
-from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
+from jax_avatar.models.network import Network, flatten, unflatten
+from jax_avatar.models.speech.mel import SpeechConfig
+from jax_avatar.models.speech.wav2vec2 import Wav2Vec2Config
+from jax_avatar.models.vae.anchored import AnchoredVAE, AnchoredVAEConfig
+from jax_avatar.models.vae.light import LightVAEConfig
 from jax_avatar.shapes import PyTree
 from jax_avatar.weights.checkpoint_writer import ResumableCheckpointWriter
 from jax_avatar.weights.files import save_json, save_weights
+from jax_avatar.weights.kinds import KINDS
 
 __all__ = [
+    "ANCHORED",
     "GRID",
     "NANO",
+    "make_anchored_vae",
     "make_audio",
     "make_conditions",
     "make_latents",
@@ -49,6 +53,23 @@ NANO = DiTConfig(
 )
 """Size of the transformer."""
 
+ANCHORED = AnchoredVAEConfig(
+    curves=(
+        *("jawOpen", "eyeBlinkLeft", "yaw", "pitch", "roll", "right", "down", "growth"),
+        *("gaze_right", "gaze_down"),
+    ),
+    scale=(0.1, 0.1, 0.06, 0.04, 0.03, 0.013, 0.008, 0.004, 0.15, 0.08),
+    leading=("jawOpen", "eyeBlinkLeft"),
+    latent_shape=(2, 2, 4),
+    feature_widths=(4, 4, 4, 4),
+    code_width=4,
+    flow_width=4,
+    frame_width=4,
+    face_width=4,
+    encoder_widths=(4, 4, 4),
+)
+"""Size of the VAE that is anchored in the portrait."""
+
 GRID = (8, 8)
 """Latent rows and columns: every pool of the motion packer has a token."""
 
@@ -59,6 +80,31 @@ def make_network(config: DiTConfig = NANO, seed: int = 0, kind: type[DiT] = DiT)
     kernel = network.params["head"]["kernel"]
     network.params["head"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(seed), kernel.shape)
     return network
+
+
+def make_anchored_vae(config: AnchoredVAEConfig = ANCHORED, seed: int = 0) -> Network:
+    """Random networks, and a basis that turns heads and opens mouths; drawn without compiling."""
+    rng, network = np.random.default_rng(seed), Network.abstract(AnchoredVAE, config)
+    window = (4 * len(config.curves), config.latent_size)
+    analysis = np.linalg.qr(rng.standard_normal(window))[0].astype(np.float32)
+    given = {
+        "basis/analysis": analysis,
+        "basis/synthesis": analysis.T,
+        "basis/head_weight": np.ones((64, 64), np.float32),
+        "basis/camera": np.array([0.0, -0.4, 0.4, 5.0], np.float32),
+    }
+    spreads = {"basis/flow": 0.002, "portrait/surface/kernel": 0.05, "frame/out/kernel": 0.05}
+    still = ("portrait/own/", "frame/coarse/", "frame/face_out/", "basis/")
+
+    def draw(path, leaf):
+        if path in given:
+            return given[path]
+        is_kernel = path.endswith("kernel") and not path.startswith(still)
+        usual = np.sqrt(2 / np.prod(leaf.shape[:-1])) if is_kernel else 0.0
+        return np.float32(spreads.get(path, usual)) * rng.standard_normal(leaf.shape, np.float32)
+
+    drawn = {path: draw(path, leaf) for path, leaf in flatten(network.params).items()}
+    return network.with_params(jax.device_put(unflatten(drawn)))
 
 
 def make_conditions(config: DiTConfig = NANO, batch: int = 1, seed: int = 1) -> Conditions:
@@ -93,15 +139,17 @@ def save_model(
     *,
     name: str = "nano",
     speech: str = "mel",
+    vae: str = "light",
     framepack: bool = False,
     **stream: Any,
 ) -> Path:
-    """Writes a model folder of random nano networks, with pixels as `GRID` says.
+    """Writes a model folder of random nano networks.
 
     Args:
         folder: where to.
         name: of the model.
         speech: kind of its front end; "wav2vec2" makes 25 frames per second, "mel" 16.
+        vae: its kind: "light", with pixels as `GRID` says, or "anchored", with 128 a side.
         framepack: the transformer has the motion packer.
         **stream: settings other than these.
     """
@@ -112,7 +160,7 @@ def save_model(
         )  # fmt: skip
     else:
         front_end = SpeechConfig(bands=8, width=6, dilations=(1,))
-    vae = LightVAEConfig(
+    light = LightVAEConfig(
         z_dim=4, latent_width=8, frame_width=8, stem_width=8, latent_blocks=1, frame_blocks=1
     )
     settings = {
@@ -124,8 +172,11 @@ def save_model(
         "pose": "reference",
         "warmup_latents": 2,
     }
+    if vae == "anchored":
+        settings |= {"size": [128, 128], "pose": "zeros", "warmup_latents": 1}
     dit = make_network(NANO.replace(framepack=framepack))
-    return save_networks(folder, name, dit, front_end, vae, settings | stream)
+    config = ANCHORED if vae == "anchored" else light
+    return save_networks(folder, name, dit, front_end, config, settings | stream)
 
 
 def save_networks(
@@ -133,7 +184,7 @@ def save_networks(
     name: str,
     dit: Network,
     speech: SpeechConfig | Wav2Vec2Config,
-    vae: LightVAEConfig,
+    vae: LightVAEConfig | AnchoredVAEConfig,
     stream: dict[str, Any],
     *,
     kind: str = "wan_s2v",
@@ -155,15 +206,17 @@ def save_networks(
         fields |= {key: "float32" for key in ("dtype", "param_dtype") if key in fields}
         save_weights(folder, part, params, fields)
 
-    is_mel = isinstance(speech, SpeechConfig)
-    if is_mel:
-        encoder = Network.of(SpeechEncoder(speech, rngs=nnx.Rngs(6)))
-    else:
-        encoder = Network.of(jax.jit(lambda: Wav2Vec2(speech, rngs=nnx.Rngs(6)))())
+    def draw(network, config, seed):
+        if network is AnchoredVAE:
+            return make_anchored_vae(config)
+        return Network.of(jax.jit(lambda: network(config, rngs=nnx.Rngs(seed)))())
+
+    kinds = {"dit": kind}
     save("dit", dit.config, dit.params)
-    save("vae", vae, Network.of(LightVAE(vae, rngs=nnx.Rngs(5))).params)
-    save("speech", speech, encoder.params)
-    kinds = {"dit": kind, "vae": "light", "speech": "mel" if is_mel else "wav2vec2"}
+    for part, config, seed in (("vae", vae, 5), ("speech", speech, 6)):
+        known = {k.config: (name, k.network) for name, k in KINDS[part].items()}
+        kinds[part], network = known[type(config)]
+        save(part, config, draw(network, config, seed).params)
     folder = Path(folder)
     save_json(folder / "config.json", {"name": name, **kinds, "stream": stream})
     return folder

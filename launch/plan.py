@@ -79,16 +79,11 @@ def training_sections() -> dict:
     return sections
 
 
-def latent_grid(model, size: str | None) -> tuple[int, int]:
-    """Latent rows and columns."""
-    settings, stride = model.settings, model.vae.config.spatial_stride
-    height, width = settings.size or fit_size(400, 720, settings.max_area, settings.multiple)
+def frame_size(settings, size: str | None) -> tuple[int, int]:
+    """Pixel height and width."""
     if size:
-        height, width = cli.parse_size(size)
-    multiple = 2 * stride
-    if min(height, width) < multiple or height % multiple or width % multiple:
-        raise ValueError(f"--size {height}*{width}: sides must be multiples of {multiple}.")
-    return height // stride, width // stride
+        return cli.parse_size(size)
+    return settings.size or fit_size(400, 720, settings.max_area, settings.multiple)
 
 
 def run() -> None:
@@ -96,13 +91,16 @@ def run() -> None:
         raise ValueError(f"--compile {','.join(sorted(unknown))}: expected step, decode or both.")
     hardware = find_hardware(FLAGS.hardware)
     model = abstract_model(read_config(FLAGS.model))
-    grid = latent_grid(model, FLAGS.size)
-    stride = model.vae.config.spatial_stride
+    size = frame_size(model.settings, FLAGS.size)
+    try:
+        grid = model.vae.config.latent_grid(*size)
+    except ValueError as error:
+        raise ValueError(f"--size {size[0]}*{size[1]}: {error}") from None
     if FLAGS.task == "stream":
         layout = stream_layout(model.settings, FLAGS.mesh)
         jax.config.update("jax_num_cpu_devices", layout.num_devices)
         options = {"dtype": FLAGS.dtype, "parts": tuple(FLAGS.compile), "say": say}
-        needs = plan_stream(model, grid, layout, hardware, **options)
+        needs = plan_stream(model, size, layout, hardware, **options)
     else:
         jax.config.update("jax_num_cpu_devices", parse_training_layout(FLAGS.mesh).num_devices)
         needs = plan_training(model, grid, FLAGS.mesh, hardware, training_sections(), say=say)
@@ -110,7 +108,7 @@ def run() -> None:
         "model": model.name,
         "task": FLAGS.task,
         "mesh": FLAGS.mesh,
-        "size": f"{stride * grid[0]}*{stride * grid[1]}",
+        "size": f"{size[0]}*{size[1]}",
         "dtype": FLAGS.dtype,
     }
     if FLAGS.json:

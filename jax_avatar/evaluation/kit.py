@@ -220,8 +220,7 @@ def _score_split(
     truth = Truth.from_clips(clips)
     if settings.with_still:
         made["still"] = still_portraits(truth)
-    vae = model.vae.bind()
-    made["decoded_truth"] = reconstruct(vae, truth.frames)
+    made["decoded_truth"] = reconstruct(model.vae, truth)
     rows = {
         name: scored(measure(frames, truth, probe), seed=settings.seed)
         for name, frames in made.items()

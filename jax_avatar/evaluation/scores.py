@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from jax_avatar.data.records import ClipRecord
 from jax_avatar.evaluation.mouth_probe import MouthProbe
 from jax_avatar.models.network import Network
-from jax_avatar.models.vae.light import LightVAE
 from jax_avatar.pixels import from_uint8, psnr, to_uint8
 
 __all__ = [
@@ -121,16 +121,20 @@ def still_portraits(truth: Truth) -> Frames:
     return np.ascontiguousarray(still)
 
 
-def reconstruct(vae: LightVAE, frames: Frames) -> Frames:
-    """Encoded and decoded again: what remains of the truth in the latents."""
-    network = Network.of(vae)
+def reconstruct(network: Network, truth: Truth) -> Frames:
+    """Encoded and decoded again by a VAE: what remains of the truth in the latents."""
 
     @jax.jit
-    def again(network, video):
+    def again(network, portrait, video):
         vae = network.bind()
-        return to_uint8(vae.decode(vae.encode(from_uint8(video))))
+        portrait, video = from_uint8(portrait), from_uint8(video)
+        latent = vae.encode_clip(portrait, video)
+        first, state = vae.start(portrait[:, None], latent[:, :1])
+        later, _ = vae.decode_next(state, latent[:, 1:])
+        return to_uint8(jnp.concatenate([first, later], 1))
 
-    return np.concatenate([np.asarray(again(network, clip[None])) for clip in frames])
+    pairs = zip(truth.portrait[:, None], truth.frames[:, None], strict=True)
+    return np.concatenate([np.asarray(again(network, *pair)) for pair in pairs])
 
 
 def fit_probe(clips: Sequence[ClipRecord], num_steps: int = 1200) -> MouthProbe:

@@ -12,6 +12,7 @@ __all__ = [
     "DiTConfig",
     "UMT5Config",
     "WanVAEConfig",
+    "strided_grid",
     "umt5_xxl",
     "wan_s2v_14b",
 ]
@@ -171,6 +172,23 @@ def wan_s2v_14b(**changes: Any) -> DiTConfig:
     return DiTConfig(**(values | changes))
 
 
+def strided_grid(height: int, width: int, stride: int) -> tuple[int, int]:
+    """Latent rows and columns of pictures of a VAE whose latent cells are squares of pixels.
+
+    Args:
+        height: pixel rows.
+        width: pixel columns.
+        stride: pixels per latent cell.
+
+    Raises:
+        ValueError: the grid would not be even both ways, as the patches of a transformer need it.
+    """
+    multiple = 2 * stride
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        raise ValueError(f"{height}*{width} pixels: sides must be multiples of {multiple}.")
+    return height // stride, width // stride
+
+
 @dataclass(frozen=True)
 class WanVAEConfig:
     """Size of the causal video VAE of Wan 2.1; the defaults are the published size.
@@ -241,6 +259,10 @@ class WanVAEConfig:
     def temporal_stride(self) -> int:
         """Video frames per latent frame, the first one apart."""
         return 2 ** sum(self.temporal_downsample)
+
+    def latent_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Latent rows and columns of pictures, see `strided_grid`."""
+        return strided_grid(height, width, self.spatial_stride)
 
     def replace(self, **changes: Any) -> "WanVAEConfig":
         """A copy with some fields changed, checked again."""

@@ -220,18 +220,19 @@ def _placed(tree: PyTree, place: Any) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
-def decode_program(model: AbstractModel, grid: tuple[int, int], device: jax.Device) -> Program:
+def decode_program(model: AbstractModel, size: tuple[int, int], device: jax.Device) -> Program:
     """Decoding program in the middle of a stream: a block, or `decode_latents` latents.
 
     Args:
         model: from `abstract_model`.
-        grid: latent rows and columns.
+        size: pixel rows and columns.
         device: to compile for.
     """
-    first, following = make_decode(model.vae)
-    latent = _latent(model, grid)
+    start, following = make_decode(model.vae)
+    latent = _latent(model, model.vae.config.latent_grid(*size))
+    portrait = jax.ShapeDtypeStruct((1, 1, *size, 3), jnp.float32)
     latents = model.settings.piece_latents(model.dit.config.frames_per_block)
-    *_, state = jax.eval_shape(first, model.vae.params, latent(1))
+    _, state = jax.eval_shape(start, model.vae.params, portrait, latent(1))
     place = SingleDeviceSharding(device)
     arguments = _placed((model.vae.params, state, latent(latents)), place)
     held = {"VAE weights": arguments[0], "VAE state": arguments[1]}

@@ -9,6 +9,7 @@ and latents between slices take time too, which is left out.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jax_avatar.layout import Layout, make_mesh
 from jax_avatar.models.config import DiTConfig, WanVAEConfig
@@ -80,7 +81,7 @@ def compute_bound(
     return attention / hardware.peak("bf16") + linear / hardware.peak(dtype)
 
 
-def decode_flops(config: WanVAEConfig, height: int, width: int, latents: int) -> float | None:
+def decode_flops(config: Any, height: int, width: int, latents: int) -> float | None:
     """Floating-point operations of decoding latents as the official code does; None if unknown.
 
     Args:
@@ -89,15 +90,16 @@ def decode_flops(config: WanVAEConfig, height: int, width: int, latents: int) ->
         width: latent columns.
         latents: how many, none of them the first of a clip.
     """
-    published = WanVAEConfig(dtype=config.dtype, param_dtype=config.param_dtype)
-    if config != published:
+    if not isinstance(config, WanVAEConfig):
+        return None
+    if config != WanVAEConfig(dtype=config.dtype, param_dtype=config.param_dtype):
         return None
     return _VAE_FLOP / (400 * 720) * 64 * height * width * latents
 
 
 def plan_stream(
     model: AbstractModel,
-    grid: tuple[int, int],
+    size: tuple[int, int],
     layout: Layout,
     hardware: Hardware,
     *,
@@ -109,7 +111,7 @@ def plan_stream(
 
     Args:
         model: from `abstract_model`.
-        grid: latent rows and columns.
+        size: pixel rows and columns.
         layout: from `parse_layout`.
         hardware: to plan for.
         dtype: of the large linears' weights, one of `DTYPES`.
@@ -117,15 +119,16 @@ def plan_stream(
         say: told what is being done, since compiling takes minutes.
 
     Raises:
-        ValueError: the layout does not fit the transformer, or no slice is large enough.
+        ValueError: the layout does not fit the transformer, or the VAE makes no such pictures.
     """
+    grid = model.vae.config.latent_grid(*size)
     devices, compiled_for = stand_ins(hardware, lambda devices: make_mesh(layout, devices))
     _, vae_device = make_mesh(layout, devices)
     attention = "splash" if devices[0].platform == "tpu" else "xla"
     weights = "" if dtype == "bf16" else dtype
     programs = {
         "step": step_program(model, grid, layout, devices, attention=attention, weights=weights),
-        "decode": decode_program(model, grid, vae_device),
+        "decode": decode_program(model, size, vae_device),
     }
     made = {
         part: compile_program(program, compiled_for, say=say)

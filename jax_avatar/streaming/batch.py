@@ -79,8 +79,8 @@ class BatchStream:
         padded = np.pad(np.asarray(waves, np.float32), ((0, 0), (silence, 0)))[:, None]
         features = self._features(self._speech_params, self._put(padded), total)
         video = self._put(from_uint8(portraits)[:, None])
-        still, _ = self._encode(self._decoder.params, video)
-        self._decoder.start(still[:, : model.settings.warmup_latents])
+        still = self._encode(self._decoder.params, video)
+        self._decoder.start(video, still[:, : model.settings.warmup_latents])
         parts = []
         for latent in self._latents(still, features):
             frames, _ = self._decoder.decode(latent)

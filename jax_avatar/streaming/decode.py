@@ -23,29 +23,30 @@ class NotFinite(ValueError):
 
 
 def make_decode(vae: Network) -> tuple[Callable, Callable]:
-    """The compiled decoders of a VAE: latents -> uint8 pixels, with the state of the stream.
+    """The compiled decoder of a VAE: latents -> uint8 pixels, with the state of the stream.
 
     Args:
         vae: structure and size of the video autoencoder; weights are left aside.
 
     Returns:
-        `(params, latents) -> (pixels, is_finite, state)` for the first latents, and
-        `(params, state, latents) -> (pixels, is_finite, state)` for all others; the state is
-        donated. `is_finite` is False where the pixels would be NaN or infinity, which are black.
+        `(params, portraits, latents) -> (error, state)` of the first latents, the RMS of what they
+        show against the portraits, and `(params, state, latents) -> (pixels, is_finite, state)` of
+        all others; the state is donated. `is_finite` is False where the pixels would be NaN or
+        infinity, which are black.
     """
-
     bare = vae.without_params()
 
-    def decoder(method):
-        def decode(params, *arguments):
-            video, state = getattr(bare.bind(params), method)(*arguments)
-            video = video.astype(jnp.float32)
-            return to_uint8(video), jnp.isfinite(video).all(), state
+    def start(params, portraits, latents):
+        shown, state = bare.bind(params).start(portraits, latents)
+        error = jnp.sqrt(jnp.mean((jnp.clip(shown, -1, 1) - portraits) ** 2))
+        return error, state
 
-        return decode
+    def following(params, state, latents):
+        video, state = bare.bind(params).decode_next(state, latents)
+        video = video.astype(jnp.float32)
+        return to_uint8(video), jnp.isfinite(video).all(), state
 
-    first, following = decoder("decode_first"), decoder("decode_next")
-    return jax.jit(first), jax.jit(following, donate_argnums=1)
+    return jax.jit(start), jax.jit(following, donate_argnums=1)
 
 
 class Decoder:
@@ -53,6 +54,7 @@ class Decoder:
 
     Attributes:
         params: of the VAE, where it runs.
+        portrait_error: RMS of the portraits as decoded, in pixels within [-1, 1]; not waited for.
         decoded: pieces handed to the device since the start.
         fetched: pieces of them that were fetched.
     """
@@ -65,15 +67,16 @@ class Decoder:
             place: device or sharding of the VAE's weights.
         """
         self.model, self.params = model, put_on(model.vae.params, place)
-        self._first, self._next = make_decode(model.vae)
+        self._start, self._next = make_decode(model.vae)
 
-    def start(self, still: Latent | np.ndarray) -> None:
-        """Begins anew, after latents of the still portrait; pieces under way are dropped.
+    def start(self, portraits: Array | np.ndarray, still: Latent | np.ndarray) -> None:
+        """Begins anew, after latents of still portraits; pieces under way are dropped.
 
         Args:
-            still: decoded before the stream, where the decoder runs.
+            portraits: `b 1 H W 3`, in [-1, 1], where the decoder runs.
+            still: their latents, decoded before the stream, there too.
         """
-        *_, self.state = self._first(self.params, still[:, :1])
+        self.portrait_error, self.state = self._start(self.params, portraits, still[:, :1])
         if still.shape[1] > 1:
             self.decode(still[:, 1:])
         self._pending: deque[tuple[Array, Array]] = deque()

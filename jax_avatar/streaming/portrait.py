@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_avatar.models.conditions import Conditions
@@ -16,7 +15,7 @@ from jax_avatar.weights.settings import StreamSettings
 __all__ = ["make_encode", "still_conditions"]
 
 
-def make_encode(vae: Network, settings: StreamSettings) -> Callable[..., tuple[Array, Array]]:
+def make_encode(vae: Network, settings: StreamSettings) -> Callable[..., Array]:
     """The compiled encoder of portraits that stand still, as long as the stream needs it.
 
     Args:
@@ -24,21 +23,16 @@ def make_encode(vae: Network, settings: StreamSettings) -> Callable[..., tuple[A
         settings: of the stream.
 
     Returns:
-        `(params, portraits) -> (latents, error)`; the error of the first latents, decoded again, is
-        RMS.
+        `(params, portraits) -> latents`.
     """
     latents = settings.warmup_latents
     if settings.motion == "still":
         latents = max(latents, MOTION_LATENTS)
-    frames, bare = 1 + 4 * (latents - 1), vae.without_params()
+    bare = vae.without_params()
 
     @jax.jit
     def encode(params, portrait):
-        vae = bare.bind(params)
-        video = (len(portrait), frames, *portrait.shape[2:])
-        still = vae.encode(jnp.broadcast_to(portrait, video))
-        again = jnp.clip(vae.decode_first(still[:, :1])[0], -1, 1)
-        return still, jnp.sqrt(jnp.mean((again - portrait) ** 2))
+        return bare.bind(params).encode_still(portrait, latents)
 
     return encode
 

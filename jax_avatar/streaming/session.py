@@ -76,8 +76,8 @@ class AvatarSession:
         stream: Algorithm 3 or 4.
         decoder: latents -> pixels.
         features: samples -> speech features.
+        portrait: `1 1 H W 3` in [-1, 1], where the decoder runs.
         still: latents of the portrait that stands still, on the host.
-        portrait_error: RMS of the portrait, encoded and decoded again.
         times: timestamps since the start.
     """
 
@@ -104,6 +104,7 @@ class AvatarSession:
             in_flight: finished blocks that may wait to be fetched.
         """
         settings, dit = model.settings, model.dit
+        model.vae.config.latent_grid(*portrait.shape[2:4])  # refuses what the VAE cannot make
         if isinstance(layout, str):
             layout = parse_layout(layout, settings.num_steps)
         check_slices(settings, layout.stages)
@@ -149,8 +150,13 @@ class AvatarSession:
     def _begin(self) -> None:
         self.times, self._frames_out = SessionTimes(), 0
         warmup = self.still[:, : self.model.settings.warmup_latents]
-        self.decoder.start(jax.device_put(jnp.asarray(warmup), self._vae_device))
+        self.decoder.start(self.portrait, jax.device_put(jnp.asarray(warmup), self._vae_device))
         self.features.start()
+
+    @property
+    def portrait_error(self) -> float:
+        """RMS of the portrait, encoded and decoded again, in pixels within [-1, 1]."""
+        return float(self.decoder.portrait_error)
 
     def shared_model(self) -> AvatarModel:
         """The model with its weights where this session put them, for more of its kind."""
@@ -318,9 +324,8 @@ class AvatarSession:
                 f"a portrait of {portrait.shape[2:4]} pixels for a session made for {size}; "
                 "resize it with prepare_reference."
             )
-        placed = jax.device_put(jnp.asarray(portrait, jnp.float32), self._vae_device)
-        still, error = self._encode(self.decoder.params, placed)
-        self.still, self.portrait_error = np.asarray(still), float(error)
+        self.portrait = jax.device_put(jnp.asarray(portrait, jnp.float32), self._vae_device)
+        self.still = np.asarray(self._encode(self.decoder.params, self.portrait))
         if text is None:
             text = jnp.zeros((1, 1, self.model.dit.config.text_width), jnp.float32)
         return still_conditions(self.model, self.still, self._padded(text))

@@ -6,46 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.vae import rigid_head, warp
 from jax_avatar.models.vae.anchored import AnchoredVAE, AnchoredVAEConfig
+from jax_avatar.testing import ANCHORED as NANO
+from jax_avatar.testing import make_anchored_vae
 
-CURVES = (
-    *("jawOpen", "eyeBlinkLeft", "yaw", "pitch", "roll", "right", "down", "growth"),
-    *("gaze_right", "gaze_down"),
-)
-NANO = AnchoredVAEConfig(
-    curves=CURVES,
-    scale=(0.1, 0.1, 0.06, 0.04, 0.03, 0.013, 0.008, 0.004, 0.15, 0.08),
-    leading=("jawOpen", "eyeBlinkLeft"),
-    latent_shape=(2, 2, 3),
-    feature_widths=(4, 4, 4, 4),
-    code_width=4,
-    flow_width=4,
-    frame_width=4,
-    face_width=4,
-    encoder_widths=(4, 4, 4),
-)
-
-
-def make_vae(config=NANO):
-    """Random networks, and a basis that turns heads and opens mouths."""
-    vae = AnchoredVAE(config, rngs=nnx.Rngs(0))
-    keys = iter(jax.random.split(jax.random.key(1), 8))
-    analysis, _ = jnp.linalg.qr(jax.random.normal(next(keys), (4 * len(CURVES), 12)))
-    vae.basis.analysis[...] = analysis
-    vae.basis.synthesis[...] = analysis.T
-    vae.basis.flow[...] = 0.002 * jax.random.normal(next(keys), vae.basis.flow.shape)
-    for layer in (vae.portrait.surface, vae.frame.out):
-        layer.kernel[...] = 0.1 * jax.random.normal(next(keys), layer.kernel.shape)
-    return vae
+CURVES = NANO.curves
 
 
 @pytest.fixture(scope="module")
 def vae():
-    return make_vae()
+    return make_anchored_vae().bind()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +29,7 @@ def portraits():
 
 @pytest.fixture(scope="module")
 def latents():
-    return jax.random.normal(jax.random.key(3), (2, 3, 2, 2, 3))
+    return jax.random.normal(jax.random.key(3), (2, 3, 2, 2, 4))
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +114,22 @@ def test_latents_do_not_depend_on_each_other(vae, portraits, latents, decode, fr
     np.testing.assert_allclose(alone[0], frames[1], atol=2e-4)
 
 
-def test_a_clip_begins_with_its_portrait(vae, portraits, latents, frames):
-    video = vae.decode(portraits[:1], jnp.concatenate([latents[:1, :1], latents[:1]], 1))
-    np.testing.assert_array_equal(video[:, 0], portraits[:1])
-    np.testing.assert_allclose(video[:, 1:], frames[:1], atol=2e-4)
+def test_a_clip_begins_with_its_portrait(vae, portraits, latents, decode, frames):
+    first, state = jax.jit(lambda vae, *given: vae.start(*given))(
+        vae, portraits[:, None], vae.encode_still(portraits[:, None], 1)
+    )
+    np.testing.assert_array_equal(first[:, 0], portraits)
+    np.testing.assert_allclose(decode(vae, state, latents), frames, atol=2e-4)
+
+
+def test_a_portrait_that_stands_still_has_the_latent_of_no_motion(vae, portraits):
+    video = portraits[:, None]
+    still = vae.encode_still(video, 3)
+    np.testing.assert_array_equal(still, jnp.repeat(vae.encode(video), 3, 1))
+    np.testing.assert_array_equal(still, vae.encode_still(-video, 3))
+    moving = jnp.repeat(video, 5, 1).at[:, 1:].multiply(0.5)
+    other = vae.encode_clip(portraits, moving.at[:, 0].set(0))
+    np.testing.assert_array_equal(other, vae.encode(moving))
 
 
 def test_other_sizes_show_the_same(vae, portraits, latents, decode, frames):
@@ -159,7 +144,7 @@ def test_other_sizes_show_the_same(vae, portraits, latents, decode, frames):
 def test_a_clip_that_does_not_move_has_the_latent_of_no_motion(vae, portraits):
     video = jnp.repeat(portraits[:, None], 5, 1).at[:, 1:].multiply(0.5)
     latent = vae.encode(video)
-    assert latent.shape == (2, 2, 2, 2, 3)
+    assert latent.shape == (2, 2, 2, 2, 4)
     rest = vae.basis.to_latent(jnp.zeros((1, 4, len(CURVES))))
     np.testing.assert_allclose(latent[:, 0].reshape(2, -1), jnp.repeat(rest, 2, 0), atol=1e-6)
     assert jnp.abs(latent[:, 1] - latent[:, 0]).max() > 1e-3
@@ -168,7 +153,9 @@ def test_a_clip_that_does_not_move_has_the_latent_of_no_motion(vae, portraits):
 def test_wrong_shapes_are_refused(vae, portraits):
     with pytest.raises(ValueError, match="of 3 frames of 128x128"):
         vae.encode(jnp.repeat(portraits[:, None], 3, 1))
-    with pytest.raises(ValueError, match="64x64 pixels"):
+    with pytest.raises(
+        ValueError, match=r"64\*64 pixels: .* squares with even sides of 128 to 2048 pixels"
+    ):
         vae.prepare(warp.shrunk(portraits, 64))
 
 

@@ -23,6 +23,7 @@ from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.testing import GRID, NANO, make_conditions, make_network
 
+SIZE = (64, 64)
 NANO_FOLDER = {
     "name": "nano",
     "kinds": {"dit": "wan_s2v", "vae": "wan"},
@@ -36,7 +37,7 @@ NANO_FOLDER = {
     },
     "stream": {
         "fps": 16,
-        "size": (64, 64),
+        "size": SIZE,
         "sigmas": (1.0, 0.9, 0.75, 0.5, 0.0),
         "motion": "still",
     },
@@ -78,7 +79,7 @@ def test_a_plan_weighs_what_a_stream_holds(nano, mesh):
     "mesh", ["1", *(pytest.param(m, marks=pytest.mark.slow) for m in ("5", "4x2"))]
 )
 def test_figures_add_up_and_name_their_source(nano, mesh):
-    needs = plan_stream(nano, GRID, parse_layout(mesh, 4), find_hardware("h200"))
+    needs = plan_stream(nano, SIZE, parse_layout(mesh, 4), find_hardware("h200"))
     assert needs.fits and needs.compiled_for == "cpu"
     layout = parse_layout(mesh, 4)
     assert sum(device.count for device in needs.devices) == layout.num_devices
@@ -102,7 +103,7 @@ def test_the_refresh_of_history_is_one_more_evaluation_and_one_window(
 
     def plan(**changes):
         model = dataclasses.replace(nano, settings=dataclasses.replace(nano.settings, **changes))
-        needs = plan_stream(model, GRID, layout, HARDWARE["h200"], parts=())
+        needs = plan_stream(model, SIZE, layout, HARDWARE["h200"], parts=())
         figures = {name: figure.value for name, figure in needs.figures.items()}
         return figures, needs.devices[0].bytes["windows"].value
 
@@ -114,7 +115,7 @@ def test_the_refresh_of_history_is_one_more_evaluation_and_one_window(
 
 def test_wider_slices_hold_less_each(nano):
     def held(mesh):
-        needs = plan_stream(nano, GRID, parse_layout(mesh, 4), HARDWARE["v5p"], parts=())
+        needs = plan_stream(nano, SIZE, parse_layout(mesh, 4), HARDWARE["v5p"], parts=())
         return {name: figure.value for name, figure in needs.devices[0].bytes.items()}
 
     one, two = held("2+1"), held("2x2+1")  # within the eight devices of the tests
@@ -127,7 +128,7 @@ def test_decoding_latent_by_latent_holds_less_for_the_same_arithmetic(nano):
     layout = parse_layout("5", 4)
 
     def plan(model):
-        needs = plan_stream(model, GRID, layout, HARDWARE["h200"], parts=("decode",))
+        needs = plan_stream(model, SIZE, layout, HARDWARE["h200"], parts=("decode",))
         return needs.devices[-1].bytes["temporaries"].value, needs.figures
 
     (whole, by_block), (piece, by_latent) = map(
@@ -153,11 +154,11 @@ def test_the_formula_agrees_with_xla_on_the_published_size(large):
 
 
 def test_one_device_of_80_gb_is_too_small_and_what_to_change_is_said(large):
-    needs = plan_stream(large, (48, 88), parse_layout("1", 4), HARDWARE["h100"], parts=())
+    needs = plan_stream(large, (384, 704), parse_layout("1", 4), HARDWARE["h100"], parts=())
     assert not needs.fits
     assert any(text.startswith("--mesh 4x1+1 --dtype bf16") for text in needs.advice)
     assert any("--mesh 5" in text and "frames per second" in text for text in needs.advice)
-    needs = plan_stream(large, (48, 88), parse_layout("5", 4), HARDWARE["h100"], parts=())
+    needs = plan_stream(large, (384, 704), parse_layout("5", 4), HARDWARE["h100"], parts=())
     assert needs.fits and not needs.advice
     assert needs.figures["fps"].value > 25
 
@@ -165,7 +166,7 @@ def test_one_device_of_80_gb_is_too_small_and_what_to_change_is_said(large):
 def test_a_byte_per_weight_halves_the_large_linears(large):
     def weights(dtype):
         needs = plan_stream(
-            large, (48, 88), parse_layout("5", 4), HARDWARE["h200"], dtype=dtype, parts=()
+            large, (384, 704), parse_layout("5", 4), HARDWARE["h200"], dtype=dtype, parts=()
         )
         return needs.devices[0].bytes["weights"].value
 
@@ -175,7 +176,7 @@ def test_a_byte_per_weight_halves_the_large_linears(large):
 def test_what_the_compiler_refuses_does_not_fit(nano, monkeypatch):
     refusal = planning.Compiled(0, 0, 0, 0.0, 0.0, "Used 40G of 16G hbm.")
     monkeypatch.setattr(planning, "compile_program", lambda *_, **__: refusal)
-    needs = plan_stream(nano, GRID, parse_layout("5", 4), HARDWARE["h200"])
+    needs = plan_stream(nano, SIZE, parse_layout("5", 4), HARDWARE["h200"])
     assert not needs.fits
     assert "the compiler refuses: Used 40G of 16G hbm." in plan_as_text(needs, HARDWARE["h200"])
 
@@ -218,7 +219,7 @@ def test_other_failures_of_the_compiler_are_not_hidden():
 
 def test_without_the_tpu_compiler_cpus_stand_in(nano, monkeypatch):
     monkeypatch.setattr("jax_avatar.planning.hardware.has_tpu_compiler", lambda: False)
-    needs = plan_stream(nano, GRID, parse_layout("5", 4), HARDWARE["v5p"], parts=("step",))
+    needs = plan_stream(nano, SIZE, parse_layout("5", 4), HARDWARE["v5p"], parts=("step",))
     assert needs.compiled_for == "cpu"
     text = plan_as_text(needs, HARDWARE["v5p"])
     assert 'pip install -e ".[plan]"' in text and "temporaries are missing: decode" in text

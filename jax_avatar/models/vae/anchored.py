@@ -28,6 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jax_avatar.models.vae import rigid_head
+from jax_avatar.models.vae.interface import VideoVAE
 from jax_avatar.models.vae.rigid_head import HeadShape
 from jax_avatar.models.vae.warp import (
     doubled,
@@ -47,12 +48,13 @@ from jax_avatar.shapes import Latent, Video
 __all__ = ["SIDE", "AnchoredVAE", "AnchoredVAEConfig", "Decoded", "PreparedPortrait"]
 
 SIDE = 128
-"""Pixels that the networks see."""
+"""Pixels that the networks see, and the smallest side of a picture."""
 FLOW = 64
 """Cells of the coarse flow."""
 GROUP = 4
 """Frames of a latent after the first."""
 
+_LARGEST = 2048  # pixels of a picture's side
 _CODE = 4  # cells of the codes that a latent expands to
 _POSE = 6  # yaw, pitch, roll; right, down, growth
 _FACE = (slice(26, 62), slice(16, 48))  # of 64 x 64 cells: rows and columns of eyes and mouth
@@ -117,6 +119,26 @@ class AnchoredVAEConfig:
     def latent_size(self) -> int:
         """Numbers of a latent."""
         return int(np.prod(self.latent_shape))
+
+    def latent_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Latent rows and columns, the same for pictures of all sizes.
+
+        Args:
+            height: pixel rows.
+            width: pixel columns.
+
+        Raises:
+            ValueError: there are no such pictures, or no patches of a transformer in such latents.
+        """
+        if height != width or not SIDE <= height <= _LARGEST or height % 2:
+            raise ValueError(
+                f"{height}*{width} pixels: this VAE makes squares with even sides of {SIDE} to "
+                f"{_LARGEST} pixels, such as 256*256."
+            )
+        rows, columns, _ = self.latent_shape
+        if rows % 2 or columns % 2:
+            raise ValueError(f"latents of {rows}x{columns} cells: transformers need even numbers.")
+        return rows, columns
 
     @property
     def num_features(self) -> int:
@@ -341,7 +363,7 @@ class MotionReader(nnx.Module):
         return self.out(x.reshape(len(x), -1))
 
 
-class AnchoredVAE(nnx.Module):
+class AnchoredVAE(VideoVAE):
     """Video VAE whose first frame is the portrait: `1 + 4 (n - 1)` frames <-> `n` latents."""
 
     def __init__(self, config: AnchoredVAEConfig, *, rngs: nnx.Rngs):
@@ -375,14 +397,25 @@ class AnchoredVAE(nnx.Module):
         latent = self.basis.to_latent(windows.reshape(-1, GROUP, len(self.config.curves)))
         return latent.reshape(b, -1, *self.config.latent_shape)
 
+    def encode_still(self, portrait: Float[Array, "b 1 H W 3"], latents: int) -> Latent:
+        """The latent of no motion, whatever the portrait; see `VideoVAE`."""
+        return jnp.repeat(self.encode(portrait), latents, 1)
+
+    def encode_clip(self, portrait: Float[Array, "b H W 3"], video: Video) -> Latent:
+        """The motion of clips against their portraits, which stand in for the first frames."""
+        return self.encode(jnp.concatenate([portrait[:, None], video[:, 1:]], 1))
+
+    def start(
+        self, portrait: Float[Array, "b 1 H W 3"], latent: Float[Array, "b 1 h w c"]
+    ) -> tuple[Float[Array, "b 1 H W 3"], PreparedPortrait]:
+        """Looks at portraits, for which the first latents stand; see `VideoVAE`."""
+        del latent
+        return portrait, self.prepare(portrait[:, 0])
+
     def prepare(self, portrait: Float[Array, "b H W 3"]) -> PreparedPortrait:
         """Looks at portraits once; side and framing are those of the frames to be decoded."""
         side = portrait.shape[1]
-        if portrait.shape[2] != side or side < SIDE:
-            raise ValueError(
-                f"A portrait of {side}x{portrait.shape[2]} pixels: this VAE needs square ones of "
-                f"at least {SIDE}; cut or enlarge it."
-            )
+        self.config.latent_grid(side, portrait.shape[2])
         small = shrunk(portrait, SIDE)
         features, own, surface = self.portrait(small)
         correction = 10 * own[..., -2:]
@@ -419,11 +452,6 @@ class AnchoredVAE(nnx.Module):
             state, curves.reshape(frames, -1), codes.reshape(frames, *codes.shape[2:])
         )
         return parts.picture.reshape(b, n * GROUP, *parts.picture.shape[1:]), state
-
-    def decode(self, portrait: Float[Array, "b H W 3"], latent: Latent) -> Video:
-        """Decodes a whole clip; the first latent stands for the portrait itself."""
-        later, _ = self.decode_next(self.prepare(portrait), latent[:, 1:])
-        return jnp.concatenate([portrait[:, None], later], 1)
 
     def curves_and_codes(
         self, latent: Float[Array, "n z"]

@@ -23,6 +23,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jax_avatar.models.config import strided_grid
+from jax_avatar.models.vae.interface import VideoVAE
 from jax_avatar.shapes import Latent, Video
 
 __all__ = [
@@ -81,6 +83,10 @@ class LightVAEConfig:
                     "channel, or none."
                 )
             object.__setattr__(self, name, values)
+
+    def latent_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Latent rows and columns of pictures, see `strided_grid`."""
+        return strided_grid(height, width, self.spatial_stride)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, such that `LightVAEConfig(**config.to_dict())` equals `config`."""
@@ -161,7 +167,7 @@ class Decoder(nnx.Module):
         return linear + x
 
 
-class LightVAE(nnx.Module):
+class LightVAE(VideoVAE):
     """Causal video VAE: `1 + 4 (n - 1)` frames <-> `n` normalised latents."""
 
     def __init__(self, config: LightVAEConfig, *, rngs: nnx.Rngs):

@@ -21,6 +21,7 @@ from flax import nnx
 from jax_avatar.models.config import WanVAEConfig
 from jax_avatar.models.tap import tap
 from jax_avatar.models.vae.conv import causal_conv3d
+from jax_avatar.models.vae.interface import VideoVAE
 from jax_avatar.shapes import Array, Float, Latent, Video
 
 __all__ = ["VAEState", "WanVAE", "upsample_conv"]
@@ -41,7 +42,7 @@ class VAEState:
     buffers: Any  # each b T H W c
 
 
-class WanVAE(nnx.Module):
+class WanVAE(VideoVAE):
     """Encoder and decoder between RGB video and normalised latents.
 
     The methods are pure. Taps have the output of every layer.
