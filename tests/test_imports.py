@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "diffusion": set(),
     "io": set(),
     "portraits": set(),
-    "dialogue": set(),
+    "dialogue": {"live"},
     "weights": {"models", "diffusion"},
     "data": {"models", "weights", "io", "portraits"},
     "streaming": {"models", "diffusion", "weights", "io"},

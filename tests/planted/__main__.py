@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
+from tests.planted.conversation import CONVERSATION
 from tests.planted.damage import DAMAGE
 from tests.planted.ignored import IGNORED
 from tests.planted.inputs import INPUTS
@@ -37,7 +38,7 @@ from tests.planted.settings import SETTINGS
 __all__ = ["MISTAKES", "Outcome", "judge"]
 
 ROOT = Path(__file__).parents[2]
-MISTAKES = (*INVARIANTS, *INPUTS, *DAMAGE, *OPERATIONS, *SETTINGS, *IGNORED)
+MISTAKES = (*INVARIANTS, *INPUTS, *DAMAGE, *OPERATIONS, *SETTINGS, *IGNORED, *CONVERSATION)
 KINDS = "1 to 21, input, run, setting or ignored"
 COPIED = ("jax_avatar", "tests", "configs", "conversion", "launch", "pyproject.toml")
 LINKED = ("jax_avatar/assets", "tests/golden")  # large, and nobody writes there

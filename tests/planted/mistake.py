@@ -13,8 +13,8 @@ class Mistake:
 
     Attributes:
         number: invariant that it breaks; "input", what is refused before compiling; "run", what
-            a run tells and leaves behind; "setting", one that is mixed up with another; or
-            "ignored", one that is.
+            a run tells and leaves behind; "setting", one that is mixed up with another;
+            "ignored", one that is; or "talk", a rule of a conversation.
         what: the mistake in words.
         file: to change; in `jax_avatar` if it is not in `configs` or `launch`.
         old: text that is there exactly once.

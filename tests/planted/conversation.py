@@ -1,0 +1,33 @@
+"""Mistakes against the rules of a conversation."""
+
+from tests.planted.mistake import Mistake, tests_in
+
+__all__ = ["CONVERSATION"]
+
+agent = tests_in("dialogue/test_agent")
+
+# fmt: off
+CONVERSATION = tuple(Mistake("talk", *row) for row in (
+    ("a model that is silent is waited for", "dialogue/agent.py",
+     "    if not turn.is_whole:\n        return last\n",
+     "    if not turn.is_whole:\n        return None\n",
+     agent("every_state_but_idle_has_a_deadline")),
+    ("a short noise interrupts", "dialogue/agent.py",
+     "        case State.SPEAKING | State.INTERRUPTED:\n            return voiced, ()\n",
+     "        case State.SPEAKING:\n            return _interrupt(voiced, now)\n",
+     agent("a_voice_that_lasts_interrupts_and_a_short_noise_does_not")),
+    ("an answer of an earlier turn is spoken", "dialogue/agent.py",
+     "return turn if turn and turn.number == number and not turn.is_whole else None",
+     "return turn if turn and not turn.is_whole else None",
+     agent("every_event_in_every_state")),
+    ("the avatar answers its own words", "dialogue/agent.py",
+     "if text and not (agent.is_over and _is_echo(text, agent.said)):", "if text:",
+     agent("its_own_words_are_no_question")),
+    ("the first half of a question is forgotten", "dialogue/agent.py",
+     "kept = replace(voiced, heard=(agent.turn.heard,))", "kept = voiced",
+     agent("a_user_who_goes_on_is_answered_as_a_whole")),
+    ("sentences count as said before they are heard", "dialogue/agent.py",
+     "if length and start < now:", "if length:",
+     agent("only_sentences_that_were_heard_count_as_said")),
+))
+# fmt: on
