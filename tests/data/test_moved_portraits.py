@@ -133,6 +133,26 @@ def test_plain_sets_are_whole_windows_of_a_clip():
     assert change[0] < change[1]
 
 
+def test_plain_sets_come_with_the_sound_of_their_lips(made):
+    config = dataclasses.replace(NANO, is_plain=True, count=100)
+    plain = make_moved_portrait(4, dataclasses.replace(config, texture_size=32))
+    assert len(plain.wave) >= 101 * 640 and len(made.wave) == 0
+    loud = np.sqrt(np.square(plain.wave[640 : 101 * 640].reshape(100, 640)).mean(1))
+
+    def agreement(shift):
+        return np.corrcoef(np.roll(plain.lip_gap, shift), loud)[0, 1]
+
+    assert agreement(0) > 0.25
+    assert agreement(0) > max(agreement(shift) for shift in (-12, -8, 8, 12)) + 0.1
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    config = dataclasses.replace(NANO, texture_size=32)
+    load_moved_portrait(tmp_path, 3, config)
+    with pytest.raises(ValueError, match="is of other settings"):
+        load_moved_portrait(tmp_path, 3, dataclasses.replace(config, count=5))
+
+
 @pytest.mark.parametrize("setting", [{"size": 100}, {"count": 2}])
 def test_impossible_settings_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):

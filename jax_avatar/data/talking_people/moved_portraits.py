@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw
 
-from jax_avatar.data.talking_people import clips, head_motion, motion, speech
+from jax_avatar.data.talking_people import clips, head_motion, motion, speech, tracks
 from jax_avatar.data.talking_people import mesh as mesh_lib
+from jax_avatar.data.talking_people.head_motion import GAZE
 from jax_avatar.data.talking_people.person import (
     Person,
     change_scene,
@@ -32,6 +33,7 @@ from jax_avatar.data.talking_people.render import (
     project,
     unit_weights,
 )
+from jax_avatar.data.talking_people.utterances import is_held_out
 from jax_avatar.portraits.framing import Framing
 
 FLOW_SIDE = 64
@@ -53,8 +55,8 @@ class MovedPortraitsConfig:
         count: frames of each portrait.
         fps: frames per second of the motion.
         movement: least and greatest size of the head's movements.
-        is_plain: neutral portraits in the renderer's own scenes, frames one after the other, a
-            voice that is never trained on; for tests.
+        is_plain: neutral portraits in the renderer's own scenes, frames one after the other with
+            their sound, a voice that is never trained on; for tests.
         texture_size: of the people.
     """
 
@@ -69,6 +71,8 @@ class MovedPortraitsConfig:
         object.__setattr__(self, "movement", tuple(self.movement))
         if self.size % FLOW_SIDE:
             raise ValueError(f"size {self.size}: expected a multiple of {FLOW_SIDE} pixels.")
+        if self.is_plain and self.count % WINDOW:
+            raise ValueError(f"count {self.count}: expected whole windows of {WINDOW} frames.")
         if not WINDOW <= self.count <= _TRACK_S * self.fps - WINDOW:
             raise ValueError(
                 f"count {self.count}: expected {WINDOW} to {_TRACK_S * self.fps - WINDOW} frames."
@@ -92,6 +96,7 @@ class MovedPortrait:
     lip_gap: np.ndarray  # [k] float32
     motion: np.ndarray  # [k 4 c] float32, curves of the frame's window, divided by their scale
     offset: np.ndarray  # [k] int8, position of the frame in its window
+    wave: np.ndarray  # [n] float32, 16 kHz; `frames` begin a frame after it; empty if not plain
 
 
 def make_moved_portrait(seed: int, config: MovedPortraitsConfig) -> MovedPortrait:
@@ -127,13 +132,18 @@ def make_moved_portrait(seed: int, config: MovedPortraitsConfig) -> MovedPortrai
         lip_gap=np.array([frame.lip_gap for frame in drawn], np.float32),
         motion=np.array(motion, np.float32),
         offset=(chosen - starts).astype(np.int8),
+        wave=scene.wave,
     )
 
 
 def load_moved_portrait(
     folder: str | os.PathLike, seed: int, config: MovedPortraitsConfig
 ) -> MovedPortrait:
-    """`make_moved_portrait`, kept in a folder; rendered where it is not there yet."""
+    """`make_moved_portrait`, kept in a folder; rendered where it is not there yet.
+
+    Raises:
+        ValueError: the folder holds portraits of other settings.
+    """
     path = pathlib.Path(folder) / f"{seed:06}.npz"
     if not path.exists():
         made = make_moved_portrait(seed, config)
@@ -142,7 +152,15 @@ def load_moved_portrait(
         np.savez(unfinished, **vars(made))
         unfinished.rename(path)
     with np.load(path, allow_pickle=False) as file:
-        return MovedPortrait(**{name: file[name] for name in file.files})
+        found = {name: file[name] for name in file.files}
+    expected = (config.count, config.size, config.size, 3)
+    fields = {field.name for field in dataclasses.fields(MovedPortrait)}
+    if set(found) != fields or found["frames"].shape != expected:
+        raise ValueError(
+            f"{path} is of other settings, or of another version: expected frames of {expected} "
+            f"and {', '.join(sorted(fields))}; remove the folder, or name another one."
+        )
+    return MovedPortrait(**found)
 
 
 class _Scene:
@@ -158,7 +176,9 @@ class _Scene:
             _clutter(rng, size) if is_busy else make_background(person.background_seed, size)
         )
         self.looks, self._angles = ({}, np.zeros(6)) if config.is_plain else _portrait_state(rng)
-        self.units, self.move = _track(rng, self.looks, config)
+        self.units, self.move, self.wave = (
+            _spoken(rng, config) if config.is_plain else _track(rng, self.looks, config)
+        )
         self.pose = self._pose(self._angles)
         self.gaze = (-0.7 * float(self._angles[0]), -0.7 * float(self._angles[1]))
         names = mesh_lib.load_face_mesh().unit_names
@@ -240,40 +260,67 @@ class _Drawing:
         return np.where(is_bare[..., None], 0, there - here), seen
 
 
-@functools.lru_cache(maxsize=2 * _TALKS)
-def _mouth(number: int, fps: int, is_held_out: bool) -> dict[str, np.ndarray]:
+@functools.lru_cache(maxsize=_TALKS)
+def _mouth(number: int, fps: int) -> dict[str, np.ndarray]:
     """Mouth of one of a few dozen talks, which all people share."""
-    rng = np.random.default_rng([number, is_held_out])
-    voices = (speech.HELD_OUT_VOICE,) if is_held_out else speech.TRAINING_VOICES
-    return clips.make_talk(rng, voices, _TRACK_S * fps, fps).mouth
+    rng = np.random.default_rng([number, 0])
+    return clips.make_talk(rng, speech.TRAINING_VOICES, _TRACK_S * fps, fps).mouth
 
 
 def _track(
     rng: np.random.Generator, looks: dict[str, float], config: MovedPortraitsConfig
-) -> tuple[np.ndarray, motion.Motion]:
-    """Face units [T q] and motion of some seconds of talking."""
+) -> tuple[np.ndarray, motion.Motion, np.ndarray]:
+    """Face units [T q] and motion of some seconds of talking, without sound."""
     frames = _TRACK_S * config.fps
-    mouth = _mouth(int(rng.integers(_TALKS)), config.fps, config.is_plain)
+    mouth = _mouth(int(rng.integers(_TALKS)), config.fps)
     move = motion.make_motion(rng, frames, config.fps, action_probability=0.6)
     move = move.scaled(float(rng.uniform(*config.movement)))
-    if not config.is_plain:
-        larger = rng.uniform(0.8, 1.3)
-        mouth = {name: larger * curve for name, curve in mouth.items()}
+    larger = rng.uniform(0.8, 1.3)
+    mouth = {name: larger * curve for name, curve in mouth.items()}
     # Some of a portrait's smile stays; its teeth do not.
     stay = {k: np.float32(0.6 * v) for k, v in looks.items() if "Smile" in k or "cheek" in k}
     curves = {name: move.units.get(name, 0) + stay.get(name, 0) for name in {*move.units, *stay}}
-    return clips.combine_units(mouth, curves), move
+    return clips.combine_units(mouth, curves), move, np.zeros(0, np.float32)
+
+
+def _spoken(
+    rng: np.random.Generator, config: MovedPortraitsConfig
+) -> tuple[np.ndarray, motion.Motion, np.ndarray]:
+    """Units, motion and sound of the held-out voice; the motion goes with what is said."""
+    movement = float(rng.uniform(*config.movement))
+    settings = tracks.TrackConfig(float(_TRACK_S), config.fps, movement, quiet=0.0)
+    track = tracks.track_from(rng, _HeldOutVoice(), settings)
+    move = motion.Motion({}, track.pose[3:], track.curves[3:, head_motion.index(*GAZE)], ())
+    return track.units[3:], move, track.wave
+
+
+class _HeldOutVoice:
+    """Sentences that nothing was trained on, spoken when they are asked for."""
+
+    @staticmethod
+    def draw_voice(rng: np.random.Generator) -> str:
+        """The one there is."""
+        del rng
+        return f"flite/{speech.HELD_OUT_VOICE}"
+
+    @staticmethod
+    def draw(rng: np.random.Generator, voice: str) -> speech.Utterance:
+        """A sentence."""
+        text = speech.sentence(rng)
+        while not is_held_out(text):
+            text = speech.sentence(rng)
+        return speech.synthesise(text, voice.removeprefix("flite/"))
 
 
 def _choose(
     rng: np.random.Generator, units: np.ndarray, pose: np.ndarray, config: MovedPortraitsConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """First frames of the windows, and the frames that are drawn."""
-    last = len(units) - WINDOW
     if config.is_plain:
-        first = int(rng.integers(last - config.count))
-        chosen = first + np.arange(config.count)
+        # Frame 0 is a latent of its own, as in every clip.
+        chosen = 1 + np.arange(config.count)
         return chosen - np.arange(config.count) % WINDOW, chosen
+    last = len(units) - WINDOW
     names = mesh_lib.load_face_mesh().unit_names
     is_closed = units[:, names.index("eyeBlinkLeft")] > 0.4
     is_wide = units[:, names.index("jawOpen")] > 0.5

@@ -8,6 +8,7 @@ seed, split, index -> voice -> utterances, pauses -> one augmented wave -> proso
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,13 +21,12 @@ from jax_avatar.data.talking_people.speaking import draw_style, make_speaking_mo
 from jax_avatar.data.talking_people.speech import SAMPLE_RATE, Phone, Utterance
 from jax_avatar.data.talking_people.utterances import (
     SPLITS,
-    Utterances,
     UtterancesConfig,
     load_utterances,
     number_of,
 )
 
-__all__ = ["Track", "TrackConfig", "TrackJob", "make_track", "track_from"]
+__all__ = ["Speakers", "Track", "TrackConfig", "TrackJob", "make_track", "track_from"]
 
 LEVER, FOCAL = (0.0, -0.397, 0.435), 4.94
 """Of the mean of many people, see `head_motion.Camera`."""
@@ -86,12 +86,25 @@ class Track:
 
     wave: np.ndarray  # [samples] float32 from frame 0 on, with the look-ahead
     curves: np.ndarray  # [3 + T c] float32, `head_motion.CURVES`; frames -3 to T - 1
+    units: np.ndarray  # [3 + T q] float32, of the mesh
+    pose: np.ndarray  # [3 + T 6] float32, of the renderer, see `motion.Motion`
     phones: tuple[Phone, ...]  # times from the start of the wave
     prosody: Prosody  # the same
     actions: tuple[Action, ...]  # the same
     text: str
     voice: str
     voice_number: int
+
+
+@runtime_checkable
+class Speakers(Protocol):
+    """Where the speech of tracks comes from."""
+
+    def draw_voice(self, rng: np.random.Generator) -> str:
+        """A voice, as `number_of` knows it."""
+
+    def draw(self, rng: np.random.Generator, voice: str) -> Utterance:
+        """A sentence in that voice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +129,14 @@ def make_track(job: TrackJob) -> Track:
     return track_from(rng, utterances, job.config)
 
 
-def track_from(rng: np.random.Generator, utterances: Utterances, config: TrackConfig) -> Track:
-    """Draws a track from utterances."""
+def track_from(rng: np.random.Generator, speakers: Speakers, config: TrackConfig) -> Track:
+    """Draws a track."""
     fps, per_frame = config.fps, SAMPLE_RATE // config.fps
     lead = _LEAD_FRAMES
     total = config.frames + 2 * lead
     needed_s = total / fps + LOOKAHEAD_SAMPLES / SAMPLE_RATE
-    voice = utterances.draw_voice(rng)
-    spoken, texts, questions = _talk(rng, utterances, voice, needed_s, rng.random() < config.quiet)
+    voice = speakers.draw_voice(rng)
+    spoken, texts, questions = _talk(rng, speakers, voice, needed_s, rng.random() < config.quiet)
     # A rate for the whole track, as it is one person.
     changed = speech.augment(spoken, rng, rate_range=(0.88, 1.14))
     stretch = changed.duration_s / spoken.duration_s
@@ -144,15 +157,17 @@ def track_from(rng: np.random.Generator, utterances: Utterances, config: TrackCo
     )  # fmt: skip
     names = mesh_lib.load_face_mesh().unit_names
     kept = [names.index(name) for name in head_motion.UNITS]
-    units = combine_units(mouth, motion.units)[:, kept]
+    units = combine_units(mouth, motion.units)
     head = head_motion.head_curves(motion.pose, np.array(LEVER), FOCAL)
-    curves = np.concatenate([units, head, motion.gaze], 1)
-    lead_s = lead / fps
+    curves = np.concatenate([units[:, kept], head, motion.gaze], 1)
+    lead_s, shown = lead / fps, slice(lead - 3, lead + config.frames)
     length = (total - 2 * lead) * per_frame + LOOKAHEAD_SAMPLES
     cut = speech.crop(heard, lead_s, length / SAMPLE_RATE)
     return Track(
         wave=cut.wave,
-        curves=curves[lead - 3 : lead + config.frames].astype(np.float32),
+        curves=curves[shown].astype(np.float32),
+        units=units[shown],
+        pose=motion.pose[shown],
         phones=cut.phones,
         prosody=prosody.later(-lead_s),
         actions=tuple(
@@ -166,7 +181,7 @@ def track_from(rng: np.random.Generator, utterances: Utterances, config: TrackCo
 
 
 def _talk(
-    rng: np.random.Generator, utterances: Utterances, voice: str, needed_s: float, is_quiet: bool
+    rng: np.random.Generator, speakers: Speakers, voice: str, needed_s: float, is_quiet: bool
 ) -> tuple[Utterance, list[str], list[float]]:
     """Sentences of a voice with pauses between them; where questions end, in seconds."""
     parts: list[Utterance] = []
@@ -179,7 +194,7 @@ def _talk(
 
     add(_silence(rng, voice, is_quiet))
     while now < needed_s * 1.25:
-        said = utterances.draw(rng, voice)
+        said = speakers.draw(rng, voice)
         level = np.sqrt(np.mean(np.square(said.wave))) + 1e-5
         loud = 0.1 / level * 10 ** (rng.normal(0, 2) / 20)
         add(dataclasses.replace(said, wave=said.wave * np.float32(loud)))
