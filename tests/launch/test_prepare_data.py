@@ -49,7 +49,10 @@ def test_every_command_explains_itself(prepare, capsys, command):
         ("videos --src {src} --out {out} --filter .:a", "--filter .:a"),
         ("videos --src {src} --out {out} --filter os:name", "--filter os:name is not a function"),
         ("encode --data {src} --model m --out {src}", "--out {src} is what --data reads"),
-        ("utterances --out {out} --flite 0", "a synthesiser with more than 0 sentences"),
+        (
+            "utterances --out {out} --flite 0 --hibari 0 --kokoro 0",
+            "a synthesiser with more than 0 sentences",
+        ),
         ("motion --utterances {src} --checkpoint m --out {src}", "is what --utterances reads"),
         ("motion --utterances {src} --checkpoint m --out {out} --hours 0", "hours 0.0"),
         (

@@ -255,7 +255,7 @@ SETTINGS: dict[str, Mapping[str, Noticed | Cosmetic]] = {
         **_all_in(
             "training/stages/speech",
             "corpus_and_clips_are_as_many_and_as_long_as_told",
-            *("cache", "num_sentences", "num_check_sentences", "clip_frames", "batch"),
+            *("cache", "flite", "hibari", "kokoro", "num_checks", "clip_frames", "batch"),
         ),
         "seed": Noticed(
             "training/stages/speech::another_seed_makes_other_sentences_and_other_clips"

@@ -21,6 +21,8 @@ import numpy as np
 import scipy.fft
 from jaxtyping import Float
 
+from jax_avatar.data.talking_people.sentences import sentence
+
 SAMPLE_RATE = 16_000
 TRAINING_VOICES = ("slt", "rms", "awb")
 HELD_OUT_VOICE = "kal16"
@@ -113,7 +115,7 @@ def synthesise(text: str, voice: str, *, pitch: float = 1.0, speed: float = 1.0)
     if not phones:
         raise ValueError(f"text {text!r}: Flite found nothing to say; pass words.")
     utterance = Utterance(samples.astype(np.float32) / 32768, tuple(phones), text, voice)
-    return _resample(utterance, source_rate, pitch)
+    return resampled(utterance, source_rate, pitch)
 
 
 def augment(
@@ -138,7 +140,7 @@ def augment(
     Returns:
         The changed utterance.
     """
-    utterance = _resample(utterance, SAMPLE_RATE, rng.uniform(*rate_range))
+    utterance = resampled(utterance, SAMPLE_RATE, rng.uniform(*rate_range))
     samples = utterance.wave
     size = scipy.fft.next_fast_len(len(samples), real=True)
     spectrum = scipy.fft.rfft(samples, size)
@@ -180,8 +182,14 @@ def speak(rng: np.random.Generator, *, voices: Sequence[str] = TRAINING_VOICES) 
     return augment(synthesise(text, voice, pitch=pitch, speed=speed), rng)
 
 
-def _resample(utterance: Utterance, source_rate: int, factor: float) -> Utterance:
-    """To 16 kHz, `factor` times as fast and as high."""
+def resampled(utterance: Utterance, source_rate: int, factor: float = 1.0) -> Utterance:
+    """To 16 kHz, `factor` times as fast and as high.
+
+    Args:
+        utterance: whose wave has another rate.
+        source_rate: that rate in Hz.
+        factor: on speed and pitch together.
+    """
     played_rate = round(source_rate * factor)
     samples = utterance.wave
     if played_rate != SAMPLE_RATE:
@@ -342,101 +350,3 @@ def _smooth(curve: np.ndarray, sigma: float, lead: int) -> np.ndarray:
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     padded = np.concatenate([np.full(reach, curve[0]), curve, np.full(reach + lead, curve[-1])])
     return np.convolve(padded[lead:], kernel / kernel.sum(), "valid")
-
-
-# ---------------------------------------------------------------- what is said
-
-# Written for this project.
-_PEOPLE = """my brother|the old baker|our neighbour|a young painter|the bus driver|your father|
-the whole family|a friendly waiter|the music teacher|their little boy|a famous author|
-my best friend|the village doctor|a clever girl|the new manager|somebody upstairs|our guide|
-her cousin|a tall woman|the shy farmer|Paul|Emma|Mister Brown|Sophie|George|my aunt Beth"""
-_DID = """bought|found|painted|forgot|borrowed|carried|hid|described|wrapped up|looked for|
-washed|opened|showed me|threw away|pushed|counted|sold|picked|dropped|noticed|measured|fixed|
-brought back|moved|watched|cleaned|dreamed of|paid for|chose|gave away"""
-_THINGS = """a wooden box|five purple plums|the blue umbrella|a warm woollen jumper|two tickets|
-the broken mirror|some fresh bread and butter|a map of the moon|the yellow boat|an orange scarf|
-a pair of brown shoes|the garden chairs|a bowl of soup|my favourite book|seven shiny buttons|
-the heavy suitcase|a piece of apple pie|those paper boxes|an empty bottle|a big birthday cake|
-the kitchen window|a photograph of the beach|that thick blanket|a jar of honey|the piano"""
-_WHEN = """this morning|before breakfast|on Wednesday|late at night|after the show|last summer|
-every afternoon|in the middle of the week|at half past four|when it began to rain|
-while we were asleep|before we could move|on the first of May|all year round|a moment ago|
-without a word|as soon as the sun came up|during the power cut|for the very first time"""
-_PLACES = """at the bottom of the hill|in the old town|beside the river|under the bridge|
-at the swimming pool|behind the church|on the roof|near the farm shop|in our living room|
-across the bay|in a small cafe|at the back of the garden|by the open fire|in the woods|
-on the way to work|at the market|down by the harbour|above the clouds|in a quiet village"""
-_FEELINGS = """wonderful|a little strange|very funny|awful|perfectly fine|amazing|beautiful|
-rather boring|impossible|much too far|worth the trouble|remarkable|quite obvious|cheap enough|
-more useful than before|good for you|smooth as glass|far away|lovely|too warm for me"""
-_TOPICS = """the weather|your journey|good food|the new film|our plan|modern music|the problem|
-football|his voice|the price of bread|family life|that story|space travel|the past|the future|
-mobile phones|her report|this house|voting|public transport"""
-_PATTERNS = """{people} {did} {thing} {when}.|{when}, {people} {did} {thing}.|
-{people} {did} {thing} {place}.|Have you ever thought about {topic}?|
-I think {topic} is {feeling}, but {people} may not agree.|Well, {topic} was {feeling} {when}.|
-Could we meet {place} and talk about {topic}?|You will find {thing} {place}.|
-Why would {people} bring {thing} {place}?|Please put {thing} {place}, and come home {when}.|
-Everybody {place} knows that {topic} is {feeling}.|
-Wow! {people} {did} {thing}, and it was {feeling}.|
-We were {place} {when}, and {people} {did} {thing}.|How beautiful it is {place} {when}!|
-Maybe {people} {did} {thing}, or maybe {people2} did.|Both {people} and {people2} live {place}.|
-{topic} is {feeling}; {topic2} is {feeling2}.|Hello, it is {feeling} to see you {place}.|
-Show me {thing}, and I will tell you about {topic}.|
-If {people} had {thing}, who would pay for it?"""
-_FIXED = """Peter and Barbara put a pound of pepper in the pumpkin pie.|
-Over the valley, five grey wolves howl at the full moon.|
-She wore a shiny yellow raincoat on the ferry to the island.|
-We usually measure the pressure twice before we move on.|
-Bob may buy a blue boat, but Mabel wants a pony.|
-Who threw those three wet feathers through the window?|
-Judge Joyce enjoys a large orange juice on her birthday.|
-The boy's noisy toys annoyed the poor royal visitors.|
-A warm breeze blew the brown leaves above the bay.|
-Good morning, everyone, and welcome to our little show.|
-My mum and I always walk home by the mill pond.|
-How now, said the owl, what is all this shouting about?|
-Open your mouth wide, please, and say ah.|Keep calm, breathe deeply, and speak up.|
-Few people view the future of food with full confidence.|
-Both brothers bathe in the cold sea, even in February.|
-The chef chose cheese, cherries, and a chunk of chocolate.|
-Wait a moment, would you, while we wipe the whiteboard.|
-Eight hungry geese ate the eggs we made for the picnic.|
-Please bring me back a map, a lamp, and a cup of tea.|
-You could hear bells ringing far along the winding road.|
-Bubbles popped as the baby babbled in the bathtub.|
-I wish I knew how far the farm is from the park.|
-Vivian voted for the van, and Philip for the ferry."""
-
-
-def _parts(text: str) -> list[str]:
-    return [" ".join(part.split()) for part in text.split("|")]
-
-
-_WORDS = {
-    name: _parts(text)
-    for name, text in dict(
-        people=_PEOPLE, did=_DID, thing=_THINGS, when=_WHEN, place=_PLACES, feeling=_FEELINGS,
-        topic=_TOPICS,
-    ).items()
-}  # fmt: skip
-_WORDS |= {f"{name}2": _WORDS[name] for name in ("people", "topic", "feeling")}
-
-
-def sentence(rng: np.random.Generator) -> str:
-    """An everyday English sentence; one in eight is a fixed one rich in rare phones."""
-    if rng.random() < 0.125:
-        return str(rng.choice(_parts(_FIXED)))
-    chosen = {name: str(rng.choice(words)) for name, words in _WORDS.items()}
-    text = str(rng.choice(_parts(_PATTERNS))).format(**chosen)
-    return text[0].upper() + text[1:]
-
-
-def sentences(count: int, seed: int) -> list[str]:
-    """`count` different sentences, the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[sentence(rng)] = None
-    return list(found)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_avatar.data.talking_people import speech
+from jax_avatar.data.talking_people import sentences, speech
+from jax_avatar.data.talking_people import voices as natural
 from jax_avatar.data.talking_people.speech import Phone, Utterance
 from jax_avatar.weights.files import load_json, save_json
 
@@ -57,8 +58,18 @@ def _flite(text: str, voice: str, rng: np.random.Generator) -> Utterance:
     return speech.synthesise(text, voice, pitch=pitch, speed=speed)
 
 
+def _hibari(text: str, voice: str, rng: np.random.Generator) -> Utterance:
+    return natural.hibari(text, voice, rng, speed=rng.uniform(0.8, 1.25))
+
+
+def _kokoro(text: str, voice: str, rng: np.random.Generator) -> Utterance:
+    return natural.kokoro(text, voice, rng, speed=rng.uniform(0.9, 1.15))
+
+
 SYNTHESISERS = {
     "flite": Synthesiser(speech.TRAINING_VOICES, (speech.HELD_OUT_VOICE,), 0.2, _flite),
+    "hibari": Synthesiser(natural.HIBARI, (), 0.4, _hibari),
+    "kokoro": Synthesiser(natural.KOKORO, natural.KOKORO_HELD_OUT, 0.4, _kokoro),
 }
 
 
@@ -67,11 +78,15 @@ class UtterancesConfig:
     """Amounts of a folder of utterances.
 
     Attributes:
-        flite: training sentences spoken by Flite, about 2.8 s each; 0 leaves it out.
+        flite: training sentences spoken by Flite, about 3 s each; 0 leaves it out.
+        hibari: the same by hibari.
+        kokoro: the same by Kokoro, which takes 0.6 s of a core for a second of speech.
         seed: of the sentences, and of pitch and speed.
     """
 
-    flite: int = 1000
+    flite: int = 700
+    hibari: int = 800
+    kokoro: int = 120
     seed: int = 0
 
     def __post_init__(self):
@@ -95,7 +110,8 @@ class UtterancesJob:
     @property
     def path(self) -> Path:
         """Of the file, once it is whole."""
-        return Path(self.folder) / f"{self.synthesiser}-{self.split}-{self.number:03}.npz"
+        name = f"{self.synthesiser}-{self.split}-{self.number:03}-of-{self.count:02}.npz"
+        return Path(self.folder) / name
 
 
 def is_held_out(text: str) -> bool:
@@ -149,7 +165,10 @@ def make_utterances(job: UtterancesJob) -> int:
 
 def prepare_utterances(config: UtterancesConfig, folder: str | Path) -> None:
     """Makes what the folder lacks, in this process."""
-    for job in left_to_do(config, folder):
+    left = left_to_do(config, folder)
+    if any(job.synthesiser != "flite" for job in left):
+        natural.check_installed()
+    for job in left:
         make_utterances(job)
 
 
@@ -171,6 +190,9 @@ class Utterances:
             for wave, note in _read(job.path):
                 self._spoken.setdefault(note["voice"], []).append((wave, note))
         self.content_hash = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._spoken.values()))
 
     @property
     def voices(self) -> tuple[str, ...]:
@@ -237,7 +259,7 @@ def _jobs(config: UtterancesConfig, folder: str | Path) -> Iterable[UtterancesJo
 def _texts(rng: np.random.Generator, count: int, held_out: bool) -> list[str]:
     found: dict[str, None] = {}
     while len(found) < count:
-        text = speech.sentence(rng)
+        text = sentences.sentence(rng)
         if is_held_out(text) == held_out:
             found[text] = None
     return list(found)

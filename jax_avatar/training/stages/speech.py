@@ -1,13 +1,11 @@
 """Teaches the speech encoder what a face does: waveform -> face units, on synthesised speech.
 
-corpus (flite, once) -> crop -> augment -> wave ------> SpeechEncoder -> units
-                                      +-> phones -> mouth_units ---------> squared error
+utterances (kept in a folder) -> crop -> augment -> wave ------> SpeechEncoder -> units
+                                                 +-> phones -> mouth_units ---------> squared error
 """
 
 import dataclasses
 import functools
-import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_avatar.data.talking_people import speech
-from jax_avatar.data.talking_people.speech import Phone, Utterance
+from jax_avatar.data.talking_people.speech import Utterance
+from jax_avatar.data.talking_people.utterances import (
+    Utterances,
+    UtterancesConfig,
+    load_utterances,
+    prepare_utterances,
+)
 from jax_avatar.models.network import Network
 from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder, log_mel
 from jax_avatar.shapes import Array, PyTree
@@ -38,20 +42,30 @@ class SpeechTaskConfig:
     """Data and batch of the speech task.
 
     Attributes:
-        cache: folder for the synthesised corpus; made once, read afterwards.
-        num_sentences: training utterances, spread over the training voices.
-        num_check_sentences: other sentences for `evaluate`, per group of voices.
+        cache: folder of utterances; what it lacks is synthesised first, which
+            `launch/prepare_data.py utterances` does in several processes.
+        flite: training sentences spoken by Flite.
+        hibari: training sentences spoken by hibari.
+        kokoro: training sentences spoken by Kokoro.
+        num_checks: held-out utterances for `evaluate`, per group of voices.
         clip_frames: video frames of a training clip.
         batch: clips per step.
         seed: of the sentences, the voices and the augmentation.
     """
 
-    cache: str = "speech_corpus"
-    num_sentences: int = 900
-    num_check_sentences: int = 36
+    cache: str = "data/utterances"
+    flite: int = UtterancesConfig.flite
+    hibari: int = UtterancesConfig.hibari
+    kokoro: int = UtterancesConfig.kokoro
+    num_checks: int = 36
     clip_frames: int = 41
     batch: int = 16
     seed: int = 0
+
+    @property
+    def utterances(self) -> UtterancesConfig:
+        """Amounts of the folder."""
+        return UtterancesConfig(self.flite, self.hibari, self.kokoro, self.seed)
 
 
 class SpeechTask(LossTask):
@@ -73,7 +87,7 @@ class SpeechTask(LossTask):
         self.config = config
         # Statistics of the input and of the targets, over clips that no step will see.
         rng = np.random.default_rng([task.seed, 2**32 - 1])
-        clips = [self._clip(rng) for _ in range(max(8, task.num_sentences // 8))]
+        clips = [self._clip(rng) for _ in range(max(8, len(self.corpus) // 8))]
         columns = np.concatenate(
             [np.asarray(log_mel(jnp.asarray(wave), config)) for wave, _ in clips]
         )
@@ -127,8 +141,8 @@ class SpeechTask(LossTask):
             **metadata,
             "task": dataclasses.asdict(self.task) | {"cache": None},
             "pearson_r": scores,
-            "voices": speech.TRAINING_VOICES,
-            "held_out_voice": speech.HELD_OUT_VOICE,
+            "voices": self.corpus.voices,
+            "held_out_voices": sorted({u.voice for u in self.checks["new_voice"]}),
         }
         keep_checksums(folder)
         save_weights(folder, "speech", params, dataclasses.asdict(self.config), metadata)
@@ -136,7 +150,7 @@ class SpeechTask(LossTask):
     def _clip(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         config, frames = self.config, self.task.clip_frames
         duration_s = config.sample_range(0, frames)[1] / config.sample_rate
-        utterance = self.corpus[rng.integers(len(self.corpus))]
+        utterance = self.corpus.draw(rng, self.corpus.draw_voice(rng))
         # Some clips start before the first word, like a stream.
         latest = max(0.0, utterance.duration_s - duration_s)
         start_s = rng.uniform(-0.5, latest + 0.3)
@@ -182,58 +196,22 @@ def _read_units(network, num_frames, wave):
     return encoder.units(encoder.encode(wave[None, None], num_frames))[0, 0]
 
 
-def load_corpus(task: SpeechTaskConfig) -> tuple[list[Utterance], dict[str, list[Utterance]]]:
+def load_corpus(task: SpeechTaskConfig) -> tuple[Utterances, dict[str, list[Utterance]]]:
     """Training utterances, and those of `evaluate` by group; synthesised on the first call."""
-    lines = speech.sentences(task.num_sentences + task.num_check_sentences, task.seed)
-    train, check = lines[: task.num_sentences], lines[task.num_sentences :]
-    jobs = {
-        "train": (train, speech.TRAINING_VOICES, task.seed),
-        "known_voices": (check, speech.TRAINING_VOICES, None),
-        "new_voice": (check, (speech.HELD_OUT_VOICE,), None),
-    }
-    folder = Path(task.cache)
-    folder.mkdir(parents=True, exist_ok=True)
-    loaded = {}
-    for name, (texts, voices, seed) in jobs.items():
-        path = folder / f"{name}_{len(lines)}_{len(texts)}_{task.seed}.npz"
-        if not path.exists():
-            _write(path, _synthesise_all(texts, voices, seed))
-        loaded[name] = _read(path)
-    return loaded.pop("train"), loaded
-
-
-def _synthesise_all(texts, voices, seed) -> list[Utterance]:
-    rng = np.random.default_rng(seed)
-    settings = [
-        dict(voice=voices[i % len(voices)])
-        | (
-            dict(pitch=rng.uniform(0.92, 1.08), speed=rng.uniform(0.88, 1.15))
-            if seed is not None
-            else {}
-        )
-        for i in range(len(texts))
-    ]
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(lambda text, kw: speech.synthesise(text, **kw), texts, settings))
-
-
-def _write(path: Path, utterances: list[Utterance]) -> None:
-    notes = [dict(text=u.text, voice=u.voice, phones=u.phones) for u in utterances]
-    unfinished = path.with_suffix(".tmp.npz")
-    np.savez(
-        unfinished,
-        wave=np.concatenate([np.round(u.wave * 32767).astype(np.int16) for u in utterances]),
-        ends=np.cumsum([len(u.wave) for u in utterances]),
-        notes=np.array(json.dumps(notes)),
+    config = task.utterances
+    prepare_utterances(config, task.cache)
+    train, known, new = (
+        load_utterances(config, task.cache, split)
+        for split in ("train", "held_out_person", "held_out_voice")
     )
-    unfinished.rename(path)
+    return train, {
+        "known_voices": _spread(known, task.num_checks),
+        "new_voice": _spread(new, task.num_checks),
+    }
 
 
-def _read(path: Path) -> list[Utterance]:
-    with np.load(path, allow_pickle=False) as file:
-        waves = np.split(file["wave"].astype(np.float32) / 32767, file["ends"][:-1])
-        notes = json.loads(str(file["notes"]))
-    return [
-        Utterance(wave, tuple(Phone(*p) for p in note["phones"]), note["text"], note["voice"])
-        for wave, note in zip(waves, notes, strict=True)
-    ]
+def _spread(utterances: Utterances, count: int) -> list[Utterance]:
+    """At most that many, of all voices."""
+    spoken = utterances.all()
+    chosen = np.unique(np.linspace(0, len(spoken) - 1, min(count, len(spoken))).astype(int))
+    return [spoken[i] for i in chosen]

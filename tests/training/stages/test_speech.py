@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_avatar.data.talking_people import speech
+from jax_avatar.data.talking_people import speech, utterances, voices
 from jax_avatar.data.talking_people.speech import Phone, Utterance
 from jax_avatar.models.network import Network
 from jax_avatar.models.speech.mel import SpeechConfig, SpeechEncoder
@@ -30,7 +30,7 @@ PITCH_HZ = {"pau": 0, "aa": 400, "m": 800, "uw": 1600}
 SPOKEN = []
 
 
-def _whistle(text, voice, *, pitch=1.0, speed=1.0):
+def _whistle(text, voice, *unused, **speeds):
     """A voice whose phones are pure tones, so that no speech program is needed."""
     SPOKEN.append(text)
     rng = np.random.default_rng([len(text), ord(text[0])])
@@ -44,15 +44,22 @@ def _whistle(text, voice, *, pitch=1.0, speed=1.0):
     return Utterance(wave.astype(np.float32), phones, text, voice)
 
 
+def _patch(patch):
+    patch.setattr(speech, "synthesise", _whistle)
+    patch.setattr(voices, "hibari", _whistle)
+    patch.setattr(voices, "kokoro", _whistle)
+    patch.setattr(voices, "check_installed", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speech, "synthesise", _whistle)
+        _patch(patch)
         cache = str(tmp_path_factory.mktemp("corpus"))
         return SpeechTask(
             MODEL,
             SpeechTaskConfig(
-                cache=cache, num_sentences=8, num_check_sentences=3, clip_frames=17, batch=4
+                cache=cache, flite=8, hibari=2, kokoro=21, num_checks=3, clip_frames=17, batch=4
             ),
         )
 
@@ -69,35 +76,36 @@ def test_corpus_is_synthesised_once(task):
     spoken = len(SPOKEN)
     corpus, checks = load_corpus(task.task)
     assert len(SPOKEN) == spoken
-    assert [u.text for u in corpus] == [u.text for u in task.corpus]
-    assert corpus[2].phones == task.corpus[2].phones
-    train, new = {u.text for u in corpus}, {u.text for u in checks["new_voice"]}
-    assert not train & new
-    assert {u.voice for u in checks["new_voice"]} == {speech.HELD_OUT_VOICE}
-    assert speech.HELD_OUT_VOICE not in {u.voice for u in corpus}
+    assert corpus.texts() == task.corpus.texts()
+    assert not corpus.texts() & {u.text for group in checks.values() for u in group}
+    held_out = {f"flite/{speech.HELD_OUT_VOICE}", "kokoro/tebukuro"}
+    assert {u.voice for u in checks["new_voice"]} == held_out
+    assert not held_out & set(corpus.voices)
 
 
 def test_corpus_and_clips_are_as_many_and_as_long_as_told(task, tmp_path_factory):
-    assert len(task.corpus) == 8 and {len(group) for group in task.checks.values()} == {3}
+    assert len(task.corpus) == 8 + 2 + 21
+    assert {len(group) for group in task.checks.values()} == {3}
+    assert {voice.split("/")[0] for voice in task.corpus.voices} == set(utterances.SYNTHESISERS)
     (folder,) = tmp_path_factory.getbasetemp().glob("corpus[0-9]")
-    assert len(list(folder.glob("*.npz"))) == 3
+    assert len(list(folder.glob("*.npz"))) == 3 + 2 + 4
     batch = task.batches(0)
     assert batch["wave"].shape == (4, 1, task.config.sample_range(0, 17)[1])
     assert batch["units"].shape == (4, 1, 16 * 4 + 1, 2)
 
 
 def test_another_seed_makes_other_sentences_and_other_clips(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(speech, "synthesise", _whistle)
+    _patch(monkeypatch)
     other = dataclasses.replace(task.task, seed=1, cache=str(tmp_path))
     corpus, _ = load_corpus(other)
-    assert [u.text for u in corpus] != [u.text for u in task.corpus]
+    assert corpus.texts() != task.corpus.texts()
     drawn = copy.copy(task)
     drawn.task = other
     assert np.any(drawn.batches(3)["wave"] != task.batches(3)["wave"])
 
 
 def test_dense_targets_pass_through_those_of_the_frames(task):
-    utterance = task.corpus[0]
+    utterance = task.corpus.all()[0]
     dense = target_units(utterance, MODEL, 20, dense=True)
     np.testing.assert_allclose(dense[::4], target_units(utterance, MODEL, 20), atol=1e-6)
 
