@@ -6,8 +6,8 @@ characters, or a word of a closed list, and nothing else.
 Source: InteractiveAvatar (arXiv 2606.22905), the Reasoning-Reaction Module.
 """
 
+import functools
 import unicodedata
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
@@ -160,8 +160,9 @@ class DialogueState(_Strict):
         return self.model_copy(update=changed)
 
 
+@functools.cache
 def reaction_model(
-    actions: Sequence[str] = (), stables: Sequence[str] = (STABLE,)
+    actions: tuple[str, ...] = (), stables: tuple[str, ...] = (STABLE,)
 ) -> type[Reaction]:
     """Reaction whose captions are of closed lists; its JSON schema has them, too.
 
@@ -171,6 +172,6 @@ def reaction_model(
     """
     if not actions:
         return Reaction
-    stable = Literal[tuple(stables)]
+    stable = Literal[stables]
     action = Literal[(*actions, *stables)]
     return create_model("Reaction", __base__=Reaction, action=(action, ...), stable=(stable, ...))

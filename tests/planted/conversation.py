@@ -5,6 +5,8 @@ from tests.planted.mistake import Mistake, tests_in
 __all__ = ["CONVERSATION"]
 
 agent = tests_in("dialogue/test_agent")
+answers = tests_in("dialogue/test_answers")
+chat = tests_in("dialogue/test_chat")
 
 # fmt: off
 CONVERSATION = tuple(Mistake("talk", *row) for row in (
@@ -29,5 +31,19 @@ CONVERSATION = tuple(Mistake("talk", *row) for row in (
     ("sentences count as said before they are heard", "dialogue/agent.py",
      "if length and start < now:", "if length:",
      agent("only_sentences_that_were_heard_count_as_said")),
+    ("an answer may have fields of its own", "dialogue/reaction.py",
+     'strict=True, extra="forbid"', 'strict=True, extra="ignore"',
+     answers("another_form_is_an_error")),
+    ("an action is taken before it is checked", "dialogue/answers.py",
+     "            self._captions.validate_python(text, strict=True)\n", "            pass\n",
+     answers("a_thousand_damaged_answers_are_clean_or_refused")),
+    ("half a sentence is spoken", "dialogue/answers.py",
+     "        if end is None and not is_closed:\n", "        if end is None and False:\n",
+     answers("an_answer_cut_anywhere_gives_the_same_thoughts")),
+    ("a language model may be silent for ever", "dialogue/chat.py",
+     "limit_s = min(limit_s, ends - time.monotonic())", "limit_s = 1e9",
+     chat("a_failure_ends_in_time_with_one_sentence")),
+    ("what was spoken is asked for again", "dialogue/chat.py",
+     "        if reader.has_spoken:\n", "        if False:\n", chat("the_ladder")),
 ))
 # fmt: on
