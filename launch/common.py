@@ -7,9 +7,11 @@ from pathlib import Path
 import jax
 from absl import logging as absl_logging
 
-from jax_avatar.io.image import fit_size, prepare_reference
-from jax_avatar.portraits.faces import face_missing
+from jax_avatar.io.image import fit_size
+from jax_avatar.portraits.view import PortraitView, ShownPortrait
 from launch.cli import check_devices, parse_size, warn
+
+_ANY_SQUARE = (4096, 4096)  # pixels of a picture that leaves the size of the stream to the model
 
 
 def prepare_jax(num_devices: int) -> None:
@@ -58,10 +60,18 @@ def frame_size(settings, image_shape, asked: str | None) -> tuple[int, int]:
     return settings.size or fit_size(*image_shape[:2], area, settings.multiple)
 
 
-def prepare_portrait(path: str, image, settings, asked: str | None, *, cover: bool = True):
-    """The portrait in the size of the stream; warns where no face is found in it."""
-    height, width = frame_size(settings, image.shape, asked)
-    portrait = prepare_reference(image, height, width, cover=cover)
-    if missing := face_missing(path, image, portrait):
-        warn(missing)
-    return portrait
+def prepare_portrait(
+    path: str, image, settings, asked: str | None, *, cover: bool = True, face=None, frame="crop"
+) -> ShownPortrait:
+    """The portrait in the size of the stream; warns of what is to be expected of it.
+
+    Raises:
+        ValueError: the size is not for this model, or a face decides and cannot be found.
+    """
+    view = PortraitView(settings.framing, face, frame)
+    shape = _ANY_SQUARE if settings.framing == "face" else image.shape
+    size = frame_size(settings, shape, asked)
+    shown = view.portrait(image, size, cover=cover, name=path)
+    for remark in shown.remarks:
+        warn(remark)
+    return shown

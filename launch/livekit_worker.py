@@ -36,6 +36,7 @@ flags.DEFINE_string("checkpoint", str(SMALL), cli.CHECKPOINT)
 flags.DEFINE_enum("dtype", "", ["", "int8", "fp8"], cli.DTYPE)
 flags.DEFINE_alias("weights", "dtype")  # its name until 0.1
 flags.DEFINE_string("image", str(SMALL.parent / "portraits" / "amara.png"), "portrait")
+flags.DEFINE_integer("face", None, cli.FACE, lower_bound=1)
 flags.DEFINE_string("size", None, f"{cli.SIZE}; only the area counts for models of any size")
 flags.DEFINE_string("url", None, "of the LiveKit server, ws:// or wss://; else LIVEKIT_URL")
 flags.DEFINE_string(
@@ -74,7 +75,7 @@ def load_session() -> AvatarSession:
     """The model with its portrait, compiled."""
     settings, image = load_settings(FLAGS.checkpoint), load_image(FLAGS.image)
     layout = stream_layout(settings, FLAGS.mesh)
-    portrait = prepare_portrait(FLAGS.image, image, settings, FLAGS.size)
+    portrait = prepare_portrait(FLAGS.image, image, settings, FLAGS.size, face=FLAGS.face).reference
     prepare_jax(num_slices(layout))
     session = AvatarSession(load_model(FLAGS.checkpoint, weights=FLAGS.dtype), portrait, layout)
     session.warm_up()

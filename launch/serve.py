@@ -18,6 +18,7 @@ from absl import flags
 
 from jax_avatar.io.image import load_image
 from jax_avatar.live.session import LiveSettings
+from jax_avatar.portraits.view import FRAMES, PortraitView
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.prompts import prompt_encoder, prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
@@ -41,6 +42,8 @@ flags.DEFINE_string(
     str(SMALL.parent / "portraits" / "amara.png"),
     "portrait of clients that bring none; its shape is that of all, where the model leaves it free",
 )
+flags.DEFINE_integer("face", None, cli.FACE, lower_bound=1)
+flags.DEFINE_enum("frame", "crop", FRAMES, cli.FRAME)
 flags.DEFINE_string("size", None, f"{cli.SIZE}; only the area counts for models of any size")
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for everybody")
 flags.DEFINE_integer("port", 8000, "to listen on", lower_bound=1, upper_bound=65535)
@@ -73,7 +76,9 @@ def make_pool(image) -> SessionPool:
     """Sessions that are built when the server starts; what cannot be is refused here."""
     settings = load_settings(FLAGS.checkpoint)
     layout = stream_layout(settings, FLAGS.mesh)
-    portrait = prepare_portrait(FLAGS.image, image, settings, FLAGS.size)
+    portrait = prepare_portrait(
+        FLAGS.image, image, settings, FLAGS.size, face=FLAGS.face, frame=FLAGS.frame
+    ).reference
     prepare_jax(num_slices(layout))
     model = load_model(FLAGS.checkpoint, weights=FLAGS.dtype)
 
@@ -115,8 +120,9 @@ def run() -> None:
         def encode(text):
             return prompt_states(FLAGS.checkpoint, text, cache=cache, load=load)
 
+    view = PortraitView(load_settings(FLAGS.checkpoint).framing, FLAGS.face, FLAGS.frame)
     state = ServerState(
-        make_pool(image), image, token=token, live=LiveSettings(), encode_prompt=encode,
+        make_pool(image), image, view, token=token, live=LiveSettings(), encode_prompt=encode,
         idle_s=FLAGS.idle_s, is_marked=FLAGS.watermark,
         speak=speak, ice_servers=servers,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from jax_avatar.io.audio import AudioReader, open_pipe
 from jax_avatar.io.image import load_image
 from jax_avatar.io.provenance import can_sign, make_signer, sign_video
 from jax_avatar.io.video import VideoWriter
+from jax_avatar.portraits.view import FRAMES, ShownPortrait
 from jax_avatar.streaming.file import StreamReport, for_duration, stream_to_file
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.prompts import prompt_states
@@ -37,6 +38,8 @@ from launch.common import prepare_jax, prepare_portrait
 ASSETS = SMALL.parent
 flags.DEFINE_string("mesh", "5", cli.MESH)
 flags.DEFINE_string("image", str(ASSETS / "portraits" / "amara.png"), "portrait")
+flags.DEFINE_integer("face", None, cli.FACE, lower_bound=1)
+flags.DEFINE_enum("frame", "crop", FRAMES, cli.FRAME)
 flags.DEFINE_string(
     "audio", str(ASSETS / "demo.flac"), 'speech, any format; "-": standard input, a file or raw PCM'
 )
@@ -119,9 +122,12 @@ def check_numbers_and_output() -> None:
 
 
 @contextlib.contextmanager
-def open_writer(width: int, height: int, fps: int, sample_rate: int):
+def open_writer(shown: ShownPortrait, fps: int, sample_rate: int):
     """Where the video goes; says where an older one of that name is, if it had to be kept."""
-    writer = VideoWriter(FLAGS.out, width, height, fps, sample_rate, is_marked=FLAGS.watermark)
+    height, width = shown.size
+    writer = VideoWriter(
+        FLAGS.out, width, height, fps, sample_rate, show=shown.show, is_marked=FLAGS.watermark
+    )
     try:
         with writer:
             yield writer
@@ -155,9 +161,11 @@ def run() -> int:
     layout = stream_layout(settings, FLAGS.mesh)
     signer = open_signer()
     image = load_image(FLAGS.image)
-    portrait = prepare_portrait(
-        FLAGS.image, image, settings, FLAGS.size, cover=settings.size is not None
-    )
+    shown = prepare_portrait(
+        FLAGS.image, image, settings, FLAGS.size, cover=settings.size is not None,
+        face=FLAGS.face, frame=FLAGS.frame,
+    )  # fmt: skip
+    portrait = shown.reference
     height, width = portrait.shape[-3:-1]
 
     prepare_jax(num_slices(layout))
@@ -167,7 +175,7 @@ def run() -> int:
     chunk = 4 * model.dit.config.frames_per_block * speech.samples_per_frame
     audio = open_audio(speech.sample_rate, chunk)
 
-    with open_writer(width, height, settings.fps, speech.sample_rate) as writer:
+    with open_writer(shown, settings.fps, speech.sample_rate) as writer:
         began = time.perf_counter()
         session = AvatarSession(
             model, portrait, layout, seed=FLAGS.seed, text=text, in_flight=FLAGS.config.in_flight

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "models": set(),
     "diffusion": set(),
     "io": set(),
-    "portraits": set(),
+    "portraits": {"io"},
     "dialogue": {"live"},
     "weights": {"models", "diffusion"},
     "data": {"models", "weights", "io", "portraits"},

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class VideoWriter:
         fps: int,
         audio_rate: int | None = None,
         *,
+        show: Callable[[np.ndarray], np.ndarray] = lambda frames: frames,
         is_marked: bool = True,
     ):
         """Checks that the file can be written; the first frame creates it.
@@ -69,6 +70,7 @@ class VideoWriter:
             height: pixels, even.
             fps: frames per second.
             audio_rate: samples per second of the sound; None for a silent film.
+            show: frames as they come -> frames of the video.
             is_marked: puts the watermark into the frames.
 
         Raises:
@@ -97,7 +99,7 @@ class VideoWriter:
         except OSError as error:
             raise ValueError(f"output {path} cannot be written ({error.strerror}).") from error
         self.width, self.height, self.fps, self._audio_rate = width, height, fps, audio_rate
-        self._is_marked = is_marked
+        self._show, self._is_marked = show, is_marked
         self.num_frames = 0
         self._container = self._video = self._audio = None
         self._samples_written = 0
@@ -116,6 +118,7 @@ class VideoWriter:
         Raises:
             ValueError: they are not of the size of the video, or the disk is full.
         """
+        frames = self._show(frames)
         if frames.shape[1:3] != (self.height, self.width):
             raise ValueError(
                 f"frames of {frames.shape[2]}x{frames.shape[1]} pixels for a video of "

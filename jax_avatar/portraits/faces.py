@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from jax_avatar.pixels import from_uint8, to_uint8
 from jax_avatar.portraits.framing import Framing, sample
 from jax_avatar.portraits.networks import DETECTOR_SIDE, MESH_SIDE, detect, mesh
 
@@ -17,7 +18,11 @@ __all__ = ["FACE_SCORE", "Face", "face_missing", "find_faces"]
 FACE_SCORE = 0.5
 """Score of both networks from which on there is a face."""
 
-_LEFT_EYE, _RIGHT_EYE = 33, 263  # outer corners, of the picture's left and right
+# The points of the mesh where the usual 68 landmarks have an eye's six and the mouth's twenty.
+_EYE_LEFT = [33, 160, 158, 133, 153, 144]
+_EYE_RIGHT = [362, 385, 387, 263, 373, 380]
+_MOUTH = [61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87]
+_LEFT_CORNER, _RIGHT_CORNER = 33, 263  # outer ones of the eyes, of the picture's left and right
 _AROUND = 1.5  # side of what the landmarks' network sees, in sides of the face
 _OVERLAP = 0.3  # of two boxes that are one face
 _LOOKS = 3  # of the landmarks' network at a face, each where the last one found it
@@ -45,23 +50,29 @@ class Face:
         return np.r_[self.points[:, :2].min(0), self.points[:, :2].max(0)]
 
     @property
+    def eyes_and_mouth(self) -> Float[np.ndarray, "3 2"]:
+        """Centres of the eye on the picture's right, of the other, and of the mouth, in pixels."""
+        return np.stack([self.points[part, :2].mean(0) for part in (_EYE_RIGHT, _EYE_LEFT, _MOUTH)])
+
+    @property
     def width(self) -> float:
-        """Widths of the landmarks' box in pixels."""
+        """Width of the landmarks' box in pixels."""
         return float(self.box[2] - self.box[0])
 
 
-def find_faces(image: UInt8[np.ndarray, "H W 3"]) -> list[Face]:
+def find_faces(image: UInt8[np.ndarray, "H W 3"], *, is_quick: bool = False) -> list[Face]:
     """Faces of a picture, from left to right.
 
-    Faces from about a twentieth of the longer side on are found, turned by up to some 40 degrees;
-    the smallest only where there is no larger one.
+    Faces from about a tenth of the longer side on are found, or from a twentieth on where there is
+    no larger one; tilted by up to some 70 degrees.
 
     Args:
         image: 8-bit RGB, upright.
+        is_quick: True leaves out the search for the smallest.
     """
     picture = Image.fromarray(image)
     faces: list[Face] = []
-    for parts in ((1, 2), (4,)):
+    for parts in ((1, 2),) if is_quick else ((1, 2), (4,)):
         boxes, scores = _candidates([view for count in parts for view in _views(picture, count)])
         for box, score in zip(boxes, scores, strict=True):
             face = _with_landmarks(image, box, score)
@@ -85,7 +96,7 @@ def face_missing(name: str, image: np.ndarray, portrait: np.ndarray) -> str | No
         image: all of it, 8-bit RGB `[H W 3]`.
         portrait: the part that the video shows, `[1 1 H W 3]` in [-1, 1].
     """
-    shown = ((np.asarray(portrait)[0, 0] + 1) * 127.5).round().astype(np.uint8)
+    shown = to_uint8(np.asarray(portrait)[0, 0])
     if find_faces(shown):
         return None
     size = f"{shown.shape[0]}x{shown.shape[1]}"
@@ -133,7 +144,7 @@ def _starts(length: int, side: int) -> list[int]:
 
 def _candidates(views: list[_View]) -> tuple[Float[np.ndarray, "n 8 2"], list[float]]:
     """Faces that the detector sees, the surest first; one where it sees one several times."""
-    pixels = np.stack([np.asarray(view.pixels, np.float32) for view in views]) / 127.5 - 1
+    pixels = from_uint8(np.stack([np.asarray(view.pixels) for view in views]))
     logits, found = detect(pixels)
     scores = 1 / (1 + np.exp(-logits.clip(-80, 80)))
     found = found * np.array([view.side for view in views])[:, None, None, None]
@@ -168,7 +179,7 @@ def _with_landmarks(image: np.ndarray, box: Float[np.ndarray, "8 2"], score: flo
 
 def _around(points: Float[np.ndarray, "468 3"]) -> Framing:
     """The turned square that the network expects around landmarks."""
-    right, down = points[_RIGHT_EYE, :2] - points[_LEFT_EYE, :2]
+    right, down = points[_RIGHT_CORNER, :2] - points[_LEFT_CORNER, :2]
     roll = np.arctan2(down, right)
     upright = Framing.around(np.zeros(2), 1.0, roll)
     turned = upright(points[:, :2])

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-__all__ = ["EYES_AND_MOUTH", "Framing", "sample"]
+__all__ = ["EYES_AND_MOUTH", "Framing", "sample", "warp"]
 
 EYES_AND_MOUTH = np.array([[0.6, 0.507], [0.4, 0.507], [0.5, 0.758]])
 """Places of the eye on the picture's right, of the other, and of the mouth, in its widths."""
@@ -51,6 +51,10 @@ class Framing:
         linear = np.linalg.inv(self.linear)
         return Framing(linear, -linear @ self.shift)
 
+    def after_scaling(self, factor: float) -> "Framing":
+        """This one, of points that are scaled first."""
+        return Framing(self.linear * factor, self.shift)
+
     def __call__(self, points: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "... 2"]:
         """Moves points."""
         return points @ self.linear.T + self.shift
@@ -61,8 +65,7 @@ def sample(
 ) -> UInt8[np.ndarray, "s s 3"]:
     """The square of a picture that `framing` (of its pixels) maps to the unit square.
 
-    Bicubic where it grows, each pixel the mean of what it covers where it shrinks. The picture's
-    border is repeated beyond its end.
+    As `warp`, but the picture's border is repeated beyond its end.
     """
     back = framing.inverse
     corners = back(np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
@@ -72,11 +75,20 @@ def sample(
     rows = np.arange(top, bottom).clip(0, image.shape[0] - 1)
     columns = np.arange(left, right).clip(0, image.shape[1] - 1)
     part = Image.fromarray(image[rows[:, None], columns])
-    fine = max(1, math.ceil(back.scale / side))
-    (a, b), (d, e) = back.linear / (side * fine)
-    c, f = back.shift - (left, top)
-    made = part.transform(
-        (side * fine, side * fine), Image.Transform.AFFINE, (a, b, c, d, e, f),
+    placed = Framing(back.linear, back.shift - (left, top))
+    return np.asarray(warp(part, placed.after_scaling(1 / side), side, side))
+
+
+def warp(image: Image.Image, back: Framing, width: int, height: int) -> Image.Image:
+    """A picture of that size whose points `back` leads to those of `image`, all in pixels.
+
+    Bicubic where it grows, each pixel the mean of what it covers where it shrinks; black beyond.
+    """
+    fine = max(1, math.ceil(back.scale - 1e-6))
+    (a, b), (d, e) = back.linear / fine
+    c, f = back.shift
+    made = image.transform(
+        (width * fine, height * fine), Image.Transform.AFFINE, (a, b, c, d, e, f),
         Image.Resampling.BICUBIC,
     )  # fmt: skip
-    return np.asarray(made.reduce(fine) if fine > 1 else made)
+    return made.reduce(fine) if fine > 1 else made

@@ -1,11 +1,15 @@
-"""MediaPipe's detector of faces and its 468 landmarks, in NumPy: no device, nothing to compile.
+"""MediaPipe's detector of faces, 468 landmarks and outline of an eye, in NumPy.
+
+No device, nothing to compile.
 
     picture 128x128 --stem, 16 blocks--> score and box of 896 anchors           (BlazeFace)
     face    192x192 --stem, 17 blocks--> 468 points; --14 blocks--> is it a face? (face mesh)
+    eye       64x64 --stem, 18 blocks--> outline of the eye, which tells how far it is open
 
 A block is a depthwise and a pointwise convolution beside a skip, which pools where it strides.
-Weights: `face_detection_short_range.tflite` and `face_landmark.tflite` (Apache-2.0) as float16, by
-`conversion/faces.py`; Bazarevsky et al., arXiv:1907.05047; Kartynnik et al., arXiv:1907.06724.
+Weights: `face_detection_short_range.tflite`, `face_landmark.tflite` and `iris_landmark.tflite`
+(Apache-2.0) as float16, by `conversion/faces.py`; Bazarevsky et al., arXiv:1907.05047; Kartynnik et
+al., arXiv:1907.06724; Ablavatski et al., arXiv:2006.11341.
 """
 
 import functools
@@ -16,11 +20,12 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import load_file
 
-__all__ = ["DETECTOR_SIDE", "MESH_SIDE", "detect", "mesh"]
+__all__ = ["DETECTOR_SIDE", "EYE_SIDE", "MESH_SIDE", "detect", "eye_outline", "mesh"]
 
-DETECTOR_SIDE, MESH_SIDE = 128, 192
+DETECTOR_SIDE, MESH_SIDE, EYE_SIDE = 128, 192, 64
 _ASSETS = Path(__file__).parents[1] / "assets"
 _DETECTOR_STRIDED, _MESH_STRIDED = (2, 5, 11), (2, 5, 8, 11, 14)  # blocks that halve the picture
+_EYE_STRIDED = (4, 9, 12, 15)
 _FINE, _COARSE = 10, 15  # blocks after which faces are looked for: 16x16 and 8x8 cells
 _FORK = 13  # block after which the network goes on to the score, too
 
@@ -81,6 +86,32 @@ def mesh(
     return points.reshape(len(x), -1, 3) / MESH_SIDE, logit[:, 0]
 
 
+def eye_outline(x: Float[np.ndarray, "b 64 64 3"]) -> Float[np.ndarray, "b 16 2"]:
+    """Outline of eyes on the picture's left, 2.3 times as wide as between the corners.
+
+    Args:
+        x: pictures in [0, 1]; those of the other eye flipped.
+
+    Returns:
+        Outer corner, seven points of the lower lid, inner corner, seven of the upper lid; right
+        and down in widths of the picture.
+    """
+    w = _weights("eye_outline")
+    x = _prelu(_convolve(x, w["stem.kernel"], 2) + w["stem.bias"], w["stem.slope"])
+    for i in range(18):
+        at, stride = f"block{i}", 2 if i in _EYE_STRIDED else 1
+        narrow = f"{at}.narrow"
+        if stride == 2:
+            y = _convolve(x, w[f"{narrow}.kernel"], 2) + w[f"{narrow}.bias"]
+        else:
+            y = _pointwise(x, w, narrow)
+        y = _separable(_prelu(y, w[f"{narrow}.slope"]), w, at, 1)
+        x = _prelu(_with_skip(x, y, stride), w[f"{at}.slope"])
+    kernel = w["outline.kernel"]
+    points = x.reshape(len(x), -1) @ kernel.reshape(-1, kernel.shape[-1]) + w["outline.bias"]
+    return points.reshape(len(x), -1, 3)[:, :16, :2] / EYE_SIDE
+
+
 def _head(x: np.ndarray, w: Weights, name: str) -> np.ndarray:
     x = _prelu(_pointwise(x, w, f"{name}.narrow"), w[f"{name}.narrow.slope"])
     x = _prelu(_block(x, w, f"{name}.block", 1), w[f"{name}.block.slope"])
@@ -96,8 +127,16 @@ def _weights(name: str) -> Weights:
 
 def _block(x: np.ndarray, w: Weights, at: str, stride: int) -> np.ndarray:
     """Sum of both ways, before the activation."""
+    return _with_skip(x, _separable(x, w, at, stride), stride)
+
+
+def _separable(x: np.ndarray, w: Weights, at: str, stride: int) -> np.ndarray:
     y = _depthwise(x, w[f"{at}.depthwise"], stride) + w[f"{at}.depthwise_bias"]
-    y = y @ w[f"{at}.pointwise"] + w[f"{at}.pointwise_bias"]
+    return y @ w[f"{at}.pointwise"] + w[f"{at}.pointwise_bias"]
+
+
+def _with_skip(x: np.ndarray, y: np.ndarray, stride: int) -> np.ndarray:
+    """`y` with the first channels of `x`, pooled, added in place."""
     if stride == 2:
         b, rows, columns, channels = x.shape
         x = x.reshape(b, rows // 2, 2, columns // 2, 2, channels).max((2, 4))

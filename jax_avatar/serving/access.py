@@ -1,15 +1,15 @@
 """Access control: tokens, origins, and the admission of a client."""
 
 import asyncio
+import dataclasses
 import hmac
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 from starlette.datastructures import Headers
 
-from jax_avatar.io.image import decode_image, prepare_reference
-from jax_avatar.portraits.faces import face_missing
+from jax_avatar.io.image import decode_image
+from jax_avatar.portraits.view import ShownPortrait
 from jax_avatar.serving.messages import VERSION, ProtocolError, SessionCreate
 from jax_avatar.serving.server_state import ServerState
 
@@ -32,7 +32,7 @@ def is_cross_origin(headers: Headers) -> bool:
         return True
 
 
-async def admit(state: ServerState, create: SessionCreate) -> tuple[np.ndarray, Any, list[str]]:
+async def admit(state: ServerState, create: SessionCreate) -> tuple[ShownPortrait, Any]:
     """Checks `session.create` against the server's state.
 
     Args:
@@ -40,7 +40,7 @@ async def admit(state: ServerState, create: SessionCreate) -> tuple[np.ndarray, 
         create: first message of the client.
 
     Returns:
-        The portrait in the size of the video, prompt states or None, and warnings.
+        The portrait in the size of the stream, and prompt states or None.
 
     Raises:
         ProtocolError: the client is not admitted, or its portrait or prompt is unusable.
@@ -54,7 +54,7 @@ async def admit(state: ServerState, create: SessionCreate) -> tuple[np.ndarray, 
     if not state.pool.is_ready:
         raise ProtocolError("starting", "the model is being compiled; try again soon.")
     try:
-        (portrait, warnings), text = await asyncio.to_thread(_portrait, state, create), None
+        portrait, text = await asyncio.to_thread(_portrait, state, create), None
         if create.prompt:
             if state.encode_prompt is None:
                 raise ProtocolError("no_prompt", "this model takes no prompt.")
@@ -63,18 +63,20 @@ async def admit(state: ServerState, create: SessionCreate) -> tuple[np.ndarray, 
         raise
     except ValueError as error:
         raise ProtocolError("bad_portrait", str(error)) from None
-    return portrait, text, warnings
+    return portrait, text
 
 
-def _portrait(state: ServerState, create: SessionCreate) -> tuple[np.ndarray, list[str]]:
-    """The client's portrait, else the server's, in the size of the video; and warnings about it."""
-    if create.portrait is not None:
-        if not create.consent:
-            raise ProtocolError(
-                "consent", "a portrait needs consent: true, that the person agrees."
-            )
-        image = decode_image(create.portrait, most_pixels=state.limits.portrait_pixels)
-        portrait = prepare_reference(image, *state.pool.size, cover=True)
-        missing = face_missing("the portrait", image, portrait)
-        return portrait, [missing] if missing else []
-    return prepare_reference(state.portrait, *state.pool.size, cover=True), []
+def _portrait(state: ServerState, create: SessionCreate) -> ShownPortrait:
+    """The client's portrait, else the server's, in the size of the stream."""
+    chosen = {k: v for k in ("face", "frame") if (v := getattr(create, k)) is not None}
+    if create.portrait is None:
+        view, is_known = dataclasses.replace(state.view, **chosen), "face" not in chosen
+        return view.portrait(
+            state.portrait, state.pool.size, is_known=is_known, name="the portrait"
+        )
+    if not create.consent:
+        raise ProtocolError("consent", "a portrait needs consent: true, that the person agrees.")
+    image = decode_image(create.portrait, most_pixels=state.limits.portrait_pixels)
+    # The server's choice of a face is for its own portrait.
+    view = dataclasses.replace(state.view, **{"face": None, **chosen})
+    return view.portrait(image, state.pool.size, name="the portrait")

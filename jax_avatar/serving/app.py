@@ -70,7 +70,10 @@ async def _healthz() -> PlainTextResponse:
 async def _readyz(request: Request) -> JSONResponse:
     state = request.app.state.avatar
     is_ready = state.pool.is_ready and not state.is_draining
-    content = {"ready": is_ready, "draining": state.is_draining, "free": state.pool.free}
+    content = {
+        "ready": is_ready, "draining": state.is_draining, "free": state.pool.free,
+        "framing": state.view.framing,
+    }  # fmt: skip
     return JSONResponse(content, 200 if is_ready else 503)
 
 

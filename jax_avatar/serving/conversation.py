@@ -19,6 +19,7 @@ from jax_avatar.io.watermark import mark
 from jax_avatar.live.session import LiveChunk, LiveSession
 from jax_avatar.live.turn import State
 from jax_avatar.live.workers import Workers
+from jax_avatar.portraits.view import ShownPortrait
 from jax_avatar.serving.access import admit
 from jax_avatar.serving.messages import (
     VERSION,
@@ -91,8 +92,8 @@ class Link(abc.ABC):
         """Raises ProtocolError if a field is not for this link."""
 
     @abc.abstractmethod
-    async def open(self, live: LiveSession) -> dict[str, Any]:
-        """Prepares for video; returns its own fields of `session.created`."""
+    async def open(self, live: LiveSession, size: tuple[int, int]) -> dict[str, Any]:
+        """Prepares for video of that height and width; returns its fields of `session.created`."""
 
     @abc.abstractmethod
     async def receive(self) -> Incoming:
@@ -175,7 +176,7 @@ class Conversation:
     async def _serve(self, create: SessionCreate) -> None:
         """Serves an admitted client with a session of the pool."""
         state = self._state
-        portrait, text, warnings = await admit(state, create)
+        portrait, text = await admit(state, create)
         self._link.check(create)
         self._rate = create.sample_rate or self._rate
         session = state.pool.take()
@@ -193,9 +194,9 @@ class Conversation:
                 workers=Workers(state.pool.dispatch),
             )
             with state.connected(Connection(self._link.protocol, live, self._warn_of_drain)):
-                await state.pool.prepare(session, portrait, text)
+                await state.pool.prepare(session, portrait.reference, text)
                 async with live:
-                    await self._converse(live, began, warnings)
+                    await self._converse(live, began, portrait)
         except (Closed, Gone) as end:
             reason = str(end)
             raise
@@ -206,19 +207,24 @@ class Conversation:
             state.pool.give_back(session)
             state.metrics.ended.labels(reason).inc()
 
-    async def _converse(self, live: LiveSession, began: float, warnings: list[str]) -> None:
+    async def _converse(self, live: LiveSession, began: float, portrait: ShownPortrait) -> None:
         """Receives and sends until one of them ends."""
-        described = await self._link.open(live)
+        height, width = portrait.size
+        described = await self._link.open(live, (height, width))
         form = live.session.format
         await self._send(
             "session.created",
-            version=VERSION, session=self._id, width=form.width, height=form.height,
+            version=VERSION, session=self._id, width=width, height=height,
             fps=form.fps, model=live.session.model.name,
             takes_prompt=self._state.encode_prompt is not None,
-            takes_text=self._state.speak is not None, warnings=warnings, **described,
+            takes_text=self._state.speak is not None, warnings=list(portrait.remarks),
+            **described,
         )  # fmt: skip
         await until_first_ends(
-            self._listen(live), self._show(live, began), self._speak(live), self._watch_idle()
+            self._listen(live),
+            self._show(live, began, portrait),
+            self._speak(live),
+            self._watch_idle(),
         )
 
     # ---- in ----------------------------------------------------
@@ -311,15 +317,13 @@ class Conversation:
 
     # ---- out ---------------------------------------------------
 
-    async def _show(self, live: LiveSession, began: float) -> None:
+    async def _show(self, live: LiveSession, began: float, portrait: ShownPortrait) -> None:
         metrics = self._state.metrics
         before, reported_at = live.stats, time.monotonic()
         async for chunk in live:
             await self._send_events(chunk)
-            if self._state.is_marked:
-                frames = await asyncio.to_thread(mark, chunk.frames)
-                chunk = dataclasses.replace(chunk, frames=frames)
-            await self._link.show(chunk)
+            frames = await asyncio.to_thread(self._finished, chunk.frames, portrait)
+            await self._link.show(dataclasses.replace(chunk, frames=frames))
             now = time.monotonic()
             if not before.frames:
                 metrics.first_frame_s.observe(now - began)
@@ -332,6 +336,10 @@ class Conversation:
                     at_s=live.time_s, queued_s=live.queued_s, block_s=live.stats.step_s,
                     late_s=live.stats.late_s, dropped=live.stats.dropped,
                 )  # fmt: skip
+
+    def _finished(self, frames: np.ndarray, portrait: ShownPortrait) -> np.ndarray:
+        shown = portrait.show(frames)
+        return mark(shown) if self._state.is_marked else shown
 
     async def _send_events(self, chunk: LiveChunk) -> None:
         for event in chunk.events:

@@ -7,10 +7,12 @@ import base64
 import json
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
+
+from jax_avatar.portraits.view import FRAMES
 
 __all__ = [
     "VERSION",
@@ -126,6 +128,8 @@ class SessionCreate(Message):
     version: Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
     token: Annotated[str, _at_most("token_chars")] | None = None  # only ever compared
     portrait: Annotated[_Base64, _at_most("portrait_bytes")] | None = None
+    face: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
+    frame: Literal[FRAMES] | None = None
     prompt: Annotated[_Text, _at_most("prompt_chars")] | None = None
     sample_rate: Annotated[int, Field(ge=8000, le=96_000)] | None = None
     consent: bool | None = None

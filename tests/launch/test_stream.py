@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     save_model(folder / "model")
+    save_model(folder / "by_face", framing="face")
     portrait = Image.open(ROOT / "jax_avatar" / "assets" / "portraits" / "amara.png")
     portrait.convert("RGB").resize((100, 100)).crop((0, 5, 100, 85)).save(folder / "face.png")
     speech = 0.1 * np.random.default_rng(1).normal(size=32_000).astype(np.float32)
@@ -80,11 +81,16 @@ def test_five_slices_make_a_video_with_sound_and_a_report(inputs):
     assert marks["manifest"]["validation_state"] == "Valid"
 
 
-def test_raw_pcm_on_standard_input_and_a_duration(inputs):
+def test_raw_pcm_on_standard_input_a_duration_and_the_full_picture(inputs):
     data = (3000 * np.random.default_rng(2).normal(size=8000)).astype("<i2").tobytes()
-    done = run(inputs, "--mesh=1", "--duration=1.5", data=data, audio="-", out="pipe.mp4")
+    full = ["--frame=full", f"--checkpoint={inputs / 'by_face'}"]
+    done = run(inputs, "--mesh=1", "--duration=1.5", *full, data=data, audio="-", out="pipe.mp4")
     assert done.returncode == 0, done.stderr.decode()
-    assert len(read_video(inputs / "pipe.mp4")[0]) == 24
+    frames = read_video(inputs / "pipe.mp4")[0].astype(int)
+    assert frames.shape == (24, 80, 100, 3)
+    picture = np.asarray(Image.open(inputs / "face.png")).astype(int)
+    moved = np.abs(frames[4] - picture).mean(-1) > 20
+    assert moved[35:45, 40:60].mean() > 0.5 and moved[:, :4].mean() < 0.01
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +153,8 @@ def test_what_makes_no_video_is_refused_with_one_clear_line(inputs):
     (inputs / "link.mp4").symlink_to(inputs / "speech.mp4")
     os.link(inputs / "speech.mp4", inputs / "hard.mp4")
     os.link(inputs / "face.png", inputs / "face.mp4")
-    wanted = f"--out={inputs / 'new.mp4'}"
+    Image.new("RGB", (100, 80), (90, 110, 90)).save(inputs / "bare.png")
+    wanted, faces = f"--out={inputs / 'new.mp4'}", f"--checkpoint={inputs / 'by_face'}"
     image, audio = f"--image={inputs / 'face.png'}", f"--audio={inputs / 'speech.mp4'}"
     cases = [
         *[([wanted, f"--duration={x}"], f"--duration {y}: expected") for x, y in (
@@ -162,6 +169,9 @@ def test_what_makes_no_video_is_refused_with_one_clear_line(inputs):
         *[([image, audio, wanted, *flags], message) for flags, message in (
             (["--mesh=7"], "--mesh 7: 4 timesteps"),
             (["--image=gone.png"], "gone.png does not exist"),
+            (["--face=1"], "only with one that frames by the face"),
+            ([faces, "--face=2"], "face.png shows 1 face, numbered from left to right; face 2"),
+            ([faces, f"--image={inputs / 'bare.png'}"], "bare.png: no face was found"),
             (["--size=640*480"], "this model makes 64*64 only"),
             (["--audio=gone.wav"], "gone.wav does not exist"),
             (["--out=film.avi"], "ending in .mp4"),

@@ -17,6 +17,7 @@ rollout = tests_in("training/test_rollout")
 videos = tests_in("data/test_videos")
 audio = tests_in("io/test_audio")
 faces = tests_in("portraits/test_faces")
+portrait = tests_in("portraits/test_portrait")
 mixing = tests_in("io/test_mixing")
 video = tests_in("io/test_video")
 level = tests_in("streaming/test_working_level")
@@ -206,7 +207,7 @@ INPUTS = tuple(Mistake("input", *row) for row in (
      "if face.presence >= FACE_SCORE:", "if True:",
      faces("what_shows_no_face_is_told")),
     ("parts of a picture are not searched for faces", "portraits/faces.py",
-     "for parts in ((1, 2), (4,)):", "for parts in ((1,),):",
+     "for parts in ((1, 2),) if", "for parts in ((1,),) if True or",
      faces("small_faces_and_several_are_found")),
     ("the landmarks' network knows no negative values", "portraits/networks.py",
      "return np.maximum(x, 0) + slope * np.minimum(x, 0)", "return np.maximum(x, 0)",
@@ -214,6 +215,25 @@ INPUTS = tuple(Mistake("input", *row) for row in (
     ("points are placed by the first look alone", "portraits/faces.py",
      "_LOOKS = 3", "_LOOKS = 1",
      faces("landmarks_turn_and_grow_with_the_picture")),
+    ("landmarks are taken for the renderer's points", "portraits/portrait.py",
+     "framing = Framing.of(face.eyes_and_mouth, LANDMARK_PLACES)",
+     "framing = Framing.of(face.eyes_and_mouth)",
+     portrait("rendered_people_come_to_the_places_of_training")),
+    ("a picture on its head is animated", "portraits/portrait.py",
+     "if max(scores) > scores[0] + 0.1:", "if False:",
+     portrait("a_picture_that_does_not_stand_upright_is_refused_or_turned")),
+    ("not the largest face is taken", "portraits/portrait.py",
+     "number = 1 + max(", "number = 1 + min(",
+     portrait("of_several_faces_the_largest_is_taken_or_the_chosen_one")),
+    ("closed eyes are not noticed", "portraits/portrait.py", "_CLOSED = 0.18", "_CLOSED = 0.0",
+     portrait("what_a_portrait_will_not_do_well_is_told")),
+    ("black goes on where a picture ends", "portraits/framing.py",
+     "rows = np.arange(top, bottom).clip(0, image.shape[0] - 1)",
+     "rows = np.arange(top, bottom) % image.shape[0]",
+     portrait("where_the_picture_ends_its_border_goes_on")),
+    ("the square has a seam in the whole picture", "portraits/whole_picture.py",
+     "_FEATHER = 0.08", "_FEATHER = 0.001",
+     portrait("the_moving_square_goes_back_into_the_whole_picture")),
     ("quiet speech stays quiet for the encoder", "streaming/working_level.py",
      "self.gain = 10 ** (wanted / 20) if wanted else 1.0", "self.gain = 1.0",
      level("quiet_speech_is_brought_to_the_level_of_training")),

@@ -18,6 +18,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from jax_avatar.layout import parse_layout
+from jax_avatar.portraits.view import PortraitView
 from jax_avatar.serving.messages import Limits
 from jax_avatar.serving.pool import SessionPool
 from jax_avatar.serving.server import make_config
@@ -25,7 +26,7 @@ from jax_avatar.serving.server_state import ServerState
 from jax_avatar.streaming.decode import NotFinite
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.testing import save_model
-from jax_avatar.weights.folder import load_model
+from jax_avatar.weights.folder import SMALL, load_model
 from tests.live.helpers import voice
 from tests.serving.client import Client, base64_of
 
@@ -185,6 +186,28 @@ def test_a_portrait_is_uploaded_only_with_consent_and_only_if_it_is_one(served):
         with served.client(portrait=base64_of(portrait), consent=consent) as client:
             error = client.until("error")
             assert error["code"] == code and error["fatal"], error
+
+
+def test_a_client_chooses_a_face_and_the_full_picture_where_the_model_frames_by_it(served):
+    with io.BytesIO() as file:
+        Image.open(SMALL.parent / "portraits" / "amara.png").convert("RGB").save(file, "JPEG")
+        fields = {"portrait": base64_of(file.getvalue()), "consent": True}
+    for chosen in ({"face": 1}, {"frame": "full"}):
+        with served.client(**fields, **chosen) as client:
+            error = client.until("error")
+            assert error["code"] == "bad_portrait" and "frames by the face" in error["message"]
+    served.state.view = PortraitView("face")
+    try:
+        with served.client(**fields, face=2) as client:
+            error = client.until("error")
+            assert error["code"] == "bad_portrait" and "shows 1 face" in error["message"]
+        with served.client(**fields, frame="full") as client:
+            created = client.until("session.created")
+            assert (created["width"], created["height"]) == (256, 256)
+            client.read(1.0)
+        assert client.decoded()[0].shape[1:] == (256, 256, 3)
+    finally:
+        served.state.view = PortraitView()
 
 
 def test_only_those_who_know_the_token_come_in(served):

@@ -129,7 +129,7 @@ class _RtcLink(Link):
         if sum(len(part.ice_candidates) for part in media) > _MOST_CANDIDATES:
             raise ProtocolError("bad_message", f"sdp has over {_MOST_CANDIDATES} candidates.")
 
-    async def open(self, live: LiveSession) -> dict[str, Any]:
+    async def open(self, live: LiveSession, size: tuple[int, int]) -> dict[str, Any]:
         self._player = ChunkPlayer(live.session.format)
         servers = [ice_server(url) for url in self._state.ice_servers]
         self._peer = peer = RTCPeerConnection(

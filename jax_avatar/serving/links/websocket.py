@@ -35,9 +35,9 @@ class _SocketLink(Link):
         if create.sdp is not None:
             raise ProtocolError("bad_message", "sdp is for POST /v1/rtc; leave it out here.")
 
-    async def open(self, live: LiveSession) -> dict[str, Any]:
-        form = live.session.format
-        self._writer = FragmentWriter(form.width, form.height, form.fps, form.sample_rate)
+    async def open(self, live: LiveSession, size: tuple[int, int]) -> dict[str, Any]:
+        form, (height, width) = live.session.format, size
+        self._writer = FragmentWriter(width, height, form.fps, form.sample_rate)
         return {"mime": self._writer.mime, "delay_s": self._writer.delay_s}
 
     async def receive(self) -> str | bytes:

@@ -26,6 +26,7 @@ function choose(file) {
   at("preview").alt = file.name;
   at("hint").hidden = true;
   at("consentRow").hidden = false;
+  at("face").value = ""; // that of another picture
   at("go").disabled = !at("consent").checked;
 }
 
@@ -44,6 +45,11 @@ for (const [label, input] of [["drop", "portrait"], ["fileLabel", "file"]]) {
     if (event.key === "Enter" || event.key === " ") { event.preventDefault(); at(input).click(); }
   };
 }
+
+// Which face, and how much of the picture: only where the model frames by the face.
+fetch("readyz").then((answer) => answer.json()).then((server) => {
+  at("viewRow").hidden = server.framing !== "face";
+}).catch(() => {});
 
 const base64 = (file) => new Promise((done, failed) => {
   const reader = new FileReader();
@@ -71,6 +77,7 @@ async function connect() {
   socket.binaryType = "arraybuffer";
   socket.onopen = () => send("session.create", {
     version: 1, token, portrait: picture, consent: picture ? true : undefined,
+    face: at("face").valueAsNumber || undefined, frame: at("full").checked ? "full" : undefined,
     sample_rate: context.sampleRate,
   });
   socket.onmessage = (event) => {
