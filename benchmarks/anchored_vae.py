@@ -3,10 +3,13 @@
     python benchmarks/anchored_vae.py --weights runs/anchored_vae --data data/moved_test
     python benchmarks/anchored_vae.py --weights runs/anchored_vae --sheet sheet.png --people 12
 
+    python benchmarks/anchored_vae.py --weights MODEL --model MODEL --seeds 4
+
 Rows: `motion` decodes the latents of the true motion, as a perfect generator would give them;
 `encoded` those that the encoder reads from the true frames; `light` is the VAE of the model that
-ships, which reads them at its own 96 pixels; `still` shows the portrait; `truth` gives the
-ceilings of the probes. One JSON line a row, means with bootstrap intervals over clips.
+ships, which reads them at its own 96 pixels; `streamed` is what a model makes of the portrait and
+the sound, means over seeds; `still` shows the portrait; `truth` gives the ceilings of the probes.
+One JSON line a row, means with bootstrap intervals over clips.
 """
 
 import argparse
@@ -40,8 +43,10 @@ from jax_avatar.models.network import Network
 from jax_avatar.models.vae.anchored import AnchoredVAE, AnchoredVAEConfig
 from jax_avatar.models.vae.light import LightVAE, LightVAEConfig
 from jax_avatar.pixels import from_uint8, to_uint8
+from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.training.stages.anchored_vae import HELD_OUT_SEED
 from jax_avatar.weights.files import load_weights
+from jax_avatar.weights.folder import load_model
 from launch import cli
 
 _LIGHT_SIDE = 96
@@ -54,6 +59,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--weights", required=True, help="folder with the anchored VAE")
     add("--light", default="jax_avatar/assets/small", help='folder with the light VAE; "" for none')
+    add("--model", default="", help="folder of a model to stream; none if empty")
+    add("--seeds", type=int, default=4, help="streams of every clip")
     add("--data", default="data/moved_test", help="folder for the rendered clips, made once")
     add("--movement", type=float, nargs="+", default=[0.3, 0.6, 1.0], help="of the head")
     add("--people", type=int, default=24, help="held-out people, a clip of each")
@@ -125,6 +132,23 @@ def light(network: Network) -> Decode:
     return through
 
 
+def streamed(folder: str, seeds: int) -> Decode:
+    """Streams of the portrait and the sound, one for each seed."""
+    stream = BatchStream(load_model(folder))
+
+    def make(clip: MovedPortrait) -> np.ndarray:
+        portraits, waves = (np.repeat(x[None], seeds, 0) for x in (clip.portrait, clip.wave))
+        return stream(portraits, waves, 1 + len(clip.frames))[:, 1:]
+
+    return make
+
+
+def mean_scores(made: np.ndarray, clip: MovedPortrait, probes: tuple) -> dict[str, float]:
+    """Scores of one clip, means over its seeds."""
+    rows = [clip_scores(frames, clip, *probes) for frames in made]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
 def held_out(arguments: argparse.Namespace, movement: float) -> Iterator[MovedPortrait]:
     config = MovedPortraitsConfig(
         size=arguments.size,
@@ -153,6 +177,9 @@ def main(argv=None) -> int:
         decoders["light"] = light(load(arguments.light, LightVAE, LightVAEConfig))
     decoders["still"] = lambda clip: np.repeat(clip.portrait[None], len(clip.frames), 0)
     decoders["truth"] = lambda clip: clip.frames
+    decoders = {name: lambda clip, d=decode: d(clip)[None] for name, decode in decoders.items()}
+    if arguments.model:
+        decoders["streamed"] = streamed(arguments.model, arguments.seeds)
     train = functools.partial(load_moved_portrait, Path(arguments.data) / "probe")
     probes = fit_probes(
         [train(seed, MovedPortraitsConfig()) for seed in range(arguments.probe_people)],
@@ -165,8 +192,9 @@ def main(argv=None) -> int:
         for clip in held_out(arguments, movement):
             shown = {name: decode(clip) for name, decode in decoders.items()}
             for name, frames in shown.items():
-                scores[name].append(clip_scores(frames, clip, *probes))
-            kept = {"truth": clip.frames} | {n: shown[n] for n in ("motion", "encoded")}
+                scores[name].append(mean_scores(frames, clip, probes))
+            second = "streamed" if arguments.model else "encoded"
+            kept = {n: shown[n][0] for n in ("truth", "motion", second)}
             lines.append(sheet_row(clip, kept))
         for name, rows in scores.items():
             row = {"of": name, "movement": movement, "clips": len(rows)}

@@ -264,7 +264,7 @@ SETTINGS = tuple(Mistake("setting", *row) for row in (
      "size = style.nod * stress * rng", "size = style.nod * (stress > -1) * rng",
      motion("heads_nod_on_stressed_syllables_and_on_no_others")),
     ("curves are a frame ahead of the sound", "data/talking_people/tracks.py",
-     "slice(lead - 3, lead + config.frames)", "curves[lead - 2 : lead + config.frames + 1]",
+     "slice(lead - 3, lead + config.frames)", "slice(lead - 2, lead + config.frames + 1)",
      motion("sound_phones_and_curves_agree_to_the_sample")),
     ("held-out sentences are trained on", "data/talking_people/utterances.py",
      "if is_held_out(text) == held_out:", "if True:",
