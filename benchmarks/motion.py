@@ -23,16 +23,16 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.common import emit, environment
-from jax_avatar.data.latents import LatentClips, load_encoded
-from jax_avatar.evaluation.motion_scores import curves_of, groups_of, motion_rows, motion_scores
-from jax_avatar.models.conditions import Conditions
+from jax_avatar.data.latents import load_encoded
+from jax_avatar.evaluation.motion_kit import MotionClips
+from jax_avatar.evaluation.motion_scores import groups_of, motion_rows
 from jax_avatar.models.network import Network
+from jax_avatar.models.speech.mel import SpeechEncoder
+from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.plan import StreamPlan
-from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
-from jax_avatar.weights.folder import load_settings
+from jax_avatar.weights.folder import AvatarModel, load_model
 from jax_avatar.weights.networks import load_network
-from jax_avatar.weights.settings import read_config
 from launch import cli
 
 Make = Callable[[], np.ndarray]
@@ -57,66 +57,33 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Clips:
-    """Held-out clips, and the VAE that says what their latents mean."""
+def held_out(arguments: argparse.Namespace) -> tuple[MotionClips, SpeechEncoder]:
+    """The clips, and the speech encoder that heard them."""
+    vae, speech = (load_network(arguments.model, part).bind() for part in ("vae", "speech"))
+    encode, heard = jax.jit(speech.encode, static_argnums=1), speech.config
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.vae = load_network(arguments.model, "vae").bind()
-        self.speech = load_network(arguments.model, "speech").bind()
-        encode = jax.jit(self.speech.encode, static_argnums=1)
+    def features(wave, frames):
+        return np.asarray(encode(wave[None, None].astype(np.float32) / 32768, frames))[0, 0]
 
-        def features(wave, frames):
-            return np.asarray(encode(wave[None, None].astype(np.float32) / 32768, frames))[0, 0]
-
-        heard = self.speech.config
-        stored = load_encoded(
-            *(arguments.latents, arguments.split),
-            encode_speech=features,
-            states=(heard.num_states, heard.width),
-        )
-        self.fps, self.seeds = stored.fps, arguments.seeds
-        latents = round(arguments.seconds * stored.fps / 12) * 3
-        long_enough = np.flatnonzero(stored.lengths >= latents)
-        if len(long_enough) < 2 * arguments.clips:
-            raise ValueError(
-                f"{arguments.latents} has {len(long_enough)} clips of {arguments.seconds} s in "
-                f"split {arguments.split}; give --clips {len(long_enough) // 2} or less, or "
-                "shorter ones by --seconds."
-            )
-        chosen = long_enough[: 2 * arguments.clips]
-        clips: LatentClips = stored.take(chosen[: arguments.clips])
-        others: LatentClips = stored.take(chosen[arguments.clips :])
-        self.latent = clips.latent[:, :latents].astype(np.float32)
-        self.features = clips.features[:, None, : 4 * latents].astype(np.float32)
-        self.reference = clips.reference.astype(np.float32)
-        self.truth = curves_of(self.vae, self.latent)
-        self.others = curves_of(self.vae, others.latent[:, :latents].astype(np.float32))
-
-    def scores(self, made: np.ndarray) -> dict:
-        """Of curves of all seeds."""
-        return motion_scores(made, self.truth, self.vae.config, self.fps)
-
-    def told(self) -> tuple[jax.Array, jax.Array]:
-        """Reference and features once for every seed."""
-        return tuple(
-            jnp.asarray(np.tile(x, (self.seeds, *(1,) * (x.ndim - 1))))
-            for x in (self.reference, self.features)
-        )
-
-    def curves(self, latents: np.ndarray) -> np.ndarray:
-        """Of all seeds, `s b T c`."""
-        curves = curves_of(self.vae, np.asarray(latents))
-        return curves.reshape(self.seeds, -1, *curves.shape[1:])
+    stored = load_encoded(
+        *(arguments.latents, arguments.split),
+        encode_speech=features,
+        states=(heard.num_states, heard.width),
+    )
+    clips = MotionClips(
+        *(stored, vae), count=arguments.clips, seconds=arguments.seconds, seeds=arguments.seeds
+    )
+    return clips, speech
 
 
-def regression(clips: Clips) -> np.ndarray:
+def regression(clips: MotionClips, speech: SpeechEncoder) -> np.ndarray:
     """The mouth as the speech encoder reads it; everything else of other clips."""
     config, made = clips.vae.config, []
-    read = np.asarray(clips.speech.units(jnp.asarray(clips.features)))[:, 0]
+    read = np.asarray(speech.units(jnp.asarray(clips.features[: len(clips)])))[:, 0]
     for seed in range(clips.seeds):
         curves = np.roll(clips.others, seed, axis=0).copy()
         curves[..., groups_of(config)["mouth"]] = 0
-        for i, unit in enumerate(clips.speech.config.units):
+        for i, unit in enumerate(speech.config.units):
             for side in {unit, unit.replace("Left", "Right")}:
                 at = config.curves.index(side)
                 curves[..., at] = read[..., i] / config.scale[at]
@@ -124,71 +91,55 @@ def regression(clips: Clips) -> np.ndarray:
     return np.stack(made)
 
 
-def streamed(clips: Clips, dit: Network, plan: StreamPlan) -> np.ndarray:
-    """Latents as a stream makes them, all clips and seeds side by side."""
-    reference, features = clips.told()
-    conditions = Conditions.of_portrait(dit.config, reference, pose="zeros")
-    stream = SequentialStream(dit, plan, conditions, device=jax.devices()[0])
-    size, parts = 4 * dit.config.frames_per_block, []
-    for start in range(0, features.shape[2], size):
-        parts += stream.push(features[:, :, start : start + size])
-    parts += stream.finish()
-    return clips.curves(np.concatenate([np.asarray(part) for part in parts], axis=1))
+def untrained(model: AvatarModel) -> AvatarModel:
+    """The same model with a transformer of random weights."""
+    dit = model.dit
+    network = Network.of(dit.module_class(dit.config, rngs=nnx.Rngs(params=0)))
+    return dataclasses.replace(model, dit=network)
 
 
-def sampled(clips: Clips, dit: Network, guidance: float) -> np.ndarray:
-    """Latents as the teacher makes them, whole clips."""
-    sample = make_sampler(dit, SamplerConfig(40, guidance=guidance), pose="zeros")
-    return clips.curves(np.asarray(sample(dit.params, *clips.told())))
-
-
-def untrained(folder: str) -> Network:
-    """A network of random weights in the size of a folder's; its head is not zero."""
-    known = load_network(folder, "dit")
-    module = known.module_class(known.config, rngs=nnx.Rngs(params=0))
-    return Network.of(module)
-
-
-def makers(arguments: argparse.Namespace, clips: Clips) -> Iterator[tuple[str, Make]]:
+def makers(
+    arguments: argparse.Namespace, clips: MotionClips, speech: SpeechEncoder
+) -> Iterator[tuple[str, Make]]:
+    """Rows by name."""
     yield "truth", lambda: np.stack([np.roll(clips.others, s, 0) for s in range(clips.seeds)])
     yield "still", lambda: np.stack([0 * clips.truth] * clips.seeds)
-    yield "regression", lambda: regression(clips)
+    yield "regression", lambda: regression(clips, speech)
     if arguments.teacher:
-        dit = load_network(arguments.teacher, "dit", _kind(arguments.teacher))
+        model = load_model(arguments.teacher)
         for scale in arguments.guidance:
-            yield f"teacher, guidance {scale:g}", lambda s=scale: sampled(clips, dit, s)
+            sample = make_sampler(model.dit, SamplerConfig(40, guidance=scale), pose="zeros")
+            stream = BatchStream(model, sample=sample)
+            yield f"teacher, guidance {scale:g}", lambda s=stream: clips.make(s)
     for name in ("stage1", "student"):
-        folder = getattr(arguments, name)
-        if not folder:
-            continue
-        dit = load_network(folder, "dit", _kind(folder))
-        plan = StreamPlan.from_settings(load_settings(folder), 420)
-        if name == "stage1":
-            levels = {n: f"shift{arguments.shift:g}:{n}" for n in arguments.steps}
-            yield "untrained", lambda f=folder, p=plan: streamed(clips, untrained(f), p)
-        else:
-            kept = plan.sigmas
-            levels = {len(kept) - 1: kept, 2: (*kept[:3:2], 0.0), 1: (1.0, 0.0)}
-        for steps, sigmas in levels.items():
-            few = dataclasses.replace(plan, sigmas=sigmas)
-            yield f"{name}, {steps} steps", lambda d=dit, p=few: streamed(clips, d, p)
-            if steps > 1:
-                clean = dataclasses.replace(few, refresh="clean")
-                yield (
-                    f"{name}, {steps} steps, clean history",
-                    lambda d=dit, p=clean: streamed(clips, d, p),
-                )
+        if folder := getattr(arguments, name):
+            model = load_model(folder)
+            plan = StreamPlan.from_settings(model.settings, 420)
+            if name == "stage1":
+                yield "untrained", lambda m=model, p=plan: clips.make(BatchStream(untrained(m), p))
+                levels = {n: f"shift{arguments.shift:g}:{n}" for n in arguments.steps}
+            else:
+                kept = plan.sigmas
+                levels = {len(kept) - 1: kept, 2: (*kept[:3:2], 0.0), 1: (1.0, 0.0)}
+            yield from rows_of(name, model, plan, levels, clips)
 
 
-def _kind(folder: str) -> str:
-    return read_config(folder, ("dit",))["dit"]
+def rows_of(
+    name: str, model: AvatarModel, plan: StreamPlan, levels: dict, clips: MotionClips
+) -> Iterator[tuple[str, Make]]:
+    """A network in several numbers of steps, with the steps' own histories and a clean one."""
+    for steps, sigmas in levels.items():
+        for refresh in ("none", "clean")[: 1 + (steps > 1)]:
+            changed = dataclasses.replace(plan, sigmas=sigmas, refresh=refresh)
+            row = f"{name}, {steps} steps" + ", clean history" * (refresh == "clean")
+            yield row, lambda p=changed: clips.make(BatchStream(model, p))
 
 
 def main(argv=None) -> None:
     arguments = parse_arguments(argv)
-    clips = Clips(arguments)
-    rows, about = {}, {"n": len(clips.truth), "seeds": clips.seeds, "split": arguments.split}
-    for name, make in makers(arguments, clips):
+    clips, speech = held_out(arguments)
+    rows, about = {}, {"n": len(clips), "seeds": clips.seeds, "split": arguments.split}
+    for name, make in makers(arguments, clips, speech):
         rows[name] = clips.scores(make())
         print(motion_rows({name: rows[name]})[-1], flush=True)
     print("\n".join(motion_rows(rows)))

@@ -14,19 +14,22 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_avatar.data.encoded import read_index
 from jax_avatar.data.records import ClipRecord
 from jax_avatar.evaluation.kit import write_clips
+from jax_avatar.evaluation.motion_kit import MotionClips
 from jax_avatar.evaluation.mouth_probe import MouthProbe
 from jax_avatar.evaluation.scores import Truth, fit_probe, has_lips, score
+from jax_avatar.models.vae.anchored import GROUP
 from jax_avatar.shapes import PyTree
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.training.run.placement import on_first_host
-from jax_avatar.training.stages.build import HELD_OUT, load_clips
+from jax_avatar.training.stages.build import HELD_OUT, load_clips, load_latents
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
 from jax_avatar.weights.folder import AvatarModel, fitting_stream, load_settings
-from jax_avatar.weights.networks import load_network
+from jax_avatar.weights.networks import kind_of, load_network
 
-__all__ = ["ClipEvaluation", "make_evaluation"]
+__all__ = ["ClipEvaluation", "MotionEvaluation", "make_evaluation"]
 
 _PROBE_CLIPS, _PROBE_STEPS = 150, 8  # clips that the mouth's probe is fitted on, steps per clip
 _LONGEST_S = 5  # of a clip
@@ -119,9 +122,48 @@ class ClipEvaluation:
         )
 
 
+class MotionEvaluation:
+    """Makes motion with the weights of the moment, for VAEs whose latents are nothing else.
+
+    An `Evaluation` of the training loop.
+    """
+
+    def __init__(self, stream: BatchStream, clips: MotionClips, bind: Callable[[PyTree], PyTree]):
+        """Binds everything but the weights.
+
+        Args:
+            stream: of the model in training.
+            clips: held-out speech and its motion.
+            bind: parameters of the streamed transformer from what is trained.
+        """
+        self.stream, self.clips, self._bind = stream, clips, bind
+
+    def check(self, state: PyTree) -> None:
+        """Makes the clips, and scores them, once."""
+        self(state, 0)
+
+    def __call__(self, state: PyTree, step: int) -> dict[str, float]:
+        """Scores of the averaged weights, see `motion_scores`.
+
+        Args:
+            state: of training.
+            step: of training.
+        """
+        del step
+        self.stream.params = self._bind(state.ema)
+        made = self.clips.make(self.stream)
+        self.stream.release()
+
+        def scores():
+            found = self.clips.scores(made)
+            return {name: value for name, value in found.items() if name != "interval"}
+
+        return on_first_host(scores)
+
+
 def make_evaluation(
     settings: Mapping[str, Any], task: Any, mesh: Mesh, folder: str | Path, *, num_clips: int = 8
-) -> ClipEvaluation | None:
+) -> ClipEvaluation | MotionEvaluation | None:
     """The evaluation of a stage that trains a transformer.
 
     Args:
@@ -139,6 +181,8 @@ def make_evaluation(
         ValueError: the clips or the networks around the transformer cannot be read.
     """
     if settings["latents"] and not settings["data"]:
+        if _latents_are_motion(settings) and HELD_OUT in read_index(settings["latents"])["splits"]:
+            return _motion_evaluation(settings, task, mesh, num_clips)
         _logger.warning(
             "no clips are streamed while training: config.data is empty, and encoded clips have no "
             "frames to compare with; give the folder of the raw ones."
@@ -152,10 +196,6 @@ def make_evaluation(
         )
         return None
     model = _model(settings, task.streamed, task.stream_settings)
-    sample = None
-    if "sampler" in settings:
-        sampler, pose = SamplerConfig(**settings["sampler"]), model.settings.pose
-        sample = make_sampler(model.dit, sampler, pose=pose, mesh=mesh)
     train, held_out = (load_clips(settings["data"], split) for split in ("train", HELD_OUT))
     clips = [held_out[i] for i in range(min(num_clips, len(held_out)))]
     few = range(0, len(train), -(-len(train) // _PROBE_CLIPS))
@@ -171,11 +211,40 @@ def make_evaluation(
             "mouth is and how far it is open, as rendered ones do."
         )
     return ClipEvaluation(
-        BatchStream(model, sample=sample, mesh=mesh),
+        _stream(settings, model, mesh),
         clips,
         folder,
         bind=lambda weights: task.bound(weights, mesh),
         make_probe=make_probe,
+    )
+
+
+def _stream(settings, model: AvatarModel, mesh: Mesh) -> BatchStream:
+    """Streams a model in training, or samples it where it is a teacher."""
+    sample = None
+    if "sampler" in settings:
+        sampler, pose = SamplerConfig(**settings["sampler"]), model.settings.pose
+        sample = make_sampler(model.dit, sampler, pose=pose, mesh=mesh)
+    return BatchStream(model, sample=sample, mesh=mesh)
+
+
+def _latents_are_motion(settings) -> bool:
+    folder = settings["weights"].get("vae") or settings["weights"]["model"]
+    return kind_of(folder, "vae") == "anchored"
+
+
+def _motion_evaluation(settings, task, mesh, num_clips) -> MotionEvaluation:
+    model = _model(settings, task.streamed, task.stream_settings)
+    weights = settings["weights"]
+    folders = {n: weights.get(n) or weights["model"] for n in ("vae", "speech")}
+    clips = load_latents({**settings, "weights": folders}, HELD_OUT)
+    seconds = settings["task"]["latents"] * GROUP / clips.fps
+    block = model.dit.config.frames_per_block
+    motion = MotionClips(
+        clips, model.vae.bind(), count=num_clips, seconds=seconds, block=block, seeds=2
+    )
+    return MotionEvaluation(
+        _stream(settings, model, mesh), motion, lambda weights: task.bound(weights, mesh)
     )
 
 

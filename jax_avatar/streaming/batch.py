@@ -88,6 +88,21 @@ class BatchStream:
         frames = np.concatenate(parts, axis=1)
         return frames[:, DROPPED_FRAMES : DROPPED_FRAMES + num_frames]
 
+    def latents(
+        self, still: Float[np.ndarray, "b 1 h w c"], features: Float[np.ndarray, "b u T k a"]
+    ) -> Float[np.ndarray, "b t h w c"]:
+        """Latents of whole clips, which are not decoded.
+
+        Args:
+            still: latents of still portraits.
+            features: of the speech, whole blocks.
+        """
+        parts = [
+            np.asarray(self._fetch(part))[: len(still)]
+            for part in self._latents(self._put(still), self._put(features))
+        ]
+        return np.concatenate(parts, axis=1)
+
     def release(self) -> None:
         """Lets go of the transformer's weights and windows until `params` are given anew."""
         self.params = self._decoder.state = None
