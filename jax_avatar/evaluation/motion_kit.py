@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jax_avatar.data.latents import StoredClips
+from jax_avatar.data.latents import Clips
 from jax_avatar.evaluation.motion_scores import curves_of, motion_scores
 from jax_avatar.models.vae.anchored import GROUP, AnchoredVAE
 from jax_avatar.streaming.batch import BatchStream
@@ -31,7 +31,7 @@ class MotionClips:
 
     def __init__(
         self,
-        clips: StoredClips,
+        clips: Clips,
         vae: AnchoredVAE,
         *,
         count: int,
@@ -76,7 +76,7 @@ class MotionClips:
         """Curves of what a stream makes of the speech."""
         return self.by_seed(stream.latents(self.reference, self.features))
 
-    def by_seed(self, latents: Float[np.ndarray, "n t h w c"]) -> Float[np.ndarray, "s b T c"]:
+    def by_seed(self, latents: Float[np.ndarray, "n t h w z"]) -> Float[np.ndarray, "s b T c"]:
         """Curves of latents of all seeds."""
         curves = curves_of(self.vae, latents)
         return curves.reshape(self.seeds, len(self), *curves.shape[1:])

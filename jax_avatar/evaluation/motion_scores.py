@@ -173,7 +173,7 @@ def _measure(
 ) -> dict[str, np.ndarray]:
     """Measures with the clips in front."""
     names = list(config.curves)
-    lips = [names.index(name) for name in LIPS]
+    lips = [names.index(name) for name in LIPS if name in names]
     lids, jaw = groups["lids"], names.index("jawOpen")
     scale = np.asarray(config.scale)[lids]
     found = {

@@ -15,7 +15,7 @@ from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.testing import save_model
 from jax_avatar.training.run.placement import place_state
-from jax_avatar.weights.folder import load_model
+from jax_avatar.weights.folder import SMALL, load_model
 from tests.evaluation.test_scores import BrightnessProbe
 
 
@@ -80,7 +80,7 @@ def test_clips_of_videos_are_scored_without_what_nobody_knows_of_them(stream, tm
 
 
 def test_clips_that_were_only_encoded_are_left_out_with_the_reason(caplog):
-    settings = {"stage": "diffusion_forcing", "data": "", "latents": "somewhere"}
+    settings = {"data": "", "latents": "somewhere", "weights": {"model": str(SMALL)}}
     with caplog.at_level(logging.WARNING):
         assert make_evaluation(settings, None, make_training_mesh("1", None), "samples") is None
     assert "config.data is empty" in caplog.text
