@@ -66,8 +66,11 @@ class SliceInputs:
     noise: Any
 
 
+@functools.lru_cache(maxsize=16)
 def make_tick(network: Network, mesh: Mesh, sampling: Sampling) -> Callable[..., tuple]:
     """The compiled tick: every slice denoises its block, latents move on.
+
+    Streams of one network, mesh and sampling share it.
 
     Args:
         network: structure and size of the transformer, `without_params`.
@@ -292,7 +295,7 @@ class PipelinedStream:
         shape = (b, config.frames_per_block, h, w, c)
         self.noise = plan.make_noise(shape, config.dtype)
         self.new_noise = plan.make_new_noise(shape, config.dtype)
-        self.tick = make_tick(bare, mesh, plan)
+        self.tick = make_tick(bare, mesh, Sampling(**plan.sampling()))
         swap = _on_slices(mesh, _swap, (_STAGE, _STAGE, _STAGE), _STAGE)
         self.swap = jax.jit(swap, donate_argnums=0)
         self.prefill = make_slice_prefill(bare, mesh)
@@ -343,6 +346,7 @@ def check_mesh(config: DiTConfig, sampling: Sampling, mesh: Mesh) -> None:
         )
 
 
+@functools.lru_cache(maxsize=16)
 def make_slice_prefill(network: Network, mesh: Mesh) -> Callable[[PyTree, Conditions], Sink]:
     """The compiled `(params, conditions) -> sink`, on every slice; arguments as for `make_tick`."""
 

@@ -4,6 +4,7 @@ Where all steps share one history (see `Sampling`) there is one window, which ev
 overwrites at the same place: the last one stays, or the refresh after it.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -191,8 +192,9 @@ class SequentialStream:
         return put_on(tree, batch_sharding(self.device))
 
 
+@functools.lru_cache(maxsize=16)
 def make_step(network: Network, device: jax.Device | Mesh) -> Callable[..., tuple[Array, KVCache]]:
-    """The compiled `denoise`.
+    """The compiled `denoise`; streams of one network on one device share it.
 
     Args:
         network: structure and size of the transformer, `without_params`.
@@ -211,6 +213,7 @@ def make_step(network: Network, device: jax.Device | Mesh) -> Callable[..., tupl
     return jax.jit(on_mesh(step, _mesh(device)), donate_argnums=(1, 3), out_shardings=places)
 
 
+@functools.lru_cache(maxsize=16)
 def make_prefill(
     network: Network, device: jax.Device | Mesh
 ) -> Callable[[PyTree, Conditions], Sink]:

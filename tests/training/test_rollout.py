@@ -11,7 +11,6 @@ from jax_avatar import testing
 from jax_avatar.models.conditions import Conditions
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.portrait_dit import PortraitDiT
-from jax_avatar.streaming import sampler as sampler_module
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
 from jax_avatar.streaming.state import add_context
@@ -187,13 +186,6 @@ HISTORIES = [{}, {"cache": "exit_only"}, {"refresh": "clean"}, {"refresh": "fixe
 LEVELS = {1: (1.0, 0.0), 2: (1.0, 0.8, 0.0), 4: (1.0, 0.9, 0.75, 0.5, 0.0)}
 
 
-@pytest.fixture
-def shared_programs(monkeypatch):
-    """Streams of one network share what they compile."""
-    for name in ("make_step", "make_prefill"):
-        monkeypatch.setattr(sampler_module, name, functools.cache(getattr(sampler_module, name)))
-
-
 def assert_the_stream_is_the_rollout(settings, ring_blocks, kind=DiT, compiler=lambda run: run):
     """Streams what the model folder of such a student says, on the chance of the rollout."""
     blocks = ring_blocks + 1  # the window rolls
@@ -235,9 +227,7 @@ def students(history, steps):
 
 @pytest.mark.parametrize(("ring_blocks", "steps"), [(3, (1, 2, 4)), (2, (2,))])
 @pytest.mark.parametrize("history", HISTORIES, ids=str)
-def test_the_rollout_to_the_last_step_is_the_stream(
-    history, ring_blocks, steps, in_pieces, shared_programs
-):
+def test_the_rollout_to_the_last_step_is_the_stream(history, ring_blocks, steps, in_pieces):
     for settings in students(history, steps):
         assert_the_stream_is_the_rollout(settings, ring_blocks)
 
@@ -246,16 +236,14 @@ def test_the_rollout_to_the_last_step_is_the_stream(
 @pytest.mark.parametrize("ring_blocks", [1, 2, 4])
 @pytest.mark.parametrize("kind", [DiT, PortraitDiT])
 @pytest.mark.parametrize("history", [*HISTORIES, {"audio_context": "clip"}], ids=str)
-def test_it_is_so_for_both_networks_and_every_window(
-    history, kind, ring_blocks, in_pieces, shared_programs
-):
+def test_it_is_so_for_both_networks_and_every_window(history, kind, ring_blocks, in_pieces):
     for settings in students(history, (1, 2, 4)):
         assert_the_stream_is_the_rollout(settings, ring_blocks, kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("history", HISTORIES, ids=str)
-def test_it_is_so_for_the_rollout_compiled_as_one_program(history, shared_programs):
+def test_it_is_so_for_the_rollout_compiled_as_one_program(history):
     for settings in students(history, (2,)):
         assert_the_stream_is_the_rollout(settings, 3, compiler=jax.jit)
 
