@@ -89,7 +89,7 @@ class DiTCases:
                         0.0 if exact else _RTOL,
                     )
         for name in sorted(set(tensors) - done - golden.inputs):
-            yield Check(name, np.inf, _ATOL, "no one knows how to make this tensor")
+            yield Check(name, np.inf, _ATOL, "no check covers this tensor")
 
 
 class _Golden:
@@ -105,7 +105,9 @@ class _Golden:
             audio_history=info["motion_frames"][0],
         )
         self.state_dict = {k[3:]: v for k, v in tensors.items() if k.startswith("sd.")}
+        self.network = Network.abstract(DiT, self.config)
         self.params = self._load(self.state_dict)
+        self._programs: dict[tuple, Callable] = {}
 
     @cached_property
     def inputs(self) -> set[str]:
@@ -124,14 +126,36 @@ class _Golden:
         return {n for n in self.t if any(re.fullmatch(pattern, n) for pattern in given)}
 
     def _load(self, state_dict):
-        self.network = Network.abstract(DiT, self.config)
-        target = self.network.params
-        flat, _ = convert(state_dict, TABLE, flatten(target))
+        flat, _ = convert(state_dict, TABLE, flatten(self.network.params))
         return unflatten({path: jnp.asarray(leaf) for path, leaf in flat.items()})
 
-    def _dit(self, params=None, **changes) -> DiT:
-        config = self.config.replace(**changes)
-        return Network.abstract(DiT, config).bind(params or self.params)
+    def _run(
+        self, form: str, *arguments, params=None, tapped=False, half_rotary=True, **options
+    ) -> tuple[Any, dict[str, Any]]:
+        """Result of a form of the network, and its intermediates; compiled once per shapes.
+
+        Args:
+            form: name of the method.
+            *arguments: of the method.
+            params: other weights.
+            tapped: record intermediates, which unrolls the layers.
+            half_rotary: round rotary factors to float16.
+            **options: of the method, compiled in.
+        """
+        key = (form, tapped, half_rotary, *options.items())
+        if key not in self._programs:
+            network = Network.abstract(DiT, self.config.replace(half_rotary=half_rotary))
+
+            def run(params, *arguments):
+                if not tapped:
+                    return getattr(network.bind(params), form)(*arguments, **options), {}
+                with record() as taps:
+                    return getattr(network.bind(params), form)(*arguments, **options), taps
+
+            # Each shape runs a few times, so compiling fast matters more than running fast.
+            quick = {"xla_backend_optimization_level": 0}
+            self._programs[key] = jax.jit(run, compiler_options=quick)
+        return self._programs[key](params or self.params, *arguments)
 
     def _latent(self, name: str) -> jax.Array:
         """Official `[b?] c t h w` -> `b t h w c`."""
@@ -160,7 +184,7 @@ class _Golden:
 
     def units(self) -> Iterator[tuple[str, Any]]:
         """Norms, head and un-patching on their own."""
-        dit = self._dit()
+        dit = self.network.bind(self.params)
         block = _slice(dit.blocks, 0)
         injector = _slice(dit.injectors, 0)
         x = jnp.asarray(self.t["unit.x_small"])
@@ -183,7 +207,8 @@ class _Golden:
 
     def audio(self) -> Iterator[tuple[str, Any]]:
         """The audio encoder alone, with nothing added before and nothing dropped."""
-        local, overall = _jit(lambda a: self._dit().audio.encode(a))(self._audio("audio.features"))
+        encode = jax.jit(lambda params, a: self.network.bind(params).audio.encode(a))
+        local, overall = encode(self.params, self._audio("audio.features"))
         yield "audio.local", local
         yield "audio.global", overall
 
@@ -201,8 +226,8 @@ class _Golden:
                 audio=self._audio(get("audio_input")),
             )
             time = jnp.full((1, frames), names.get("t", self.t["wan22.t"])[0], jnp.float32)
-            call = lambda: self._dit().bidirectional(self._latent(get("x")), time, conditions)  # noqa: E731
-            return _jit(_tapped(call) if tapped else lambda: (call(), {}))()
+            latent = self._latent(get("x"))
+            return self._run("bidirectional", latent, time, conditions, tapped=tapped)
 
         last = sum(self.info["motion_frames"][1:])
         out, taps = run(self._motion[:, -last:], tapped=True)
@@ -231,17 +256,14 @@ class _Golden:
     def train(self) -> Iterator[tuple[str, Any]]:
         """The block-causal training form."""
 
-        def run(tapped=False, **changes):
+        def run(**how):
             latent, time = self._latent("train.x"), jnp.asarray(self.t["train.t"])
             conditions = replace(
                 self._conditions,
                 pose=self._latent("train.cond_states"),
                 audio=self._audio("train.audio_input"),
             )
-            call = lambda: self._dit(**changes).block_causal(  # noqa: E731
-                latent, time, conditions, audio_context="clip"
-            )
-            return _jit(_tapped(call) if tapped else lambda: (call(), {}))()
+            return self._run("block_causal", latent, time, conditions, audio_context="clip", **how)
 
         out, taps = run(tapped=True)
         yield "train.out", out
@@ -280,7 +302,7 @@ class _Golden:
 
     @cached_property
     def _prefilled(self):
-        return _jit(_tapped(lambda: self._dit().prefill(self._conditions)))()
+        return self._run("prefill", self._conditions, tapped=True)
 
     def sink(self) -> Iterator[tuple[str, Any]]:
         """Sink prefill."""
@@ -327,38 +349,33 @@ class _Golden:
     def _blocks(self, name: str, block: int) -> jax.Array:
         return jnp.asarray(np.moveaxis(np.asarray(self.t[name][block])[None], 1, -1))
 
-    def _sink_and_cache(self, params, **changes):
+    def _sink_and_cache(self, **how):
         _, _, h, w, _ = self._reference.shape
-        dit = self._dit(params, **changes)
-        sink = _jit(lambda: dit.prefill(self._conditions))()
+        sink, _ = self._run("prefill", self._conditions, **how)
         return sink, empty_cache(self.config, 1, h, w)
 
     def _first_block(self, params, timestep: str, audio, mask=None):
-        sink, cache = self._sink_and_cache(params)
+        sink, cache = self._sink_and_cache(params=params)
         position = block_position(self.config, 0, 30)
-        out, _ = _jit(self._dit(params).stream_block)(
+        (out, _), _ = self._run(
+            "stream_block",
             self._blocks("stream.x", 0),
             jnp.asarray(self.t[timestep]),
             Conditions(pose=self._blocks("stream.cond_states", 0), audio=audio, speaker_mask=mask),
             cache,
             sink,
             position,
+            params=params,
         )
         return out
 
-    def _stream(self, tapped: Sequence[int] = (), **changes):
-        sink, cache = self._sink_and_cache(self.params, **changes)
-        dit = self._dit(**changes)
-        config, per_block = dit.config, self.config.frames_per_block
+    def _stream(self, tapped: Sequence[int] = (), half_rotary: bool = True):
+        sink, cache = self._sink_and_cache(half_rotary=half_rotary)
+        config = self.config.replace(half_rotary=half_rotary)
+        per_block = config.frames_per_block
         num_cond = sink.key.shape[2]
         tokens = (cache.key.shape[2] - num_cond) // config.ring_frames
         time = jnp.asarray(self.t["stream.t"])
-
-        def run(x, pose, audio, cache, position):
-            conditions = Conditions(pose=pose, audio=audio)
-            return dit.stream_block(x, time, conditions, cache, sink, position)
-
-        step, step_tapped = _jit(run), _jit(_tapped(run))
         made = {"vel": [], "far": [], "kv": {}, "taps": {}}
 
         def forward(which, current, distance):
@@ -366,17 +383,21 @@ class _Golden:
             if current % per_block:
                 raise ValueError(f"frame {current} does not start a block of {per_block}")
             position = block_position(config, current // per_block, distance)
-            arguments = (
+            pose = self._blocks("stream.cond_states", which)
+            is_tapped = current // per_block in tapped
+            (out, cache), taps = self._run(
+                "stream_block",
                 self._blocks("stream.x", which),
-                self._blocks("stream.cond_states", which),
-                self._audio_of(which),
+                time,
+                Conditions(pose=pose, audio=self._audio_of(which)),
                 cache,
+                sink,
                 position,
+                tapped=is_tapped,
+                half_rotary=half_rotary,
             )
-            if current // per_block in tapped:
-                (out, cache), made["taps"][which] = step_tapped(*arguments)
-            else:
-                out, cache = step(*arguments)
+            if is_tapped:
+                made["taps"][which] = taps
             start = num_cond + int(position.slot) * tokens * per_block
             slots = slice(start, start + tokens * per_block)
             made["kv"][which] = {
@@ -468,7 +489,7 @@ class _Golden:
 
     def _acts(self, prefix: str, taps: Mapping[str, Any], time) -> Iterator[tuple[str, Any]]:
         """Intermediates under their official names."""
-        embedding = self._dit().time
+        embedding = self.network.bind(self.params).time
         hidden, rows = embedding(time[None])
         yield f"{prefix}time_sinusoid", embedding.sinusoid(time)
         yield f"{prefix}time_e", hidden
@@ -482,21 +503,6 @@ class _Golden:
         for name, value in taps.items():
             if not name.startswith("time"):
                 yield f"{prefix}{name}", value
-
-
-def _tapped(function: Callable) -> Callable:
-    """The function with its taps beside the result."""
-
-    def run(*arguments):
-        with record() as taps:
-            return function(*arguments), taps
-
-    return run
-
-
-def _jit(function: Callable) -> Callable:
-    # Each function runs a few times, so compiling fast matters more than running fast.
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _slice(module, index: int):
