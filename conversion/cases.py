@@ -5,6 +5,7 @@ runs a case tensor by tensor. Nothing is known by file name beyond the documente
 come from the metadata or from the tensors themselves.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-__all__ = ["Case", "Check", "Kind", "compare"]
+from conversion.readers import SafetensorsFile
+
+__all__ = ["Case", "Check", "Kind", "compare", "weight_pairs"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,24 @@ class Kind(Protocol):
 
     def run(self, case: Case) -> Iterable[Check]:
         """One check per tensor, including a failing one for a tensor it does not know."""
+
+
+def weight_pairs(files: Sequence[Path], keys: set[str]) -> list[Case]:
+    """Pairs `<stem>_weights.safetensors` and `<stem>_io.safetensors` of one network.
+
+    Args:
+        files: of one folder.
+        keys: that the official constructor arguments have, in the metadata key `config`.
+    """
+    cases = []
+    for weights in files:
+        stem = weights.name.removesuffix("_weights.safetensors")
+        io = weights.with_name(f"{stem}_io.safetensors")
+        if stem != weights.name and io in files:
+            config = json.loads(SafetensorsFile(weights).metadata.get("config", "{}"))
+            if keys <= set(config):
+                cases.append(Case(stem, (weights, io)))
+    return cases
 
 
 def compare(tensor: str, actual: Any, expected: Any, atol: float, rtol: float = 0.0) -> Check:

@@ -2,7 +2,7 @@
 
 A model is `<stem>_weights.safetensors` and `<stem>_io.safetensors` with the `config.json` of the
 checkpoint in the metadata key `config`; its waves are `w<i>`. Resampled and picked features are
-`<name>.in` and `<name>.out`, exact indices a JSON list, a manifest a JSON file, name -> shape.
+`<name>.in` and `<name>.out`, exact indices a JSON list.
 """
 
 import io
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from conversion.cases import Case, Check, compare
+from conversion.cases import Case, Check, compare, weight_pairs
 from conversion.readers import SafetensorsFile
-from conversion.rules import check, conv, convert
-from conversion.wav2vec2 import TABLE, config_from, config_from_shapes, official_names
+from conversion.rules import conv, convert
+from conversion.wav2vec2 import TABLE, config_from, official_names
 from jax_avatar.io.audio import PcmReader
 from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.speech.feature_rate import (
@@ -33,7 +33,7 @@ from jax_avatar.models.speech.feature_rate import (
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, normalise
 from jax_avatar.models.tap import record
 
-__all__ = ["AudioFrontEndCases", "AudioManifests", "BucketCases", "BucketTables", "Wav2Vec2Cases"]
+__all__ = ["AudioFrontEndCases", "BucketCases", "BucketTables", "Wav2Vec2Cases"]
 
 _TOLERANCE = 1e-4
 _WAVE_TOLERANCE = 1e-5
@@ -49,16 +49,7 @@ class Wav2Vec2Cases:
 
     def find(self, files: Sequence[Path]) -> list[Case]:
         """Pairs of weights and inputs/outputs whose config has a convolutional extractor."""
-        cases = []
-        for weights in files:
-            stem = weights.name.removesuffix("_weights.safetensors")
-            outputs = weights.with_name(f"{stem}_io.safetensors")
-            if stem == weights.name or outputs not in files:
-                continue
-            config = json.loads(SafetensorsFile(weights).metadata.get("config", "{}"))
-            if {"conv_dim", "num_conv_pos_embeddings"} <= set(config):
-                cases.append(Case(stem, (weights, outputs)))
-        return cases
+        return weight_pairs(files, {"conv_dim", "num_conv_pos_embeddings"})
 
     def run(self, case: Case) -> Iterable[Check]:
         """Every tensor of the case, or a failing check for one it does not know."""
@@ -70,31 +61,6 @@ class Wav2Vec2Cases:
         params, report = convert(source, TABLE, flatten(target))
         yield Check("weights", 0.0, 0.0, str(report))
         yield from _outputs(network.bind(unflatten(params)), file)
-
-
-class AudioManifests:
-    """Names and shapes of a whole checkpoint against our network of that size."""
-
-    name = "wav2vec2 manifest"
-
-    def find(self, files: Sequence[Path]) -> list[Case]:
-        """`manifest_*.json` with the names of this network, in any spelling."""
-        cases = []
-        for path in files:
-            if re.fullmatch(r"manifest_.*\.json", path.name):
-                names = json.loads(path.read_text())
-                if isinstance(names, dict) and any(
-                    "encoder.pos_conv_embed." in name for name in names
-                ):
-                    cases.append(Case(path.stem, (path,), names))
-        return cases
-
-    def run(self, case: Case) -> Iterable[Check]:
-        """Both ways: no name without a parameter, no parameter without a name."""
-        shapes = {name: tuple(shape) for name, shape in official_names(case.data).items()}
-        config = config_from_shapes(shapes)
-        params = Network.abstract(Wav2Vec2, config).params
-        yield Check("names and shapes", 0.0, 0.0, str(check(shapes, TABLE, flatten(params))))
 
 
 class BucketCases:

@@ -1,8 +1,7 @@
-"""Golden tables beside the transformer: rotary factors, speaker routing, the sampler, manifests.
+"""Golden tables beside the transformer: rotary factors, speaker routing, the sampler.
 
 rotary factors, speaker routing    safetensors
 sampler_tables.json                sizes, schedules, feature rates, positions
-manifest_*.json                    names and shapes of the full-size files
 """
 
 import json
@@ -17,25 +16,15 @@ from flax import nnx
 
 from conversion.cases import Case, Check, compare
 from conversion.readers import SafetensorsFile
-from conversion.rules import check
-from conversion.wan_dit import (
-    LORA_TABLE,
-    TABLE,
-    config_from_official,
-    plain_lora_name,
-)
 from jax_avatar.diffusion.schedule import euler_schedule
 from jax_avatar.io.image import fit_size, resized_size
-from jax_avatar.models.config import DiTConfig, wan_s2v_14b
-from jax_avatar.models.dit import DiT
+from jax_avatar.models.config import DiTConfig
 from jax_avatar.models.layers import TimeEmbedding
-from jax_avatar.models.lora import adapter_leaves
-from jax_avatar.models.network import Network, flatten
 from jax_avatar.models.rope import axis_rotation, motion_positions
 from jax_avatar.models.speech.feature_rate import bucket_indices, num_frames_30hz, to_30hz
 from jax_avatar.streaming.speakers import speaker_masks
 
-__all__ = ["DiTManifests", "RotaryCases", "RoutingCases", "SamplerTables"]
+__all__ = ["RotaryCases", "RoutingCases", "SamplerTables"]
 
 
 class RotaryCases:
@@ -73,7 +62,7 @@ class RotaryCases:
                 made = TimeEmbedding(config, rngs=nnx.Rngs(0)).sinusoid(jnp.asarray(time))
                 yield compare(name, made, expected, 1e-6)
             else:
-                yield Check(name, np.inf, 0.0, "no one knows how to make this tensor")
+                yield Check(name, np.inf, 0.0, "no check covers this tensor")
 
 
 class RoutingCases:
@@ -127,7 +116,7 @@ class SamplerTables:
         tables = self._tables()
         for name, content in case.data.items():
             if name not in tables:
-                yield Check(name, np.inf, 0.0, "no one knows this table")
+                yield Check(name, np.inf, 0.0, "no check covers this table")
                 continue
             actual, expected = tables[name](content)
             exact = all(isinstance(value, int) for value in expected)
@@ -195,44 +184,3 @@ class SamplerTables:
                 actual += [position for axis in made[name] for position in axis]
                 expected += axes["frame"] + axes["row"] + axes["col"]
         return actual, expected
-
-
-class DiTManifests:
-    """Names and shapes of the full-size transformer and its published LoRA."""
-
-    name = "manifest"
-
-    def find(self, files: Sequence[Path]) -> list[Case]:
-        """Manifests of the transformer or of a LoRA for it."""
-        found = []
-        for path in files:
-            if path.suffix == ".json" and path.name.startswith("manifest_"):
-                shapes = manifest_shapes(json.loads(path.read_text()))
-                if any("blocks.0.self_attn.q" in name for name in shapes):
-                    found.append(Case(path.stem, (path,), shapes))
-        return found
-
-    def run(self, case: Case) -> Iterable[Check]:
-        """Every tensor of the file is used, every parameter of the published size is filled."""
-        shapes = case.data
-        official = json.loads(case.files[0].read_text()).get("model_config")
-        config = config_from_official(official) if official else wan_s2v_14b()
-        wrong, note = 0, f"{len(shapes)} tensors"
-        params = Network.abstract(DiT, config).params
-        table, target = TABLE, flatten(params)
-        if any("lora_A" in name for name in shapes):
-            shapes = {plain_lora_name(name): shape for name, shape in shapes.items()}
-            rank = next(shape[0] for name, shape in shapes.items() if "lora_A" in name)
-            table, target = LORA_TABLE, adapter_leaves(params, rank)
-        try:
-            check(shapes, table, target)
-        except ValueError as error:
-            wrong, note = 1, str(error)
-        yield Check("names and shapes", float(wrong), 0.0, note)
-
-
-def manifest_shapes(content: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a manifest; the VAE's is a plain table, these have it in `parameters`."""
-    if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
-        return {}
-    return {name: tuple(entry["shape"]) for name, entry in content["parameters"].items()}

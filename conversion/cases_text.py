@@ -1,8 +1,8 @@
-"""Golden cases of the prompt encoder, of the cleaning of prompts, and manifests of checkpoints.
+"""Golden cases of the prompt encoder and of the cleaning of prompts.
 
 A case is `<stem>_weights.safetensors` and `<stem>_io.safetensors`, the official constructor
 arguments in the metadata key `config`. Cleaning examples are a JSON list of objects with `in` and
-`out`. A manifest is a JSON file, tensor name -> shape.
+`out`.
 """
 
 import json
@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conversion.cases import Case, Check, compare
+from conversion.cases import Case, Check, compare, weight_pairs
 from conversion.readers import SafetensorsFile
-from conversion.rules import check, convert
-from conversion.umt5 import TABLE, config_from, config_from_shapes, official_names
+from conversion.rules import convert
+from conversion.umt5 import TABLE, config_from, official_names
 from jax_avatar.io.prompt import clean_prompt
 from jax_avatar.models.config import UMT5Config
 from jax_avatar.models.network import Network, flatten, unflatten
@@ -27,7 +27,7 @@ from jax_avatar.models.tap import record
 from jax_avatar.models.text import UMT5Encoder, position_buckets
 from jax_avatar.streaming.prompts import encode_tokens
 
-__all__ = ["PromptCleaning", "TextCases", "TextManifests"]
+__all__ = ["PromptCleaning", "TextCases"]
 
 _TOLERANCE = 1e-4
 _BIAS_TOLERANCE = 1e-6
@@ -42,16 +42,7 @@ class TextCases:
 
     def find(self, files: Sequence[Path]) -> list[Case]:
         """Pairs of weights and inputs/outputs whose config is that of a T5 encoder."""
-        cases = []
-        for weights in files:
-            stem = weights.name.removesuffix("_weights.safetensors")
-            io = weights.with_name(f"{stem}_io.safetensors")
-            if stem == weights.name or io not in files:
-                continue
-            config = json.loads(SafetensorsFile(weights).metadata.get("config", "{}"))
-            if {"dim_attn", "num_buckets"} <= set(config):
-                cases.append(Case(stem, (weights, io)))
-        return cases
+        return weight_pairs(files, {"dim_attn", "num_buckets"})
 
     def run(self, case: Case) -> Iterable[Check]:
         """Every tensor of the case, or a failing check for one it does not know."""
@@ -87,29 +78,6 @@ class PromptCleaning:
             note = "" if is_same else f"{cleaned!r}, expected {pair['out']!r}"
             name = pair.get("name", f"example {number}")
             yield Check(name, 0.0 if is_same else np.inf, 0.0, note)
-
-
-class TextManifests:
-    """Names and shapes of a whole checkpoint against our network of that size."""
-
-    name = "text manifest"
-
-    def find(self, files: Sequence[Path]) -> list[Case]:
-        """`manifest_*.json` with the names of this encoder, official or transformers'."""
-        cases = []
-        for path in files:
-            if re.fullmatch(r"manifest_.*\.json", path.name):
-                names = json.loads(path.read_text())
-                if isinstance(names, dict) and "token_embedding.weight" in official_names(names):
-                    cases.append(Case(path.stem, (path,), names))
-        return cases
-
-    def run(self, case: Case) -> Iterable[Check]:
-        """Both ways: no name without a parameter, no parameter without a name."""
-        shapes = {name: tuple(shape) for name, shape in official_names(case.data).items()}
-        config = config_from_shapes(shapes)
-        params = Network.abstract(UMT5Encoder, config).params
-        yield Check("names and shapes", 0.0, 0.0, str(check(shapes, TABLE, flatten(params))))
 
 
 def _is_pair(entry: Any) -> bool:

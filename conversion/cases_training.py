@@ -74,7 +74,7 @@ class TrainingCases:
             yield check
         for name in tensors:
             if name not in used and not _INPUTS.fullmatch(name):
-                yield Check(name, np.inf, 0.0, "no one knows how to make this tensor")
+                yield Check(name, np.inf, 0.0, "no check covers this tensor")
 
 
 _INPUTS = re.compile(

@@ -1,14 +1,14 @@
-"""Golden cases of the Wan 2.1 VAE, and manifests of its checkpoints.
+"""Golden cases of the Wan 2.1 VAE.
 
 A case is `<stem>_weights.safetensors` and `<stem>_io.safetensors`, the official constructor
 arguments in the metadata key `config`, streaming schedules in `streams`; optionally
-`<stem>_intermediates.safetensors`. Arrays are channels first. A manifest is a JSON file,
-tensor name -> shape.
+`<stem>_intermediates.safetensors`. Arrays are channels first.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conversion.cases import Case, Check, compare
+from conversion.cases import Case, Check, compare, weight_pairs
 from conversion.readers import SafetensorsFile
-from conversion.rules import check, convert
-from conversion.wan_vae import TABLE, config_from, config_from_shapes, official_names
+from conversion.rules import convert
+from conversion.wan_vae import TABLE, config_from, official_names
 from jax_avatar.models.config import WanVAEConfig
 from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.tap import record
 from jax_avatar.models.vae.wan import WanVAE
 
-__all__ = ["VAECases", "VAEManifests"]
+__all__ = ["VAECases"]
 
 _TOLERANCE = 1e-4
 _ROUND_TRIP_TOLERANCE = 2e-4  # errors of encoder and decoder add up
@@ -52,16 +52,9 @@ class VAECases:
     def find(self, files: Sequence[Path]) -> list[Case]:
         """Pairs of weights and inputs/outputs whose config is that of a VAE."""
         cases = []
-        for weights in files:
-            stem = weights.name.removesuffix("_weights.safetensors")
-            io = weights.with_name(f"{stem}_io.safetensors")
-            if stem == weights.name or io not in files:
-                continue
-            config = json.loads(SafetensorsFile(weights).metadata.get("config", "{}"))
-            if "dim_mult" not in config:
-                continue
-            layers = weights.with_name(f"{stem}_intermediates.safetensors")
-            cases.append(Case(stem, (weights, io, layers) if layers in files else (weights, io)))
+        for case in weight_pairs(files, {"dim_mult"}):
+            layers = case.files[0].with_name(f"{case.name}_intermediates.safetensors")
+            cases.append(replace(case, files=(*case.files, layers)) if layers in files else case)
         return cases
 
     def run(self, case: Case) -> Iterable[Check]:
@@ -74,32 +67,6 @@ class VAECases:
         yield from _outputs(_Results(vae, io))
         if layers:
             yield from _layers(_Results(vae, io), layers[0])
-
-
-class VAEManifests:
-    """Names and shapes of a whole checkpoint against our network of that size."""
-
-    name = "vae manifest"
-
-    def find(self, files: Sequence[Path]) -> list[Case]:
-        """`manifest_*.json` with the names of this VAE."""
-        cases = []
-        for path in files:
-            if re.fullmatch(r"manifest_.*\.json", path.name):
-                names = json.loads(path.read_text())
-                if isinstance(names, dict) and "decoder.middle.0.residual.0.gamma" in names:
-                    cases.append(Case(path.stem, (path,)))
-        return cases
-
-    def run(self, case: Case) -> Iterable[Check]:
-        """Both ways: no name without a parameter, no parameter without a name."""
-        shapes = {
-            name: tuple(shape) for name, shape in json.loads(case.files[0].read_text()).items()
-        }
-        config = config_from_shapes(shapes)
-        params = Network.abstract(WanVAE, config).params
-        report = check(shapes, TABLE, flatten(params))
-        yield Check("names and shapes", 0.0, 0.0, str(report))
 
 
 @cache

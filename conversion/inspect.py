@@ -20,7 +20,9 @@ from conversion.readers import SafetensorsFile, open_weights
 from conversion.rules import check
 from jax_avatar.weights.fields import plain_fields
 from jax_avatar.weights.files import load_json
+from jax_avatar.weights.kinds import KINDS
 from jax_avatar.weights.orbax import StoredWeights
+from jax_avatar.weights.settings import read_config
 from jax_avatar.weights.whole_file import BrokenFile, unfinished_downloads
 from launch import cli
 
@@ -58,9 +60,9 @@ def describe(path: str | Path) -> Iterator[str]:
 
 
 def _model(folder: Path) -> Iterator[str]:
-    content = load_json(folder / "config.json")
+    content = read_config(folder, ())
     yield f"{folder}: model folder '{content.get('name', '')}'"
-    for part in ("dit", "vae", "speech", "text", "lora"):
+    for part in (*KINDS, "lora"):
         file, orbax = folder / f"{part}.safetensors", folder / part
         if file.is_file():
             yield from (f"  {line}" for line in _as_far_as_whole(_ours(file)))

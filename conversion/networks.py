@@ -23,6 +23,7 @@ from jax_avatar.weights.whole_file import BrokenFile, unfinished_downloads
 __all__ = [
     "NETWORKS",
     "NetworkKind",
+    "Shapes",
     "find_weights",
     "identify",
     "recognise",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 Shapes = Mapping[str, tuple[int, ...]]
+"""Name of a tensor -> its shape."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,13 @@ class NetworkKind:
         weights = open_weights(path)
         config = self.config(path, weights.shapes)
         if self.official_names:
-            names = self.official_names({name: name for name in weights.shapes}, config)
-            weights = _Renamed(weights, names)
+            weights = _Renamed(weights, self.names(weights.shapes, config))
         return weights, config
+
+    def names(self, shapes: Shapes, config: Any) -> dict[str, str]:
+        """Official name -> name in the file."""
+        there = {name: name for name in shapes}
+        return self.official_names(there, config) if self.official_names else there
 
 
 class _Renamed(Mapping):
@@ -132,7 +138,7 @@ def weight_files(folder: Path, *, below: bool = False) -> list[Path]:
         try:
             shards = {shard for index in indices for shard in read_index(index).values()}
             single = [path for path in single if path.name not in shards]
-        except BrokenFile:  # the index stays in the list: whoever opens it is told
+        except BrokenFile:  # the index stays in the list and is reported when it is opened
             single = [path for path in single if not is_shard(path)]
         torch = [
             path for ending in ("pth", "pt", "bin") for path in sorted(place.glob(f"*.{ending}"))
@@ -145,7 +151,7 @@ def recognise(path: Path) -> tuple[NetworkKind | None, str]:
     """The network in a file, or None and why not; downloads hold other files too.
 
     Raises:
-        BrokenFile: the file is not whole, so that nobody knows.
+        BrokenFile: the file is not whole, so that it cannot be recognised.
     """
     try:
         kind = identify(open_weights(path).shapes)

@@ -17,16 +17,16 @@ import jax
 from conversion.cases import Case, Check, Kind
 from conversion.cases_audio import (
     AudioFrontEndCases,
-    AudioManifests,
     BucketCases,
     BucketTables,
     Wav2Vec2Cases,
 )
 from conversion.cases_dit import DiTCases
-from conversion.cases_tables import DiTManifests, RotaryCases, RoutingCases, SamplerTables
-from conversion.cases_text import PromptCleaning, TextCases, TextManifests
+from conversion.cases_manifests import Manifests
+from conversion.cases_tables import RotaryCases, RoutingCases, SamplerTables
+from conversion.cases_text import PromptCleaning, TextCases
 from conversion.cases_training import TrainingCases
-from conversion.cases_vae import VAECases, VAEManifests
+from conversion.cases_vae import VAECases
 from conversion.readers import SafetensorsFile
 from jax_avatar.weights.whole_file import check_whole
 from launch import cli
@@ -35,21 +35,18 @@ __all__ = ["CASES", "main", "verify"]
 
 CASES: tuple[Kind, ...] = (
     VAECases(),
-    VAEManifests(),
     DiTCases(),
-    DiTManifests(),
     RotaryCases(),
     RoutingCases(),
     SamplerTables(),
     TextCases(),
-    TextManifests(),
     PromptCleaning(),
     Wav2Vec2Cases(),
-    AudioManifests(),
     BucketCases(),
     BucketTables(),
     AudioFrontEndCases(),
     TrainingCases(),
+    Manifests(),
 )
 """The kinds of golden cases; a new one is added here."""
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from conversion.cases_dit import DiTCases
-from conversion.cases_tables import DiTManifests, RotaryCases, RoutingCases, SamplerTables
+from conversion.cases_manifests import Manifests
+from conversion.cases_tables import RotaryCases, RoutingCases, SamplerTables
 from conversion.readers import SafetensorsFile
 from conversion.rules import convert, export
 from conversion.wan_dit import LORA_TABLE, TABLE, MergedLora, config_from_official, plain_lora_name
@@ -29,7 +30,7 @@ def target_of(config):
 
 
 @pytest.mark.parametrize(
-    "kind", [DiTCases(), DiTManifests(), RotaryCases(), RoutingCases(), SamplerTables()]
+    "kind", [DiTCases(), Manifests(), RotaryCases(), RoutingCases(), SamplerTables()]
 )
 def test_golden_cases(kind):
     cases = kind.find(FILES)

@@ -8,11 +8,11 @@ from safetensors.numpy import load_file, save_file
 
 from conversion.cases_audio import (
     AudioFrontEndCases,
-    AudioManifests,
     BucketCases,
     BucketTables,
     Wav2Vec2Cases,
 )
+from conversion.cases_manifests import Manifests
 from conversion.readers import SafetensorsFile
 from conversion.rules import check, convert, export
 from conversion.verify import main
@@ -47,7 +47,7 @@ def headless(name):
 
 @pytest.mark.parametrize(
     "kind",
-    [Wav2Vec2Cases(), AudioManifests(), BucketCases(), BucketTables(), AudioFrontEndCases()],
+    [Wav2Vec2Cases(), Manifests(), BucketCases(), BucketTables(), AudioFrontEndCases()],
     ids=lambda kind: kind.name,
 )
 def test_golden_cases(kind):
