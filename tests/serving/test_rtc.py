@@ -98,9 +98,7 @@ def test_a_peer_that_vanishes_leaves_nothing_behind(served, monkeypatch):  # noq
             peer.speak(voice(1.0))
             await peer.until("playback_started")
             for transceiver in peer.connection.getTransceivers():  # as if killed
-                ice = transceiver.receiver.transport.transport._connection
-                for protocol in ice._protocols:
-                    protocol.transport.abort()
+                await transceiver.receiver.transport.transport.stop()  # ICE alone says no goodbye
             assert await asyncio.to_thread(served.wait_until_free) == 2
 
     asyncio.run(vanish())

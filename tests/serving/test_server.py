@@ -285,8 +285,10 @@ def test_twenty_who_come_and_go_leave_nothing_behind(served):
     assert all(after[name] <= before[name] + 1 for name in before), (before, after)
 
 
-def test_a_client_that_takes_nothing_is_let_go(served):
+def test_a_client_that_takes_nothing_is_let_go(served, monkeypatch):
     """Its pongs are stuck behind unread messages, so it seems dead."""
+    for name in ("ws_ping_interval", "ws_ping_timeout"):
+        monkeypatch.setattr(served.server.config, name, 2)
     with connect(served.url, max_queue=1, max_size=None) as client:
         client.send(json.dumps({"type": "session.create", "version": 1, "token": TOKEN}))
         assert served.wait_until_free(1) == 1  # it is admitted
