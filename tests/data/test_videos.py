@@ -214,7 +214,7 @@ def test_a_filter_of_ones_own_decides(footage, tmp_path):
 def test_long_stretches_become_pieces_of_equal_length():
     box = np.array([[0.3, 0.3, 0.5, 0.6]])
     for length, expected in ((51, [49]), (64, [49]), (130, [33, 33, 33]), (24, [])):
-        pieces = list(clips._cut_stretch(CONFIG, Stretch(100, 100 + length, box)))
+        pieces = list(clips.cut_stretch(CONFIG, Stretch(100, 100 + length, box)))
         assert [p.stop - p.start for p in pieces if p.reason is None] == expected
         assert all(100 <= p.start and p.stop <= 100 + length for p in pieces)
 
@@ -224,13 +224,13 @@ def test_small_faces_are_rejected_and_the_crop_follows_the_face(footage, tmp_pat
     whole, close = (dataclasses.replace(CONFIG, face_zoom=zoom) for zoom in (0.0, 1.2))
     box = np.array([0.3, 0.3, 0.5, 0.6], np.float32)
     # 144 rows at most; 0.3 of them are the face.
-    top, bottom, left, right = clips._crop((144, 192), box, whole)
+    top, bottom, left, right = clips.crop_box((144, 192), box, whole)
     assert (bottom - top, right - left) == (144, 144)
-    top, bottom, left, right = clips._crop((144, 192), box, close)
+    top, bottom, left, right = clips.crop_box((144, 192), box, close)
     assert abs(bottom - top - 0.3 * 144 * 1.2) <= 1 and bottom - top == right - left
     assert left <= 0.3 * 192 and 0.5 * 192 <= right and top <= 0.3 * 144
     strict = dataclasses.replace(job, config=dataclasses.replace(CONFIG, face_share=0.99))
-    reasons = [piece.reason for piece in clips._pieces(strict, FrontalFaces())]
+    reasons = [piece.reason for piece in clips.find_pieces(strict, FrontalFaces())]
     assert any("of the picture's height" in (reason or "") for reason in reasons)
 
 
@@ -415,7 +415,7 @@ def test_a_file_that_begins_late_begins_with_its_first_picture(tmp_path):
                 packet.stream = tracks[packet.stream.index]
                 new.mux(packet)
     late = Footage(tmp_path / "a.ts", 25)
-    assert late._begin_s > 1
+    assert late.begin_s > 1
     seen = np.array([frame.mean() for frame in late.frames()]) / 5
     np.testing.assert_allclose(seen, np.arange(50), atol=0.6)
     assert abs(np.abs(late.sound().astype(int)).argmax() / RATE - 1.0) < 0.003

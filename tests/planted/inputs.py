@@ -201,7 +201,7 @@ INPUTS = tuple(Mistake("input", *row) for row in (
     ("mirrored videos stay mirrored", "data/videos/footage.py",
      "if a * d - b * c < 0:", "if False:", videos("pictures_stand_as_players_show_them")),
     ("the clock of a file begins at 0", "data/videos/footage.py",
-     "self._begin_s = float((picture.start_time or 0) * picture.time_base)", "self._begin_s = 0.0",
+     "self.begin_s = float((picture.start_time or 0) * picture.time_base)", "self.begin_s = 0.0",
      videos("a_file_that_begins_late_begins_with_its_first_picture")),
     ("every picture shows a face", "portraits/faces.py",
      "if face.presence >= FACE_SCORE:", "if True:",

@@ -184,7 +184,7 @@ SETTINGS = tuple(Mistake("setting", *row) for row in (
      "jnp.sum(square * weight) / jnp.sum(weight)", "jnp.mean(square * weight)",
      forcing_settings("an_error_at_the_mouth_counts_as_often_as_told")),
     ("the weight of a level is left out", "training/stages/flow.py",
-     "square = square * self._level_weight(sigma)[:, :, None, None]", "",
+     "square = square * self.level_weight(sigma)[:, :, None, None]", "",
      forcing_settings("the_weight_of_a_level_is_in_the_loss")),
     ("lips are read where nothing is heard", "training/stages/flow.py",
      "gap_error * heard[:, None]", "gap_error",

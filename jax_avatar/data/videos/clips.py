@@ -34,7 +34,19 @@ from jax_avatar.data.videos.footage import SAMPLE_RATE, Footage
 from jax_avatar.data.videos.shots import ShotCuts
 from jax_avatar.weights.files import load_json, save_json
 
-__all__ = ["REJECTED", "VideoConfig", "VideoJob", "cut_video", "finish", "plan", "start"]
+__all__ = [
+    "REJECTED",
+    "Piece",
+    "VideoConfig",
+    "VideoJob",
+    "crop_box",
+    "cut_stretch",
+    "cut_video",
+    "find_pieces",
+    "finish",
+    "plan",
+    "start",
+]
 
 REJECTED = "rejected.jsonl"
 _NOTES = "done"  # folder of the notes
@@ -116,7 +128,7 @@ class VideoJob:
 
     @functools.cached_property
     def id(self) -> str:
-        """Of the video: by its name and size."""
+        """Hash of the video's name and size."""
         size = (self.folder / self.name).stat().st_size
         return hashlib.sha256(f"{self.name} {size}".encode()).hexdigest()[:16]
 
@@ -128,7 +140,7 @@ class VideoJob:
 
     @property
     def shard(self) -> Path:
-        """Its clips."""
+        """File of its clips."""
         return self.out / f"{self.split}-{self.id}.array_record"
 
     @property
@@ -211,20 +223,29 @@ def finish(config: VideoConfig, out: str | Path, filters: Sequence[str] = ()) ->
 
 
 @dataclass
-class _Piece:
+class Piece:
+    """Part of a video.
+
+    Attributes:
+        start, stop: frames; `stop` is not in it.
+        box: around the face at all times, left, top, right, bottom in shares of the picture.
+        reason: why it is no clip; None if it is one.
+    """
+
     start: int
     stop: int
-    box: np.ndarray | None = None  # around the face at all times, shares of the picture
+    box: np.ndarray | None = None
     reason: str | None = None
 
     def rejection(self, job: VideoJob) -> dict[str, Any]:
+        """Line of the file of rejections."""
         times = {"start_s": self.start / job.config.fps, "end_s": self.stop / job.config.fps}
         return {"video": job.name, **times, "reason": self.reason}
 
 
 def _kept(job, find_faces, frames, rejected) -> Iterator[ClipRecord]:
     """The clips to keep; notes their lengths, and what is rejected."""
-    for piece in _pieces(job, find_faces):
+    for piece in find_pieces(job, find_faces):
         if piece.reason is None:
             clip = _clip(job, piece)
             piece.reason = _reason(job, clip)
@@ -235,7 +256,7 @@ def _kept(job, find_faces, frames, rejected) -> Iterator[ClipRecord]:
             rejected.append(piece.rejection(job))
 
 
-def _pieces(job: VideoJob, find_faces: FaceFinder) -> Iterator[_Piece]:
+def find_pieces(job: VideoJob, find_faces: FaceFinder) -> Iterator[Piece]:
     """Parts of a video in order, with the reason where one is no clip for sure."""
     config, footage = job.config, _footage(job)
     if not footage.has_sound:
@@ -249,35 +270,36 @@ def _pieces(job: VideoJob, find_faces: FaceFinder) -> Iterator[_Piece]:
         at = start
         for stretch in single_face_stretches(looks, start, stop):
             if stretch.start > at:
-                yield _Piece(at, stretch.start, reason="not exactly one face")
-            yield from _cut_stretch(config, stretch)
+                yield Piece(at, stretch.start, reason="not exactly one face")
+            yield from cut_stretch(config, stretch)
             at = stretch.stop
         if at < stop:
-            yield _Piece(at, stop, reason="not exactly one face")
+            yield Piece(at, stop, reason="not exactly one face")
 
 
-def _cut_stretch(config: VideoConfig, stretch: Stretch) -> Iterator[_Piece]:
+def cut_stretch(config: VideoConfig, stretch: Stretch) -> Iterator[Piece]:
+    """Pieces of equal length of a stretch, or one that is too short."""
     length = stretch.stop - stretch.start
     count = max(1, math.ceil(length / (config.max_s * config.fps)))
     frames = config.frames_of(length // count / config.fps)
     if frames < max(5, config.min_s * config.fps):
-        yield _Piece(stretch.start, stretch.stop, reason=f"shorter than {config.min_s} s")
+        yield Piece(stretch.start, stretch.stop, reason=f"shorter than {config.min_s} s")
         return
     # Of the whole stretch, so that every piece of it is cropped alike.
     box = np.r_[stretch.boxes[:, :2].min(0), stretch.boxes[:, 2:].max(0)]
     height = float(np.median(stretch.boxes[:, 3] - stretch.boxes[:, 1]))
     for i in range(count):
         first = stretch.start + i * (length // count)
-        piece = _Piece(first, first + frames, box)
+        piece = Piece(first, first + frames, box)
         if height < config.face_share:
             piece.reason = f"face of {height:.0%} of the picture's height"
         yield piece
 
 
-def _clip(job: VideoJob, piece: _Piece) -> ClipRecord:
+def _clip(job: VideoJob, piece: Piece) -> ClipRecord:
     config, frames = job.config, []
     for frame in _footage(job).frames(piece.start, piece.stop):
-        top, bottom, left, right = _crop(frame.shape[:2], piece.box, config)
+        top, bottom, left, right = crop_box(frame.shape[:2], piece.box, config)
         part = np.ascontiguousarray(frame[top:bottom, left:right])
         shrinks = bottom - top > config.size[0]
         how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
@@ -301,7 +323,7 @@ def _reason(job: VideoJob, clip: ClipRecord) -> str | None:
     return next((reason for judge in filters if (reason := judge(clip))), None)
 
 
-def _crop(
+def crop_box(
     picture: tuple[int, int], box: np.ndarray, config: VideoConfig
 ) -> tuple[int, int, int, int]:
     """Top, bottom, left, right in pixels: of the wanted shape, around the face, in the picture."""

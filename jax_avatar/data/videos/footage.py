@@ -17,7 +17,15 @@ _LEAD_S = 1.0  # decoded before a part, since a file is entered at key frames on
 
 
 class Footage:
-    """One video file; frame `i` of it is what is seen at time `i / fps`."""
+    """One video file; frame `i` of it is what is seen at time `i / fps`.
+
+    Attributes:
+        path: of the file.
+        fps: frames per second.
+        has_sound: True if it has a track of sound.
+        language: of the sound, as the file names it, such as "eng"; "" if it does not.
+        begin_s: time in the file of frame 0, in seconds.
+    """
 
     def __init__(self, path: str | Path, fps: int):
         """Looks at the file's header.
@@ -37,11 +45,10 @@ class Footage:
                     raise ValueError(f"{path} has no picture")
                 sound = best_stream(container, "audio")
                 self.has_sound = sound is not None
-                # As the file names it, "eng"; "" where it does not, or says "und", undetermined.
+                # "und" is undetermined.
                 self.language = (sound.metadata.get("language", "") if sound else "").lower()
                 self.language = "" if self.language == "und" else self.language
-                # Some kinds of files begin at another time than 0.
-                self._begin_s = float((picture.start_time or 0) * picture.time_base)
+                self.begin_s = float((picture.start_time or 0) * picture.time_base)
                 self._pixel_aspect = float(picture.sample_aspect_ratio or 1)
         except (OSError, av.FFmpegError) as error:
             raise ValueError(f"{path} cannot be read ({error.strerror})") from error
@@ -73,7 +80,7 @@ class Footage:
         """Mono samples at 16 kHz, int16; sample 0 is at time 0, like frame 0."""
         try:
             with open_media(self.path) as container:
-                samples, rate = samples_by_time(container, str(self.path), self._begin_s)
+                samples, rate = samples_by_time(container, str(self.path), self.begin_s)
         except (OSError, av.FFmpegError) as error:
             raise ValueError(f"the sound of {self.path} breaks off ({error.strerror})") from error
         samples = soxr.resample(samples, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else samples
@@ -90,10 +97,10 @@ class Footage:
             stream = best_stream(container, "video")
             stream.thread_type = "AUTO"
             if start_s > 0:
-                container.seek(int((self._begin_s + start_s) / stream.time_base), stream=stream)
+                container.seek(int((self.begin_s + start_s) / stream.time_base), stream=stream)
             for frame in container.decode(stream):
                 if frame.pts is not None:
-                    yield float(frame.pts * stream.time_base) - self._begin_s, frame
+                    yield float(frame.pts * stream.time_base) - self.begin_s, frame
 
 
 def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:

@@ -35,7 +35,7 @@ from jax_avatar.training.stages.task import LossTask
 from jax_avatar.weights.checksums import keep_checksums
 from jax_avatar.weights.files import load_weights, save_weights
 
-__all__ = ["HELD_OUT_SEED", "AnchoredTask", "AnchoredTaskConfig"]
+__all__ = ["HELD_OUT_SEED", "AnchoredTask", "AnchoredTaskConfig", "training_row"]
 
 HELD_OUT_SEED = 5_000
 """First of the people that are never trained on."""
@@ -139,7 +139,7 @@ class AnchoredTask(LossTask):
         for _ in range(task.batch_size):
             person = load_moved_portrait(task.cache, int(rng.integers(known)), self.pictures)
             chosen = rng.choice(len(person.frames), task.frames, replace=False)
-            rows.append(_row(person, chosen, is_flipped=rng.random() < 0.5))
+            rows.append(training_row(person, chosen, is_flipped=rng.random() < 0.5))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def loss(
@@ -248,7 +248,7 @@ class AnchoredTask(LossTask):
         return (1 + (part.reshape(1, 3, 1, 1) * inside).max(-3))[..., None]
 
 
-def _row(person: Any, chosen: np.ndarray, *, is_flipped: bool) -> dict[str, np.ndarray]:
+def training_row(person: Any, chosen: np.ndarray, *, is_flipped: bool) -> dict[str, np.ndarray]:
     """One portrait of a batch with its chosen frames, perhaps mirrored."""
     row = {name: getattr(person, name) for name in ("portrait", "portrait_surface")}
     row |= {name: getattr(person, name)[None] for name in ("depth", "head_weight")}

@@ -45,7 +45,14 @@ from jax_avatar.weights.kinds import KINDS
 from jax_avatar.weights.networks import read_dit
 from jax_avatar.weights.settings import read_config
 
-__all__ = ["HELD_OUT", "build_stage", "load_clips", "load_latents", "read_sections"]
+__all__ = [
+    "HELD_OUT",
+    "build_stage",
+    "held_out_clips",
+    "load_clips",
+    "load_latents",
+    "read_sections",
+]
 
 HELD_OUT = "held_out_person"
 """Clips that are evaluated and validated on during training."""
@@ -191,7 +198,7 @@ def _check_fps(fps: Any, weights: StageWeights | DistillWeights) -> None:
             )
 
 
-def _held_out(settings: Mapping[str, Any]) -> StoredClips | None:
+def held_out_clips(settings: Mapping[str, Any]) -> StoredClips | None:
     """Encoded clips of people that are not trained on; None, which is logged, without any."""
     folder = settings["latents"]
     if folder and HELD_OUT not in read_index(folder)["splits"]:
@@ -289,13 +296,13 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
         pose=streamed.pose,
         seed=settings["seed"],
         name=settings["stage"],
-        files=ForcingFiles(start, functools.partial(_held_out, encoders), stream, export),
+        files=ForcingFiles(start, functools.partial(held_out_clips, encoders), stream, export),
     )
 
 
 def _dmd(settings, weights, model, rollout, task) -> Task:
     encoders = {**settings, "weights": {"vae": weights.model, "speech": weights.model}}
     clips = load_latents(encoders, "train")
-    held_out = functools.partial(_held_out, encoders)
+    held_out = functools.partial(held_out_clips, encoders)
     options = {"seed": settings["seed"], "fps": settings["fps"], "held_out": held_out}
     return DistillTask(model, rollout, task, weights, clips, **options)

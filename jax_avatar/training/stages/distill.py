@@ -146,7 +146,7 @@ class DistillTask(OnClips, Task):
         self._batches = _Batches(windows, settings, streamed.pose, model.pose_channels)
         check_levels(kind.network, rollout, settings)
         self._expected = Network.abstract(kind.network, model).params
-        self._base = FrozenBase(self._read_or_draw)
+        self.base = FrozenBase(self._read_or_draw)
 
     @property
     def replay_limit(self) -> float:
@@ -160,7 +160,7 @@ class DistillTask(OnClips, Task):
 
     def start(self, config: LoopConfig, key: Array) -> DistillState:
         """The state before the first step; `base` is read or drawn here."""
-        base = self._base.on(self.mesh(config))
+        base = self.base.on(self.mesh(config))
         settings, student = self.settings, self.weights.student
         if settings.adapter_rank:
             keys = jax.random.split(key)
@@ -175,7 +175,7 @@ class DistillTask(OnClips, Task):
 
     def make_step(self, config: LoopConfig, mesh: Mesh | None = None):
         """The compiled `(state, batch, key) -> (state, metrics)`; the state is donated."""
-        updates, base = compiled_updates(self._setup(config), mesh), self._base.on(mesh)
+        updates, base = compiled_updates(self._setup(config), mesh), self.base.on(mesh)
 
         def step(state, batch, key):
             metrics = {}
@@ -201,7 +201,7 @@ class DistillTask(OnClips, Task):
         held_out = self._held_out() if self._held_out and config.validation_clips else None
         if held_out is None:
             return []
-        windows, base = self._windows_of(held_out, len(_ROLES)), self._base.on(mesh)
+        windows, base = self._windows_of(held_out, len(_ROLES)), self.base.on(mesh)
         setup = self._setup(config)
 
         def errors(student, others, batch):
@@ -227,7 +227,7 @@ class DistillTask(OnClips, Task):
 
     def bound(self, weights: PyTree, mesh: Mesh | None = None) -> PyTree:
         """Parameters of the student, adapters beside the base, from what is trained."""
-        return self.settings.bind(self._base.on(mesh))(weights)
+        return self.settings.bind(self.base.on(mesh))(weights)
 
     @property
     def stream_settings(self) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class DistillTask(OnClips, Task):
 
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder that can be streamed: `config.json` and all its networks."""
-        params, adapter = self.settings.stored(self._base, weights)
+        params, adapter = self.settings.stored(self.base, weights)
         metadata = {**metadata, "fps": self._fps, **merge_record(self.weights.teacher)}
         model = self.weights.model
         stream = self.stream_settings

@@ -222,7 +222,7 @@ class ForcingTask(OnClips, LossTask):
         self.transformer = self._trained = Network.abstract(network, model)
         if settings.adapter_rank:
             self._trained = Network.abstract(network, settings.adapted(model))
-        self._base = FrozenBase(self._start_or_draw)
+        self.base = FrozenBase(self._start_or_draw)
         self.reader = None
         if settings.mouth_probe_weight:
             few = clips.take(slice(None, None, max(1, len(clips) // 800)))
@@ -268,12 +268,12 @@ class ForcingTask(OnClips, LossTask):
         params, clean = self.settings.bind(frozen)(params), batch["latent"]
         level_key, noise_key, place_key = jax.random.split(key, 3)
         noise = jax.random.normal(noise_key, clean.shape)
-        conditions = self._conditions(batch, key)
+        conditions = self.conditions(batch, key)
 
         def error(level):
             sigma = jnp.full(clean.shape[:2], level)
             noised = add_noise(clean, noise, level)
-            velocity = self._velocity(params, noised, sigma, conditions, place_key)
+            velocity = self.velocity(params, noised, sigma, conditions, place_key)
             return jnp.mean((velocity - (noise - clean)) ** 2)
 
         return jax.lax.map(error, levels_in_bins(level_key))
@@ -296,7 +296,7 @@ class ForcingTask(OnClips, LossTask):
 
     def frozen(self, mesh: Mesh | None = None) -> PyTree | None:
         """The base that an adapter lies beside, spread over a mesh."""
-        return self._base.on(mesh) if self.settings.adapter_rank else None
+        return self.base.on(mesh) if self.settings.adapter_rank else None
 
     @property
     def streamed(self) -> Network:
@@ -324,14 +324,14 @@ class ForcingTask(OnClips, LossTask):
         params = settings.bind(frozen)(params)
         noise_key, level_key, drop_key, place_key = jax.random.split(key, 4)
         noise = jax.random.normal(noise_key, clean.shape)
-        sigma = self._sigmas(level_key, *clean.shape[:2])
+        sigma = self.sigmas(level_key, *clean.shape[:2])
         wide = sigma[:, :, None, None, None]
         noisy = add_noise(clean, noise, wide)
-        conditions, heard = self._dropped_conditions(batch, drop_key)
-        velocity = self._velocity(params, noisy, sigma, conditions, place_key)
+        conditions, heard = self.dropped_conditions(batch, drop_key)
+        velocity = self.velocity(params, noisy, sigma, conditions, place_key)
 
         square = jnp.mean((velocity - (noise - clean)) ** 2, axis=-1)
-        square = square * self._level_weight(sigma)[:, :, None, None]
+        square = square * self.level_weight(sigma)[:, :, None, None]
         weight = 1 + (settings.mouth_weight - 1) * batch["mouth"]
         loss = jnp.sum(square * weight) / jnp.sum(weight)
         predicted = noisy - wide * velocity
@@ -354,20 +354,20 @@ class ForcingTask(OnClips, LossTask):
     def export(self, weights: PyTree, folder: str | Path, metadata: Mapping[str, Any]) -> None:
         """Writes a model folder, where `ForcingFiles.export` says how."""
         if self._files.export:
-            params, adapter = self.settings.stored(self._base, weights)
+            params, adapter = self.settings.stored(self.base, weights)
             self._files.export(folder, params, metadata, adapter=adapter)
 
-    def _conditions(self, batch: Mapping[str, Array], key: Array) -> Conditions:
+    def conditions(self, batch: Mapping[str, Array], key: Array) -> Conditions:
         """Conditions of clips, with the latents before them where the network sees any."""
         return Conditions.of_portrait(
             *(self.model, batch["reference"]),
             pose=self._pose,
             text=batch["text"],
             audio=batch["features"],
-            motion=self._scaffold(batch, key),
+            motion=self.scaffold(batch, key),
         )
 
-    def _dropped_conditions(
+    def dropped_conditions(
         self, batch: Mapping[str, Array], key: Array
     ) -> tuple[Conditions, Array]:
         """Conditions with some of them dropped, and True for clips that keep their speech."""
@@ -387,9 +387,9 @@ class ForcingTask(OnClips, LossTask):
             "features": batch["features"] * heard[:, None, None, None, None],
             "text": jnp.where(prompted, batch["text"], batch["null_text"]),
         }
-        return self._conditions({**batch, **left}, key), heard
+        return self.conditions({**batch, **left}, key), heard
 
-    def _scaffold(self, batch: Mapping[str, Array], key: Array) -> Array | None:
+    def scaffold(self, batch: Mapping[str, Array], key: Array) -> Array | None:
         """Latents before the clip, each at a level of its own, where the network sees any.
 
         Source: Live Avatar (arXiv 2512.04677), version 5.
@@ -402,13 +402,20 @@ class ForcingTask(OnClips, LossTask):
         sigma = jax.random.uniform(level_key, motion.shape[:2])[:, :, None, None, None]
         return add_noise(motion, jax.random.normal(noise_key, motion.shape), sigma)
 
-    def _velocity(self, params, noisy, sigma, conditions, key):
-        """The transformer's velocity in the form that is trained."""
+    def velocity(
+        self,
+        params: PyTree,
+        noisy: Latent,
+        sigma: Float[Array, "b t"],
+        conditions: Conditions,
+        key: Array,
+    ) -> Latent:
+        """Velocity of noisy clips, in the form of the transformer that is trained."""
         inputs = (noisy, 1000 * sigma, conditions)
         dit = self._trained.bind(params)
         if self.settings.form == "bidirectional":
             return dit.bidirectional(*inputs)
-        first, face = self._places(key, len(noisy))
+        first, face = self.places(key, len(noisy))
         return dit.block_causal(
             *inputs,
             first_frame=first,
@@ -417,7 +424,7 @@ class ForcingTask(OnClips, LossTask):
             audio_context=self.settings.audio_context,
         )
 
-    def _places(self, key: Array, b: int) -> tuple[Array, Array]:
+    def places(self, key: Array, b: int) -> tuple[Array, Array]:
         """Rotary frames at which every clip starts and its portrait stands."""
         settings = self.settings
         first_key, ahead_key = jax.random.split(key)
@@ -427,7 +434,7 @@ class ForcingTask(OnClips, LossTask):
         low, high = settings.reference_frames
         return first, first + jax.random.randint(ahead_key, (b,), low, high + 1)
 
-    def _sigmas(self, key: Array, b: int, t: int) -> Float[Array, "b t"]:
+    def sigmas(self, key: Array, b: int, t: int) -> Float[Array, "b t"]:
         """Noise level of every latent frame, equal inside a block."""
         settings, size = self.settings, self.model.frames_per_block
         level_key, shared_key = jax.random.split(key)
@@ -438,7 +445,8 @@ class ForcingTask(OnClips, LossTask):
         sigma = low + (1 - low) * level_of_draw(draw, settings.shift)
         return jnp.repeat(sigma, size, axis=1)
 
-    def _level_weight(self, sigma: Float[Array, "b t"]) -> Float[Array, "b t"]:
+    def level_weight(self, sigma: Float[Array, "b t"]) -> Float[Array, "b t"]:
+        """Weight of the error at noise levels."""
         if self.settings.weight == "gaussian":
             return gaussian_weight(sigma, self.settings.shift)
         if self.settings.weight == "clean":

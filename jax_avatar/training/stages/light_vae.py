@@ -188,9 +188,10 @@ class VAETask(LossTask):
         build = jax.jit(
             lambda key: Network.of(LightVAE(self.model, rngs=nnx.Rngs(params=key))).params
         )
-        return with_patch_basis(build(key), self._fit_basis())
+        return with_patch_basis(build(key), self.fit_basis())
 
-    def _fit_basis(self) -> PatchBasis:
+    def fit_basis(self) -> PatchBasis:
+        """Principal components of patches of the training clips, the mouth's weighted."""
         rng = np.random.default_rng([self.seed, 1])
         sample = [self._window(rng, cropped=False) for _ in range(_BASIS_WINDOWS)]
         video, box = (np.stack(part) for part in zip(*sample, strict=True))

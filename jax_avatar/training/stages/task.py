@@ -131,7 +131,7 @@ class LossTask(Task):
 
 
 class OnClips:
-    """What `Task` asks of a stage that trains a transformer on encoded clips.
+    """Properties that `Task` needs of a stage that trains a transformer on encoded clips.
 
     Attributes:
         model: size of the transformer.

@@ -87,7 +87,7 @@ def test_batches_depend_on_the_step_alone(task):
 
 def test_a_mirrored_row_is_the_mirrored_picture(task):
     person = load_moved_portrait(task.settings.cache, 0, task.pictures)
-    rows = [anchored_vae._row(person, np.array([1]), is_flipped=f) for f in (False, True)]
+    rows = [anchored_vae.training_row(person, np.array([1]), is_flipped=f) for f in (False, True)]
     plain, flipped = rows
     np.testing.assert_array_equal(flipped["frames"][:, :, ::-1], plain["frames"])
     np.testing.assert_array_equal(flipped["surface"][:, :, ::-1], plain["surface"])
@@ -160,8 +160,9 @@ def test_export_holds_what_was_evaluated_and_is_gone_on_with(task, params, tmp_p
     assert metadata["task"]["cache"] is None
     with mock.patch.object(anchored_vae, "fit_basis", side_effect=AssertionError):
         later = make_task(task.settings.cache, start_from=str(tmp_path))
-    for name, value in later._basis.items():
-        np.testing.assert_allclose(value, task._basis[name], atol=1e-3, rtol=1e-3)
+    basis = task.model_params({})["basis"]
+    for name, value in later.model_params({})["basis"].items():
+        np.testing.assert_allclose(value, basis[name], atol=1e-3, rtol=1e-3)
     np.testing.assert_array_equal(
         later.init(jax.random.key(1))["encoder"]["out"]["bias"], weights["encoder"]["out"]["bias"]
     )

@@ -74,7 +74,7 @@ def test_the_loss_falls_on_one_batch():
 @pytest.mark.parametrize("shared", [0.0, 1.0])
 def test_noise_levels_are_equal_inside_a_block_and_shared_between_blocks_on_demand(shared):
     task = make_task(dataclasses.replace(SETTINGS, shared_share=shared))
-    sigma = np.asarray(task._sigmas(jax.random.key(3), 64, 6)).reshape(64, 2, 3)
+    sigma = np.asarray(task.sigmas(jax.random.key(3), 64, 6)).reshape(64, 2, 3)
     assert (sigma == sigma[:, :, :1]).all()
     assert ((sigma[:, 0] == sigma[:, 1]).all()) == bool(shared)
     assert SETTINGS.smallest_sigma <= sigma.min() and sigma.max() <= 1
@@ -109,7 +109,7 @@ def test_an_exact_velocity_costs_nothing_and_a_wrong_one_its_square(monkeypatch)
         def velocity(params, noisy, sigma, told, key, error=error):
             return (noisy - batch["latent"]) / sigma[:, :, None, None, None] + error
 
-        monkeypatch.setattr(task, "_velocity", velocity)
+        monkeypatch.setattr(task, "velocity", velocity)
         np.testing.assert_allclose(task.loss({}, batch, KEY)[0], error**2, atol=1e-6)
 
 
@@ -127,8 +127,8 @@ def test_what_is_dropped_does_not_matter(dropout, given, field):
     for share in (0.0, 1.0):
         task = make_task(dataclasses.replace(SETTINGS, reference_noise=0.0, **{dropout: share}))
         key = jax.random.key(2)
-        left, heard = task._dropped_conditions(batch, key)
-        other, _ = task._dropped_conditions({**batch, given: batch[given] - 1}, key)
+        left, heard = task.dropped_conditions(batch, key)
+        other, _ = task.dropped_conditions({**batch, given: batch[given] - 1}, key)
         assert np.array_equal(getattr(left, field), getattr(other, field)) == (share == 1)
         assert heard.all() == (dropout != "audio_dropout" or share == 0)
         others = {"audio", "text", "reference"} - {field}
@@ -152,9 +152,9 @@ def test_a_block_sees_a_window_of_the_past_and_a_teacher_everything(
     settings = dataclasses.replace(SETTINGS, latents=12, form=form, audio_context=context)
     task = make_task(settings, make_clips(2, 12), network, num_layers=1, ring_blocks=2)
     params, batch = with_head(task.init(jax.random.key(0))), task.batches(0)
-    given = task._conditions(jax.tree.map(jnp.asarray, batch), KEY)
+    given = task.conditions(jax.tree.map(jnp.asarray, batch), KEY)
     sigma, latent = jnp.full((2, 12), 0.7), jax.random.normal(KEY, batch["latent"].shape)
-    velocity = jax.jit(lambda latent, given: task._velocity(params, latent, sigma, given, KEY))
+    velocity = jax.jit(lambda latent, given: task.velocity(params, latent, sigma, given, KEY))
     louder = given.with_audio(given.audio.at[:, :, 12:24].add(1.0))
     others = (velocity(latent.at[:, 3:6].add(1.0), given), velocity(latent, louder))
     for other, blocks in zip(others, (seen, heard), strict=True):
@@ -172,15 +172,15 @@ def scaffolded():
 def test_motion_latents_are_seen_and_move_with_the_clip():
     task = scaffolded()
     params, batch = with_head(task.init(jax.random.key(0))), task.batches(0)
-    given = task._conditions(jax.tree.map(jnp.asarray, batch), jax.random.key(2))
+    given = task.conditions(jax.tree.map(jnp.asarray, batch), jax.random.key(2))
     assert given.motion.shape[1] == batch["motion"].shape[1] == 19
-    task._places = lambda first, b: (first, first + 25)
+    task.places = lambda first, b: (first, first + 25)
     sigma, latent = jnp.full((2, 6), 0.7), jax.random.normal(KEY, batch["latent"].shape)
 
     @jax.jit
     def velocity(motion, first):
         moved = dataclasses.replace(given, motion=motion)
-        return task._velocity(params, latent, sigma, moved, first)
+        return task.velocity(params, latent, sigma, moved, first)
 
     here = velocity(given.motion, jnp.array([0, 0]))
     np.testing.assert_allclose(velocity(given.motion, jnp.array([0, 700])), here, atol=1e-5)
@@ -191,12 +191,12 @@ def test_motion_latents_are_seen_and_move_with_the_clip():
 def test_every_motion_latent_has_a_noise_level_of_its_own():
     """Far from the origin the mean of a noised latent tells its level."""
     task, motion = scaffolded(), 1e4 * jnp.ones((200, 19, 1, 1, 4))
-    made = task._scaffold({"motion": motion}, KEY)
+    made = task.scaffold({"motion": motion}, KEY)
     sigma = 1 - np.asarray(made).mean((2, 3, 4)) / 1e4
     assert 0 <= sigma.min() < 0.01 and 0.99 < sigma.max() <= 1.001
     assert abs(sigma.mean() - 0.5) < 0.02
     assert np.abs(np.corrcoef(sigma.T) - np.eye(19)).max() < 0.35
-    still = np.asarray(task._scaffold({"motion": 0 * motion}, KEY))
+    still = np.asarray(task.scaffold({"motion": 0 * motion}, KEY))
     np.testing.assert_allclose(still.std((0, 2, 3, 4)), np.sqrt((sigma**2).mean(0)), rtol=0.15)
 
 
@@ -204,7 +204,7 @@ def test_without_a_scaffold_nothing_comes_before_the_clip():
     task = make_task()
     batch = jax.tree.map(jnp.asarray, task.batches(0))
     assert "motion" not in batch
-    given, _ = task._dropped_conditions(batch | {"motion": batch["latent"]}, KEY)
+    given, _ = task.dropped_conditions(batch | {"motion": batch["latent"]}, KEY)
     assert given.motion is None
     with pytest.raises(ValueError, match=r"needs the network's motion packer; .*model\.framepack"):
         make_task(scaffolded().settings, make_clips(2, 26), DiT)
@@ -216,16 +216,16 @@ def test_without_a_scaffold_nothing_comes_before_the_clip():
 
 def test_the_portrait_follows_the_clip_or_stays():
     settings = dataclasses.replace(SETTINGS, shift_max=1003, reference_frames=(22, 30))
-    first, face = make_task(settings)._places(KEY, 400)
+    first, face = make_task(settings).places(KEY, 400)
     assert set(np.asarray(face - first)) == set(range(22, 31))
     assert first.min() < 50 and 950 < first.max() <= 1003
-    first, face = make_task(dataclasses.replace(settings, sink="fixed"))._places(KEY, 400)
+    first, face = make_task(dataclasses.replace(settings, sink="fixed")).places(KEY, 400)
     assert (face == MODEL.reference_frame).all() and np.unique(first).size > 100
 
 
 def test_levels_of_the_paper_are_a_thousand_shifted_ones():
     settings = dataclasses.replace(SETTINGS, shift=5.0, shared_share=0.0, smallest_sigma=0.0)
-    sigma = np.asarray(make_task(settings, network=DiT)._sigmas(KEY, 4000, 9))[:, ::3]
+    sigma = np.asarray(make_task(settings, network=DiT).sigmas(KEY, 4000, 9))[:, ::3]
     level = sigma / (5 - 4 * sigma)
     np.testing.assert_allclose(1000 * level, np.round(1000 * level), atol=2e-3)
     assert 0 < level.min() < 2e-3 and level.max() == 1
@@ -235,7 +235,7 @@ def test_levels_of_the_paper_are_a_thousand_shifted_ones():
 def test_weights_of_the_levels():
     sigma = jnp.array([[1.0, 0.5, 0.05]])
     weights = {
-        kind: np.asarray(make_task(dataclasses.replace(SETTINGS, weight=kind))._level_weight(sigma))
+        kind: np.asarray(make_task(dataclasses.replace(SETTINGS, weight=kind)).level_weight(sigma))
         for kind in ForcingConfig.CHOICES["weight"]
     }
     assert (weights["uniform"] == 1).all()

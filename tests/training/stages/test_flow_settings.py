@@ -51,7 +51,7 @@ def test_a_level_lies_in_every_latent_of_its_block():
         given.update(noisy=noisy, sigma=sigma)
         return jnp.zeros_like(noisy)
 
-    task._velocity = velocity
+    task.velocity = velocity
     loss, metrics = task.loss({}, batch, KEY)
     sigma = np.asarray(given["sigma"])[:, :, None, None, None]
     noise = (given["noisy"] - (1 - sigma) * batch["latent"]) / sigma
@@ -82,7 +82,7 @@ def test_an_error_at_the_mouth_counts_as_often_as_told(monkeypatch):
                 exact = (noisy - batch["latent"]) / sigma[:, :, None, None, None]
                 return exact + where[..., None]
 
-            monkeypatch.setattr(task, "_velocity", velocity)
+            monkeypatch.setattr(task, "velocity", velocity)
             losses.append(float(task.loss({}, batch, KEY)[0]))
         share = float(batch["mouth"].mean())
         total = weight * share + 1 - share
@@ -98,9 +98,9 @@ def test_the_weight_of_a_level_is_in_the_loss(weight, monkeypatch):
         seen.append(sigma)
         return (noisy - batch["latent"]) / sigma[:, :, None, None, None] + 1
 
-    monkeypatch.setattr(task, "_velocity", velocity)
+    monkeypatch.setattr(task, "velocity", velocity)
     loss = float(task.loss({}, batch, KEY)[0])
-    np.testing.assert_allclose(loss, task._level_weight(seen[0]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(loss, task.level_weight(seen[0]).mean(), rtol=1e-5)
     assert (loss == pytest.approx(1)) == (weight == "uniform")
 
 
@@ -109,7 +109,7 @@ def test_lips_that_are_read_count_as_told_where_speech_is_heard():
     for weight in (0.2, 0.4):
         settings = dataclasses.replace(SETTINGS, mouth_probe_weight=weight, audio_dropout=0.0)
         task = make_task(settings)
-        task._velocity = lambda params, noisy, sigma, told, key: jnp.zeros_like(noisy)
+        task.velocity = lambda params, noisy, sigma, told, key: jnp.zeros_like(noisy)
         batch = jax.tree.map(jnp.asarray, task.batches(0))
         loss, metrics = task.loss({}, batch, KEY)
         assert metrics["probe"] > 0
@@ -117,7 +117,7 @@ def test_lips_that_are_read_count_as_told_where_speech_is_heard():
         found[weight] = float(metrics["probe"])
     assert found[0.2] == pytest.approx(found[0.4])
     task = make_task(dataclasses.replace(settings, audio_dropout=1.0))
-    task._velocity = lambda params, noisy, sigma, told, key: jnp.zeros_like(noisy)
+    task.velocity = lambda params, noisy, sigma, told, key: jnp.zeros_like(noisy)
     assert task.loss({}, batch, KEY)[1]["probe"] == 0
 
 
@@ -130,7 +130,7 @@ def test_each_condition_is_dropped_as_often_as_told_and_for_itself():
         "null_text": jnp.full((MANY, 1, 1), 7.0),
         "reference": jnp.ones((MANY, 1, 1, 1, 1)),
     }
-    left, heard = task._dropped_conditions(batch, KEY)
+    left, heard = task.dropped_conditions(batch, KEY)
     names = ("audio", "text", "reference")
     kept = {name: np.asarray(getattr(left, name)).reshape(MANY, -1)[:, 0] == 1 for name in names}
     np.testing.assert_array_equal(kept["audio"], heard)
@@ -149,7 +149,7 @@ def test_the_portraits_noise_is_at_most_as_told_and_of_its_own_strength_in_every
         "null_text": jnp.ones((400, 1, 1)),
         "reference": jnp.full((400, 1, 8, 8, 4), 2.0),
     }
-    spread = np.asarray(task._dropped_conditions(batch, KEY)[0].reference).std((1, 2, 3, 4))
+    spread = np.asarray(task.dropped_conditions(batch, KEY)[0].reference).std((1, 2, 3, 4))
     assert 0.25 < spread.max() < 0.34 and spread.min() < 0.02
     assert spread.mean() == pytest.approx(0.15, abs=0.01)
 
@@ -174,8 +174,8 @@ def test_nothing_in_the_loss_shares_a_key(monkeypatch):
     task = make_task()
     for name in real:
         monkeypatch.setattr(jax.random, name, noted(name))
-    task._velocity = lambda params, noisy, sigma, told, key: (
-        0 * noisy + sum(place.sum() for place in task._places(key, len(noisy)))
+    task.velocity = lambda params, noisy, sigma, told, key: (
+        0 * noisy + sum(place.sum() for place in task.places(key, len(noisy)))
     )
     task.loss({}, jax.tree.map(jnp.asarray, task.batches(0)), KEY)
     assert len(keys) == len(set(keys)) == 10

@@ -135,7 +135,7 @@ def test_the_basis_is_fitted_with_its_own_weight_of_the_mouth(task, monkeypatch)
 
     monkeypatch.setattr(vae, "principal_components", components)
     with pytest.raises(LookupError) as noted:
-        with_settings(task, basis_mouth_weight=11.0)._fit_basis()
+        with_settings(task, basis_mouth_weight=11.0).fit_basis()
     assert noted.value.args == (1, 11)
 
 

@@ -52,7 +52,7 @@ def test_distillation_reads_each_network_from_its_folder(folders, tmp_path):
     weights = {name: str(folders[name]) for name in ("model", "teacher", "student")}
     task = distil(DistillWeights(**weights))
     state = task.start(LOOP, KEY)
-    assert [value_of(p) for p in (task._base.on(), state.critic, state.generator)] == [2, 2, 3]
+    assert [value_of(p) for p in (task.base.on(), state.critic, state.generator)] == [2, 2, 3]
     task.export(state.ema, tmp_path, {})
     assert value_of(load_weights(tmp_path, "dit")[0]) == 3
     assert value_of(load_weights(tmp_path, "vae")[0]) == 1

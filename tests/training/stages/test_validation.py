@@ -95,7 +95,7 @@ def test_the_network_is_told_the_level_of_the_bin():
     def velocity(params, noisy, sigma, told, key):
         return 0 * noisy + 10 * sigma[:, :, None, None, None]
 
-    task._velocity = velocity
+    task.velocity = velocity
     (validation,) = task.evaluations(LOOP, make_training_mesh("1", None))
     found = validation(state_of({}), 0)
     bins = np.array([found[f"flow_bin{i}"] for i in range(1, NUM_BINS)])
@@ -126,7 +126,7 @@ def test_clips_that_are_not_there_or_not_asked_for_are_left_out(monkeypatch, cap
     assert ForcingTask(MODEL, SETTINGS, clips()).evaluations(LOOP, mesh) == []
     monkeypatch.setattr(stages, "read_index", lambda folder: {"splits": {"train": []}})
     with caplog.at_level(logging.WARNING):
-        assert stages._held_out({"latents": "data/some"}) is None
+        assert stages.held_out_clips({"latents": "data/some"}) is None
     assert "data/some has no clips of split held_out_person" in caplog.text
     with pytest.raises(ValueError, match=r"loop\.validation_clips -1 must be 0 or more"):
         dataclasses.replace(LOOP, validation_clips=-1)
