@@ -121,7 +121,7 @@ class Received:
     times: list[float] = field(default_factory=list)
 
     def packets(self) -> tuple[list[Packet], list[Packet]]:
-        """Of picture and of sound, in order."""
+        """Packets of picture and sound, in order."""
         found = {"video": [], "audio": []}
         with av.open(io.BytesIO(bytes(self.video))) as container:
             for packet in container.demux(audio=0, video=0):

@@ -1,4 +1,4 @@
-"""How many training windows per second are made by the training process, or by others for it.
+"""Training windows per second, made by the training process or by workers.
 
     python benchmarks/loader.py
     python benchmarks/loader.py --size paper --batches 8

@@ -1,4 +1,4 @@
-"""Does a pipeline of two slices beat the same work in sequence? On two cores, one per device.
+"""Speed of a pipeline of two slices against the same work in sequence, one core per device.
 
     python benchmarks/overlap.py
     python benchmarks/overlap.py --width 384 --layers 8 --blocks 24
@@ -148,7 +148,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Both kinds in processes of their own, in turn."""
+    """Rounds of both kinds in processes of their own, in turn."""
     sizes = [f"--{n}={getattr(arguments, n)}" for n in ("width", "layers", "grid", "blocks")]
     workers, rounds, surroundings = {}, {kind: [] for kind in CORES}, {}
     one_thread = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()

@@ -1,7 +1,8 @@
 """Sizes that the stages of training share, and how a config file chooses one.
 
-`tiny` runs from nothing on a laptop CPU in a minute or two, on drawn faces; its result talks to
-nobody. `small` is the recipe of the model that ships. `wan_s2v_14b` has the paper's values.
+`tiny` is for tests: it runs from nothing on a laptop CPU in a minute or two, on drawn faces, and
+does not learn to talk. `small` is the recipe of the model that ships. `wan_s2v_14b` has the paper's
+values.
 """
 
 import difflib

@@ -68,7 +68,7 @@ def _small() -> dict:
             # The network predicts the clean latent, whose error does not shrink with the noise.
             "weight": "clean",
             "smallest_sigma": 0.1,
-            # Without the portrait it would have to invent a face, which no one asks of it.
+            # Without the portrait it would have to invent a face, which it is never asked for.
             "reference_dropout": 0.0,
             "reference_noise": 0.05,
             "mouth_weight": 5.0,

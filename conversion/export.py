@@ -58,7 +58,7 @@ def export_network(
         shard_gb: most gigabytes per file; more than one file come with an index.
 
     Returns:
-        The files, and what the conversion had ignored for good.
+        The files, and the names that cannot be exported.
 
     Raises:
         ValueError: not a checkpoint of a network that has an official form, or in eight bits.

@@ -50,7 +50,7 @@ class Transform:
     backward: Callable[[Any], Any]
 
     def then(self, other: "Transform") -> "Transform":
-        """Both in turn, `other` last."""
+        """Composition of two transforms, `other` last."""
         return Transform(
             f"{self.name}, {other.name}",
             lambda array: other.forward(self.forward(array)),
@@ -233,8 +233,8 @@ def convert(
         Our flat path -> array in the target's type, and the report.
 
     Raises:
-        ValueError: a source tensor nobody uses, a target nobody fills, or shapes that do not fit;
-            the message lists all of them. Also a tensor that is not of finite numbers.
+        ValueError: an unused source tensor, an unfilled target, or shapes that do not fit; the
+            message lists all of them. Also a tensor with NaN or infinity.
     """
     shapes = getattr(source, "shapes", None)
     if shapes is None:
@@ -376,8 +376,8 @@ def plan(
     rules = [entry for entry in table if isinstance(entry, Rule)]
     missing = [line for path in target for line in _unfilled(rules, path, target[path], filled)]
     problems = [
-        (unknown, "source tensors nobody uses (add a rule, or an Ignore with its reason)"),
-        (missing, "parameters nobody fills (is the checkpoint whole, and of this size?)"),
+        (unknown, "unused source tensors (add a rule, or an Ignore with its reason)"),
+        (missing, "unfilled parameters (is the checkpoint whole, and of this size?)"),
         (mismatched, "shapes that do not fit (compare the config with the checkpoint)"),
         (doubled, "parameters filled twice (two rules lead to the same place)"),
     ]

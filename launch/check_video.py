@@ -1,4 +1,4 @@
-"""Was this video generated here? Looks for the watermark, the metadata and the C2PA manifest.
+"""Detection of generated videos: watermark, metadata, C2PA manifest.
 
 python launch/check_video.py avatar.mp4
 python launch/check_video.py --json avatar.mp4

@@ -123,7 +123,7 @@ def check_numbers_and_output() -> None:
 
 @contextlib.contextmanager
 def open_writer(shown: ShownPortrait, fps: int, sample_rate: int):
-    """Where the video goes; says where an older one of that name is, if it had to be kept."""
+    """Writer of the video; reports where an older one of that name is kept, if there is any."""
     height, width = shown.size
     writer = VideoWriter(
         FLAGS.out, width, height, fps, sample_rate, show=shown.show, is_marked=FLAGS.watermark

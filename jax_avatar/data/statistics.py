@@ -1,4 +1,4 @@
-"""What is in a prepared data set: clips kept and rejected, and how they look and sound.
+"""Statistics of a prepared data set: clips kept and rejected, picture, sound.
 
 manifest.json, shards, rejected.jsonl --+
 index.json, shards ---------------------+--> counts, quantiles of a sample --> table, JSON

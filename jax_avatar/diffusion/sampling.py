@@ -1,4 +1,4 @@
-"""How a few-step student denoises a stream of blocks: one definition for training and streaming."""
+"""Sampling of a few-step student, block after block: one definition for training and streaming."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""Scores of generated talking people against what they really look like.
+"""Scores of generated talking people against the ground truth.
 
 frames, truth --measure--> Measures, clip by clip --summarise--> scores
                                                  --interval----> how far clips by chance move them
@@ -377,7 +377,7 @@ def _correlations(opening: np.ndarray, true: np.ndarray, lag: int) -> Float[np.n
 
 
 def _distances(frames: Frames, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
-    """Of mean pictures from their own portrait, and the mean of those from other people's."""
+    """Distances of mean pictures from their own portraits, and mean ones from other portraits."""
     mean = np.stack([clip.astype(np.float32).mean(0) for clip in frames])
     portrait = truth.portrait.astype(np.float32)
     distance = np.abs(mean[:, None] - portrait[None]).mean((2, 3, 4))

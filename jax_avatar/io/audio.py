@@ -98,7 +98,7 @@ class AudioReader:
         """Yields mono samples in [-1, 1]; may be used once.
 
         Raises:
-            ValueError: the file breaks off in the middle, or holds values that are no numbers.
+            ValueError: the file breaks off in the middle, or holds NaN or infinity.
         """
         waiting, have = [self._first], len(self._first)
         try:
@@ -164,7 +164,7 @@ class AudioReader:
     def _checked(self, samples: np.ndarray) -> np.ndarray:
         if not np.isfinite(samples).all():
             raise ValueError(
-                f"audio {self.path} holds values that are no numbers around "
+                f"audio {self.path} holds NaN or infinity around "
                 f"{self.num_samples / self.sample_rate:.2f} s; export it again."
             )
         self.num_samples += len(samples)
@@ -283,7 +283,7 @@ class PcmReader:
 
         Raises:
             ValueError: the pipe ended without a sample, holds a file instead of raw samples, or
-                floats are no numbers.
+                NaN or infinity.
         """
         try:
             yield from self._chunks()
@@ -324,7 +324,7 @@ class PcmReader:
             samples = samples / 32768
         elif not np.isfinite(samples).all():
             raise ValueError(
-                f"PCM on standard input holds values that are no numbers around "
+                f"PCM on standard input holds NaN or infinity around "
                 f"{self.num_samples / self.sample_rate:.2f} s; is it really f32le?"
             )
         return self._mixer(samples.T.astype(np.float64), self._input_rate)

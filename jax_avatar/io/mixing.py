@@ -14,7 +14,7 @@ from jax_avatar.shapes import Float
 
 __all__ = ["Mixer", "float_channels", "is_silent"]
 
-_SILENT = 1e-4  # largest sample of what nobody can hear
+_SILENT = 1e-4  # largest sample of inaudible sound
 _ACROSS = math.sqrt(0.5)
 # Shares before they are normalised. Source: ITU-R BS.775-4, table 2, the stereo mix added up.
 _SHARES = {"FL": 1.0, "FR": 1.0, "FC": 2 * _ACROSS, "LFE": 0.0, "LFE2": 0.0}

@@ -61,7 +61,7 @@ def can_sign(path: str | Path) -> bool:
 
 
 def make_signer(certificate: str | Path | None = None, key: str | Path | None = None) -> Any:
-    """Somebody who signs manifests.
+    """Signer of manifests.
 
     Args:
         certificate: PEM file with the signer's certificate first, then those that vouch for it;

@@ -217,7 +217,7 @@ class LiveSession:
         self._move(State.THINKING)
 
     def idle(self) -> None:
-        """Moves to IDLE: nobody talks, no answer is being made; see `TurnState.to`."""
+        """Moves to IDLE: no speech, no answer under way; see `TurnState.to`."""
         self._move(State.IDLE)
 
     # ---- out ---------------------------------------------------

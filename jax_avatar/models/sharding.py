@@ -239,7 +239,7 @@ def _by_model(path: str, ndim: int) -> list[str | None]:
 
 
 def batch_sharding(on: Mesh | jax.Device) -> NamedSharding | SingleDeviceSharding:
-    """Where rows of portraits live: on a device, or spread over the "data" axis of a mesh."""
+    """Sharding of rows of portraits: on a device, or over the "data" axis of a mesh."""
     return (
         NamedSharding(on, PartitionSpec("data"))
         if isinstance(on, Mesh)
@@ -248,7 +248,7 @@ def batch_sharding(on: Mesh | jax.Device) -> NamedSharding | SingleDeviceShardin
 
 
 def kv_sharding(on: Mesh | jax.Device) -> NamedSharding | SingleDeviceSharding | Format:
-    """Where windows and sinks live: `[l b s m e]`, on a pipeline's mesh `[stage l b s m e]`.
+    """Sharding of windows and sinks: `[l b s m e]`, on a pipeline's mesh `[stage l b s m e]`.
 
     On a mesh, heads are split over the "model" axis, on that of a training run portraits over
     "data". On TPUs, memory has the heads before the slots, since attention there reads one head

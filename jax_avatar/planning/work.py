@@ -1,4 +1,4 @@
-"""What a step of training computes, for the rates of a run; formulas, no measurement."""
+"""Floating-point operations of a training step, by formulas."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -68,7 +68,7 @@ def _flow_matching(config, sections, grid) -> float:
 
 
 def _distillation(config, sections, grid) -> float:
-    """Of one clip: the critic's update, and the generator's share of a step, at the mean exit."""
+    """Operations per clip: critic's update, and the generator's share of it, at the mean exit."""
     task, rollout = sections["task"], sections["rollout"]
     blocks = task.latents // config.frames_per_block
     block = step_flops(config, *grid)

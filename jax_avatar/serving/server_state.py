@@ -50,7 +50,7 @@ class ServerState:
         idle_s: seconds without a message after which a session is ended.
         ice_servers: STUN and TURN servers for WebRTC, as `ice_server` reads them.
         is_marked: True to put the watermark into every frame.
-        is_draining: True when the server is about to stop and admits nobody.
+        is_draining: True when the server is about to stop and admits no client.
         connections: clients that have a session.
         tasks: tasks that outlive the request that started them.
     """

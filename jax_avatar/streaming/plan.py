@@ -30,7 +30,7 @@ class StreamPlan(Sampling):
 
     Attributes:
         aas_after_blocks: adaptive attention sink: renew the sink with the first generated latent
-            before this block (4 in the release, 1 in the paper); 0 keeps the portrait for good.
+            before this block (4 in the release, 1 in the paper); 0 keeps the portrait.
         seed: of noise and distances.
         first_frame: rotary frame of block 0; shifts the whole stream.
         noise: `(block, shape) -> noise` in place of the seeded noise that a block starts from.
@@ -62,7 +62,7 @@ class StreamPlan(Sampling):
             raise ValueError(f"seed {self.seed} must be within 0..{2**32 - 1}.")
 
     def position(self, config: DiTConfig, block: int, step: int) -> BlockPosition:
-        """Where a block stands at a denoising step, or at the refresh, the one after the last."""
+        """Position of a block at a denoising step, or at the refresh, the one after the last."""
         if self.distance is not None:
             distance = int(self.distance(block, step))
         else:

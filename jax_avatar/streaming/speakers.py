@@ -17,10 +17,10 @@ def speaker_masks(
     *,
     tap: Callable[[str, np.ndarray], None] | None = None,
 ) -> Float[np.ndarray, "u t h2 w2"]:
-    """Routes every speaker's audio to the tokens that no one else may claim.
+    """Routing masks: the tokens that each speaker's audio reaches.
 
-    Background belongs to everybody, a cell near two people to nobody; of overlapping people the
-    later one wins.
+    Background tokens hear every speaker, and tokens near two people hear none. Where people
+    overlap, the later one in `pixel_masks` counts.
 
     Args:
         pixel_masks: per person, nonzero where the person is.

@@ -413,7 +413,7 @@ def _loops(setup: Distillation) -> tuple[LoopConfig, LoopConfig]:
 def _optimisers(
     setup: Distillation, state: DistillState
 ) -> list[tuple[optax.GradientTransformation, Float[Array, ""]]]:
-    """Of generator and critic, each with its learning rate."""
+    """Optimisers of generator and critic, each with its learning rate."""
     counts = (state.step, state.step)
     if setup.settings.schedule_counts == "updates":
         counts = (state.generator_updates, state.critic_updates)

@@ -216,12 +216,15 @@ def broken(kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("extra", r"1 source tensors nobody uses.*\n  blocks\.0\.colour"),
+        ("extra", r"1 unused source tensors.*\n  blocks\.0\.colour"),
         (
             "renamed",
-            r"blocks\.0\.ffn\.zero\.weight.*no rule(.|\n)*nobody fills(.|\n)*ffn_in/kernel\[0\]",
+            r"blocks\.0\.ffn\.zero\.weight.*no rule(.|\n)*unfilled(.|\n)*ffn_in/kernel\[0\]",
         ),
-        ("missing", r"nobody fills.*\n  blocks/ffn_in/kernel\[0\].*no blocks\.0\.ffn\.0\.weight"),
+        (
+            "missing",
+            r"unfilled parameters.*\n  blocks/ffn_in/kernel\[0\].*no blocks\.0\.ffn\.0\.weight",
+        ),
         ("shape", r"shapes that do not fit.*\n  blocks\.0\.ffn\.0\.weight"),
         ("integers", r"holds int32, expected floating-point|different types"),
         ("nan", r"blocks\.0\.ffn\.0\.weight holds NaN"),

@@ -92,7 +92,7 @@ def test_parameters_take_the_type_of_the_network():
 def test_a_planted_extra_tensor_is_named():
     weights = source() | {"blocks.0.surprise": np.zeros(3, np.float32)}
     with pytest.raises(
-        ValueError, match=r"nobody uses[^\n]*\n  blocks\.0\.surprise \(3,\): no rule"
+        ValueError, match=r"unused source tensors[^\n]*\n  blocks\.0\.surprise \(3,\): no rule"
     ):
         convert(weights, TABLE, target())
 
@@ -117,7 +117,7 @@ def test_a_mis_shaped_tensor_is_named(name):
     with pytest.raises(ValueError, match="shapes that do not fit") as error:
         convert(weights, TABLE, target())
     assert name in str(error.value)
-    assert "nobody fills" not in str(error.value)
+    assert "unfilled" not in str(error.value)
 
 
 def test_a_transposed_square_looking_error_is_still_a_shape_error():

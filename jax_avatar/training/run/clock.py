@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and rates: steps, clips and tokens per second, MFU, memory.
+"""Time of a run by phase, and rates: steps, clips and tokens per second, MFU, memory.
 
     batch arrives --data--> step is asked for --step--> its results are there --save, evaluation
 

@@ -108,7 +108,7 @@ class WeightsAndBiases:
             settings: of the run, shown as its config.
 
         Raises:
-            ValueError: W&B refused, for example because nobody has logged in.
+            ValueError: W&B refused, for example without a login.
         """
         import wandb
 

@@ -80,7 +80,7 @@ class LoopConfig:
         checkpoint_every: steps between checkpoints; the last step is always kept.
         keep: latest checkpoints kept. The last good one stays, too: none of the 100 steps before it
             was skipped, and where there are evaluations, it passed one.
-        keep_every: checkpoints of steps that this divides stay for good; 0 for none.
+        keep_every: checkpoints of steps that this divides are never deleted; 0 for none.
         max_minutes: stop (and save) after so long, to resume later; 0 for no limit.
         workers: processes that make batches; 0 leaves it to a thread of this one, which is enough
             for small clips and batches.
