@@ -18,7 +18,9 @@ def to_uint8(video: Float[Array | np.ndarray, "..."]) -> UInt8[Array | np.ndarra
     return ((video.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
 
 
-def psnr(error: Num[np.ndarray, "*n"] | np.floating | float) -> Float[np.ndarray, "*n"] | float:
+def psnr(
+    error: Num[np.ndarray, "*n"] | np.floating | float,
+) -> Float[np.ndarray, "*n"] | np.floating:
     """Peak signal-to-noise ratio in dB of mean squared errors of 8-bit pixels, 68 at most."""
     return 10 * np.log10(255**2 / np.maximum(error, _SMALLEST_ERROR))
 
