@@ -24,12 +24,15 @@ def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def start(folder, port, *arguments):
+def start(folder, port, *arguments, is_fast=False):
+    """A server; `is_fast` compiles programs that run in real time, which takes longer."""
     command = [sys.executable, str(ROOT / "launch" / "serve.py"), f"--checkpoint={folder}",
                f"--port={port}", *arguments]  # fmt: skip
     cache = os.environ.get("JAX_CACHE_DIR", str(ROOT / ".jax_cache"))
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
     environment.pop("XLA_FLAGS", None)
+    if is_fast:
+        environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 

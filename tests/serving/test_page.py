@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER and FLITE), reason=PACK
 @pytest.fixture(scope="module")
 def port():
     port = free_port()
-    process = start(SMALL, port, "--sessions=1", "--mesh=1")
+    process = start(SMALL, port, "--sessions=1", "--mesh=1", is_fast=True)
     try:
         wait_until_ready(process, port, limit_s=600)
         yield port

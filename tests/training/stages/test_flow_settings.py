@@ -30,7 +30,7 @@ def test_a_batch_has_as_many_clips_as_long_as_told():
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_levels_are_shifted_as_told_and_rescaled_above_the_smallest(shift):
-    (sigma,) = drawn("_sigmas", MANY, 6, shift=shift, shared_share=0.25, smallest_sigma=0.2)
+    (sigma,) = drawn("sigmas", MANY, 6, shift=shift, shared_share=0.25, smallest_sigma=0.2)
     level = (sigma - 0.2) / 0.8
     level = level / (shift - (shift - 1) * level)  # before the shift
     np.testing.assert_allclose(1000 * level, np.round(1000 * level), atol=5e-2)
@@ -155,7 +155,7 @@ def test_the_portraits_noise_is_at_most_as_told_and_of_its_own_strength_in_every
 
 
 def test_clips_start_and_portraits_stand_within_their_ranges():
-    first, face = drawn("_places", 400, shift_max=7, reference_frames=(13, 15))
+    first, face = drawn("places", 400, shift_max=7, reference_frames=(13, 15))
     assert set(first) == set(range(8)) and set(face - first) == {13, 14, 15}
     assert abs(np.corrcoef(first, face - first)[0, 1]) < 0.15
 
