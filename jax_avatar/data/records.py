@@ -39,7 +39,6 @@ class ClipRecord:
     person_id: int
     source: str = ""  # where it comes from; rendered clips say it by split and seeds
     caption: str = ""  # what a video's own caption says
-    text: str = ""  # the words the clip was cut from
     voice: str = ""
     portrait: np.ndarray | None = None  # [H W 3] uint8, the person before it, mouth closed
     units: np.ndarray | None = None  # [T q] float16, face-unit weights in the manifest's order
@@ -73,6 +72,7 @@ def decode_clip(data: bytes) -> ClipRecord:
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in _ARRAYS if name in archive}
         facts = json.loads(archive["facts"].tobytes())
+    facts.pop("text", None)  # stored until 0.1
     for name in _PIXELS:
         for before, frame in itertools.pairwise(arrays[name]):
             frame += before  # some ten times as fast as a cumulative sum over the first axis

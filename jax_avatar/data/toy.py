@@ -55,7 +55,6 @@ def _clip(rng, split, person, size, num_frames, fps) -> ClipRecord:
         pose=np.zeros((num_frames, 8), np.float32),
         phones=(),
         actions=(),
-        text="",
         person_id=1000 * SPLITS.index(split) + person,
         voice="tone",
         split=split,

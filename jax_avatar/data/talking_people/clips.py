@@ -119,7 +119,6 @@ class Talk:
     wave: np.ndarray  # [samples] float32, with the look-ahead
     phones: tuple[speech.Phone, ...]  # times from the start of the wave
     mouth: dict[str, np.ndarray]  # face-unit name -> [T] float32
-    text: str
     voice: str
 
 
@@ -137,7 +136,7 @@ def make_talk(
     rate = speech.SAMPLE_RATE
     voice = str(rng.choice(split_voices))
     length = num_frames * rate // fps + LOOKAHEAD_SAMPLES
-    wave, phones, texts, starts_at_rest = _speak_for(rng, voice, length)
+    wave, phones, starts_at_rest = _speak_for(rng, voice, length)
     start = 0 if starts_at_rest else int(rng.integers(0, len(wave) - length + 1))
     start_s, end_s = start / rate, (start + length) / rate
     cut = tuple(
@@ -160,21 +159,20 @@ def make_talk(
         wave=wave[start : start + length].astype(np.float32),
         phones=tuple(p for p in cut if p.end_s > 0 and p.start_s < end_s - start_s),
         mouth={k: v[lead_frames : lead_frames + num_frames] for k, v in mouth.items()},
-        text=" ".join(texts),
         voice=voice,
     )
 
 
 def _speak_for(
     rng: np.random.Generator, voice: str, length: int
-) -> tuple[np.ndarray, list[speech.Phone], list[str], bool]:
+) -> tuple[np.ndarray, list[speech.Phone], bool]:
     """Sentences and pauses for more than `length` samples.
 
     Returns:
-        Wave, phones, sentences, and True if it begins with a pause.
+        Wave, phones, and True if it begins with a pause.
     """
     rate = speech.SAMPLE_RATE
-    pieces, phones, texts = [], [], []
+    pieces, phones = [], []
     now = 0
 
     def pause(seconds: float) -> None:
@@ -194,13 +192,12 @@ def _speak_for(
         phones += [
             speech.Phone(p.name, p.start_s + offset, p.end_s + offset) for p in spoken.phones
         ]
-        texts.append(spoken.text)
         now += len(spoken.wave)
         pause(rng.uniform(0.05, 0.35))
     wave = np.concatenate(pieces)
     # A quiet room instead of digital silence between the sentences.
     wave = wave + rng.normal(0, 1e-4, len(wave)).astype(np.float32)
-    return wave, phones, texts, starts_at_rest
+    return wave, phones, starts_at_rest
 
 
 def combine_units(mouth: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> np.ndarray:
@@ -258,7 +255,6 @@ def make_clip(config: PeopleConfig, split: str, index: int) -> ClipRecord:
         pose=np.concatenate([motion.pose, motion.gaze], 1),
         phones=tuple((p.name, round(p.start_s, 4), round(p.end_s, 4)) for p in talk.phones),
         actions=tuple((a.name, a.start_s, a.end_s, a.caption) for a in motion.actions),
-        text=talk.text,
         person_id=person_id,
         voice=talk.voice,
         split=split,
