@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from benchmarks import (
-    audio_context,
     common,
     curves,
     dit_step,
@@ -225,17 +224,6 @@ def test_numbers_that_measure_nothing_are_refused(flag, capsys):
     with pytest.raises(SystemExit) as stopped:
         live.parse_arguments([flag])
     assert stopped.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_more_sound_around_a_block_brings_live_features_nearer(capsys):
-    arguments = ["--seconds", "2.88", "--look-back", "0", "2", "--look-ahead", "0", "1"]
-    record = audio_context.main([*arguments, "--repeats", "1"])
-    assert record["weights"] == "random, tiny" and record["audio_s"] == 2.88
-    first, *_, last = record["results"]
-    for state in ("error_first", "error_middle", "error_last"):
-        assert first[state] > last[state] > 0
-    assert all(is_timing(result["block"]) for result in record["results"])
 
 
 def test_the_loader_tells_windows_per_second_and_the_cpu_time_it_takes():
