@@ -14,7 +14,6 @@ from conversion.rules import convert
 from conversion.wav2vec2 import TABLE, config_from
 from jax_avatar.models.network import Network, flatten, unflatten
 from jax_avatar.models.speech.feature_rate import bucket_indices, positions_at
-from jax_avatar.models.speech.mel import AudioFrontEnd
 from jax_avatar.models.speech.wav2vec2 import Wav2Vec2, Wav2Vec2Config, normalise, xlsr53_large
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "audio"
@@ -153,9 +152,6 @@ class TestWhole:
 
 
 class TestStream:
-    def test_it_is_a_front_end(self):
-        assert isinstance(encoder(), AudioFrontEnd)
-
     @pytest.mark.parametrize("fps", [25, 16])
     def test_video_frames_are_rounded_as_in_the_official_tables(self, fps):
         index = bucket_indices(10**6, fps, 2000)[:2000]

@@ -14,7 +14,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +23,11 @@ from flax import nnx
 
 from jax_avatar.shapes import Array, AudioFeatures, Float
 
-__all__ = ["AudioFrontEnd", "SpeechConfig", "SpeechEncoder", "SpeechState", "log_mel"]
+__all__ = ["SpeechConfig", "SpeechEncoder", "SpeechState", "log_mel"]
 
 _COLUMNS_PER_FRAME = 4
 _WINDOW_S = 0.025
 _LOG_FLOOR = 1e-4
-
-
-@runtime_checkable
-class AudioFrontEnd(Protocol):
-    """Interface of a speech encoder; the rest of the package sees only `AudioFeatures`."""
-
-    def encode(self, wave: Float[Array, "b u N"], num_frames: int) -> AudioFeatures:
-        """Features of the first `num_frames` video frames of a clip."""
-
-    def start(self, head: Float[Array, "b u N"]) -> Any:
-        """Streaming state after the samples `head`."""
-
-    def features(self, state: Any, samples: Float[Array, "b u N"]) -> tuple[AudioFeatures, Any]:
-        """Features of the next video frames."""
 
 
 @dataclass(frozen=True)
