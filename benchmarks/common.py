@@ -173,7 +173,7 @@ def robust_slope(x: Sequence[float], y: Sequence[float], parts: int = 200) -> fl
 
 
 def resident_mib() -> float:
-    """Memory of this process that is in RAM; the peak where the system tells no more."""
+    """Memory of this process that is in RAM; the peak where the system reports no more."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize() / 2**20

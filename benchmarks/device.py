@@ -78,7 +78,7 @@ def latent_grid(size: str, multiple: int = 64) -> tuple[int, int]:
 
     Args:
         size: as `parse_size` of launch/cli.py reads it.
-        multiple: of pixels, both sides; the packing of motion frames wants 64, all else 16.
+        multiple: of pixels, both sides; 64 for the packing of motion frames, else 16.
 
     Raises:
         ValueError: something else, or a side below 64.

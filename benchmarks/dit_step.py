@@ -274,7 +274,7 @@ def main(argv=None) -> dict:
     config = shrink(make_config(), arguments.layers)
     if jax.default_backend() == "cpu" and config.width > 1024 and config.num_layers > 8:
         raise ValueError(
-            "the 14B wants 60 GB and minutes a step on a CPU; pass --tiny, --config small or "
+            "the 14B needs 60 GB and minutes a step on a CPU; pass --tiny, --config small or "
             "--layers 1."
         )
     config = config.replace(

@@ -43,7 +43,7 @@ class Ablation:
     """Settings that a run changes.
 
     Attributes:
-        where: table of the paper, or what else is asked.
+        where: table of the paper, or another question.
         changes: `section.setting` -> its value, or a function of all settings of the size.
     """
 

@@ -2,7 +2,7 @@
 
     python launch/stream.py --mesh 5 --config.stream.aas_after_blocks=1
 
-None keeps what the model folder says. Noise levels, sampler, history (`cache`, `refresh`,
+None keeps the value of the model folder. Noise levels, sampler, history (`cache`, `refresh`,
 `refresh_sigma`) and `audio_context` are those of the model's training; others take
 `--force_sampler`. Runs on a laptop CPU with the model that ships: 96x96 pixels at 16 frames per
 second.

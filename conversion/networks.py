@@ -168,7 +168,7 @@ def find_weights(kind: NetworkKind, source: str | Path) -> Path:
     Safetensors are preferred where a folder has both.
 
     Raises:
-        ValueError: there is none, or several equally good ones; the message says what is there.
+        ValueError: there is none, or several equally good ones; the message lists what is there.
         BrokenFile: there is none, and a file of the folder is not whole.
     """
     source = Path(source)
@@ -208,7 +208,7 @@ def _dit_config(path: Path, shapes: Shapes) -> DiTConfig:
     beside = path.parent / "config.json"
     if not beside.is_file():
         raise ValueError(
-            f"{beside} is missing; it tells the size of the transformer and belongs to the "
+            f"{beside} is missing; it holds the size of the transformer and belongs to the "
             "download of Wan2.2-S2V-14B."
         )
     # Compute in bfloat16 and round the rotary factors as the released model does.

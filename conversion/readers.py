@@ -95,7 +95,7 @@ class ShardedSafetensors(Mapping):
 
 
 def is_shard(path: Path) -> bool:
-    """True for a file that its name tells to be a part of a checkpoint."""
+    """True if a file's name is that of one shard of several."""
     found = _SHARD.fullmatch(path.name)
     return bool(found) and int(found["count"]) > 1
 

@@ -176,7 +176,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Move:
-    """One tensor on its way.
+    """Move of one tensor from source to target.
 
     Attributes:
         source: its name.

@@ -137,7 +137,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], **changes: Any) ->
 
     Args:
         shapes: official name -> shape.
-        changes: fields to set on top, for example `dtype`, or `max_distance`, which no shape tells.
+        changes: fields to set, such as `dtype`, or `max_distance`, which no shape determines.
 
     Raises:
         ValueError: the tensors are not those of a UMT5 encoder.

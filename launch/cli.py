@@ -166,7 +166,7 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 def check_devices() -> None:
-    """Ends the command with one line where JAX lacks the devices it is told to use.
+    """Ends the command with one line where JAX lacks the devices that JAX_PLATFORMS names.
 
     Several hosts are joined before this, if they are to be.
     """
@@ -187,7 +187,7 @@ def check_devices() -> None:
 
 
 def end_by_sigterm() -> None:
-    """Lets a polite kill end the command as Ctrl-C does."""
+    """Lets SIGTERM end the command as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

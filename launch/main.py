@@ -32,7 +32,7 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = (f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
     return "\n".join(
-        ["usage: jax-avatar COMMAND [FLAGS]; jax-avatar COMMAND --help tells the flags", "", *lines]
+        ["usage: jax-avatar COMMAND [FLAGS]; jax-avatar COMMAND --help lists the flags", "", *lines]
     )
 
 

@@ -28,7 +28,9 @@ RESUME = flags.DEFINE_bool("resume", True, "go on in a workdir that holds a run"
 SMALL_BATCH = flags.DEFINE_bool(
     "small_batch", False, "distil a large network although the batch is below 32 clips"
 )
-MULTIHOST = flags.DEFINE_bool("multihost", False, "join other hosts, as the cluster tells")
+MULTIHOST = flags.DEFINE_bool(
+    "multihost", False, "join other hosts, from the cluster's environment"
+)
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first host")
 HOSTS = flags.DEFINE_integer("hosts", None, "how many hosts run this command")
 HOST = flags.DEFINE_integer("host", None, "number of this host, from 0")

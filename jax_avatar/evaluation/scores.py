@@ -1,7 +1,7 @@
 """Scores of generated talking people against the ground truth.
 
 frames, truth --measure--> Measures, clip by clip --summarise--> scores
-                                                 --interval----> how far clips by chance move them
+                                                 --interval----> bootstrap intervals over clips
 """
 
 import dataclasses

@@ -360,7 +360,7 @@ def open_pipe(
         sample_rate: of the chunks.
         chunk: samples per chunk.
         warn: as for `AudioReader`.
-        **pcm: what raw samples are; see `PcmReader`. A file says it itself.
+        **pcm: what raw samples are; see `PcmReader`. A file has its own format.
 
     Raises:
         ValueError: as `AudioReader` and `PcmReader`.

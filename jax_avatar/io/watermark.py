@@ -1,7 +1,7 @@
 """An invisible mark in the pixels of generated video, and how surely it is there.
 
 Every frame gets the same pattern: a grid of 32 cells along the shorter side, each a little lighter
-or a little darker as a keyed sequence of signs says. The grid scales with the picture, so that a
+or a little darker by a keyed sequence of signs. The grid scales with the picture, so that a
 video that was resized is still marked. The detector averages the frames, takes from each cell what
 its neighbours predict, and correlates what is left with the signs.
 """

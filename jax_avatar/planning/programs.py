@@ -246,12 +246,12 @@ def compile_program(
     say: Callable[[str], None] = lambda text: None,
     stands_in: bool = False,
 ) -> Compiled:
-    """Compiles, and asks the compiler what it made; a refusal is an answer.
+    """Compiles a program and reads the compiler's analysis; a refusal is a result.
 
     Args:
         program: to compile.
         compiled_for: the devices, for messages.
-        say: told what is being done, since compiling takes minutes.
+        say: called with a line before each part, since compiling takes minutes.
         stands_in: whether a program for CPUs is made in place of one for an accelerator.
     """
     say(f"{program.name}: compiling for {compiled_for}")

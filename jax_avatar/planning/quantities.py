@@ -50,7 +50,7 @@ class DeviceUse:
 
 @dataclass(frozen=True)
 class Needs:
-    """Everything `launch/plan.py` tells about a task.
+    """Device requirements of a task, as `launch/plan.py` reports them.
 
     Attributes:
         compiled_for: "tpu v5p:2x2x2", or "cpu" for stand-ins.

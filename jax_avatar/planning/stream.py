@@ -116,7 +116,7 @@ def plan_stream(
         hardware: to plan for.
         dtype: of the large linears' weights, one of `DTYPES`.
         parts: what to compile, "step" and "decode"; temporaries of the others are missing.
-        say: told what is being done, since compiling takes minutes.
+        say: called with a line before each part, since compiling takes minutes.
 
     Raises:
         ValueError: the layout does not fit the transformer, or the VAE makes no such pictures.

@@ -107,7 +107,7 @@ def plan_training(
         hardware: to plan for.
         sections: `model`, `task` and, of distillation, `rollout` of a config such as
             `configs/dmd.py`.
-        say: told what is being done, since compiling takes minutes.
+        say: called with a line before each part, since compiling takes minutes.
     """
     config = model.dit.config.replace(**sections["model"], rematerialise=True)
     mesh, compiled_for = training_devices(text, hardware, config.num_heads)

@@ -57,7 +57,7 @@ class Closed(Exception):
     """The session is over, without a failure.
 
     Attributes:
-        error: sent to the client first if it reached a limit; None if it asked for the end.
+        error: sent to the client first if it reached a limit; None if it ended the session.
     """
 
     def __init__(self, reason: str, message: str = ""):

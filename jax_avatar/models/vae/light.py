@@ -53,8 +53,8 @@ class LightVAEConfig:
         frame_blocks: residual blocks at 1/4 resolution in the decoder.
         latent_mean: what `encode` subtracts, one number per channel; empty means zeros.
         latent_std: what `encode` then divides by; empty means ones.
-        spatial_stride: pixels per latent cell; this network knows only 8.
-        temporal_stride: frames per latent after the first; this network knows only 4.
+        spatial_stride: pixels per latent cell; only 8 is implemented.
+        temporal_stride: frames per latent after the first; only 4 is implemented.
     """
 
     z_dim: int = 32

@@ -21,7 +21,7 @@ def accumulate_gradients(
 
     Args:
         measure: clips -> their gradients and other measurements, both means over the clips, and
-            what is said of each clip, arrays with clips on their leading axis.
+            values of each clip, arrays with clips on their leading axis.
         batch: likewise arrays with clips on their leading axis.
         parts: to cut it into.
 

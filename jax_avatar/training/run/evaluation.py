@@ -46,7 +46,7 @@ def try_out(evaluations: Sequence[Evaluation], state: Any) -> None:
     """Checks all evaluations before the first step.
 
     Raises:
-        ValueError: one cannot be made; says why in one line.
+        ValueError: one cannot be made, with the reason in one line.
     """
     for evaluation in evaluations:
         try:

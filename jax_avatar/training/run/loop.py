@@ -264,7 +264,7 @@ class _Run:
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C or a polite kill has come; both let the step under way finish.
+    """Yields a test for Ctrl-C or SIGTERM; both let the step under way finish.
 
     A second one interrupts at once. Raising in the middle of a step would lose the state, whose
     buffers the step has been given.
