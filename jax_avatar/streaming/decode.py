@@ -1,5 +1,6 @@
 """Latents -> pixels, piece by piece: the VAE's decoder behind a stream, which is not waited for."""
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ class NotFinite(ValueError):
 def make_decode(vae: Network) -> tuple[Callable, Callable]:
     """The compiled decoder of a VAE: latents -> uint8 pixels, with the state of the stream.
 
+    Streams of one VAE share it.
+
     Args:
         vae: structure and size of the video autoencoder; weights are left aside.
 
@@ -34,8 +37,11 @@ def make_decode(vae: Network) -> tuple[Callable, Callable]:
         all others; the state is donated. `is_finite` is False where the pixels would be NaN or
         infinity, which are black.
     """
-    bare = vae.without_params()
+    return _compiled(vae.without_params())
 
+
+@functools.lru_cache(maxsize=16)
+def _compiled(bare: Network) -> tuple[Callable, Callable]:
     def start(params, portraits, latents):
         shown, state = bare.bind(params).start(portraits, latents)
         error = jnp.sqrt(jnp.mean((jnp.clip(shown, -1, 1) - portraits) ** 2))

@@ -1,5 +1,7 @@
 """Samples -> speech features of a block, as soon as its audio is there."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_avatar.models.network import Network
-from jax_avatar.shapes import Array, Float
+from jax_avatar.shapes import Array, AudioFeatures, Float
 from jax_avatar.streaming.sample_queue import SampleQueue
 from jax_avatar.streaming.working_level import WorkingLevel
 
@@ -40,14 +42,10 @@ class SpeechFeatures:
             is_whole: audio is encoded all at once after its end.
         """
         self.config, self.params = speech.config, jax.device_put(speech.params, device)
-        self._network = bare = speech.without_params()
+        self._network = speech.without_params()
         self._device = device
         self._block_frames, self._is_whole = block_frames, is_whole
-
-        def features(params, state, samples):
-            return bare.bind(params).features(state, samples)
-
-        self._features = jax.jit(features)
+        self._features = _compiled(self._network)
 
     def start(self) -> None:
         """Begins anew, without audio."""
@@ -127,3 +125,13 @@ class SpeechFeatures:
         # Before the first frame there is more of it, as the transformer itself repeats it.
         before = [(0, 0)] * 2 + [(DROPPED_FRAMES, 0)] + [(0, 0)] * 2
         self._recording = np.pad(features, before, mode="edge")
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(bare: Network) -> Callable[..., tuple[AudioFeatures, Any]]:
+    """The compiled `features`; streams of one speech encoder share it."""
+
+    def features(params, state, samples):
+        return bare.bind(params).features(state, samples)
+
+    return jax.jit(features)

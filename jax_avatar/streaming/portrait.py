@@ -1,5 +1,6 @@
 """A portrait that stands still -> latents and conditions of a stream."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,8 @@ __all__ = ["make_encode", "still_conditions"]
 def make_encode(vae: Network, settings: StreamSettings) -> Callable[..., Array]:
     """The compiled encoder of portraits that stand still, as long as the stream needs it.
 
+    Streams of one VAE share it.
+
     Args:
         vae: structure and size of the video autoencoder; weights are left aside.
         settings: of the stream.
@@ -28,8 +31,11 @@ def make_encode(vae: Network, settings: StreamSettings) -> Callable[..., Array]:
     latents = settings.warmup_latents
     if settings.motion == "still":
         latents = max(latents, MOTION_LATENTS)
-    bare = vae.without_params()
+    return _compiled(vae.without_params(), latents)
 
+
+@functools.lru_cache(maxsize=16)
+def _compiled(bare: Network, latents: int) -> Callable[..., Array]:
     @jax.jit
     def encode(params, portrait):
         return bare.bind(params).encode_still(portrait, latents)
