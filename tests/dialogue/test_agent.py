@@ -371,6 +371,7 @@ def test_whatever_happens_it_listens_again(seed):
     assert steps <= 5 and run.now - began <= SETTINGS.listen_s + 16 + SETTINGS.stop_s
 
 
-def test_the_machine_needs_no_jax():
-    code = "import sys, jax_avatar.dialogue.agent; sys.exit('jax' in sys.modules)"
+def test_a_conversation_needs_no_jax():
+    modules = "agent, jax_avatar.dialogue.chat, jax_avatar.dialogue.ear, jax_avatar.dialogue.tts"
+    code = f"import sys, jax_avatar.dialogue.{modules}; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,6 +7,8 @@ __all__ = ["CONVERSATION"]
 agent = tests_in("dialogue/test_agent")
 answers = tests_in("dialogue/test_answers")
 chat = tests_in("dialogue/test_chat")
+hearing = tests_in("dialogue/test_hearing")
+voice = tests_in("dialogue/test_tts")
 
 # fmt: off
 CONVERSATION = tuple(Mistake("talk", *row) for row in (
@@ -45,5 +47,14 @@ CONVERSATION = tuple(Mistake("talk", *row) for row in (
      chat("a_failure_ends_in_time_with_one_sentence")),
     ("what was spoken is asked for again", "dialogue/chat.py",
      "        if reader.has_spoken:\n", "        if False:\n", chat("the_ladder")),
+    ("the avatar's own voice interrupts it", "dialogue/ear.py",
+     "        if not self._played:\n", "        if True:\n",
+     hearing("its_own_voice_does_not_interrupt_and_the_users_does")),
+    ("an utterance loses its soft beginning", "dialogue/ear.py",
+     "self._is_open, self._parts = True, list(self._before)",
+     "self._is_open, self._parts = True, [chunk]", hearing("an_utterance_begins_lasts_and_ends")),
+    ("weights of any origin are loaded", "dialogue/packages.py",
+     "    if found != _KNOWN.get(path.name):\n", "    if False:\n",
+     voice("weights_that_nobody_knows_are_refused")),
 ))
 # fmt: on
