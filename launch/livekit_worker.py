@@ -75,7 +75,9 @@ def load_session() -> AvatarSession:
     """The model with its portrait, compiled."""
     settings, image = load_settings(FLAGS.checkpoint), load_image(FLAGS.image)
     layout = stream_layout(settings, FLAGS.mesh)
-    portrait = prepare_portrait(FLAGS.image, image, settings, FLAGS.size, face=FLAGS.face).reference
+    portrait = prepare_portrait(
+        FLAGS.image, image, FLAGS.checkpoint, settings, FLAGS.size, face=FLAGS.face
+    ).reference
     prepare_jax(num_slices(layout))
     session = AvatarSession(load_model(FLAGS.checkpoint, weights=FLAGS.dtype), portrait, layout)
     session.warm_up()

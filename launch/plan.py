@@ -95,7 +95,7 @@ def run() -> None:
     try:
         grid = model.vae.config.latent_grid(*size)
     except ValueError as error:
-        raise ValueError(f"--size {size[0]}*{size[1]}: {error}") from None
+        raise ValueError(f"--size: {error}") from None
     if FLAGS.task == "stream":
         layout = stream_layout(model.settings, FLAGS.mesh)
         jax.config.update("jax_num_cpu_devices", layout.num_devices)

@@ -77,8 +77,9 @@ def make_pool(image) -> SessionPool:
     settings = load_settings(FLAGS.checkpoint)
     layout = stream_layout(settings, FLAGS.mesh)
     portrait = prepare_portrait(
-        FLAGS.image, image, settings, FLAGS.size, face=FLAGS.face, frame=FLAGS.frame
-    ).reference
+        FLAGS.image, image, FLAGS.checkpoint, settings, FLAGS.size,
+        face=FLAGS.face, frame=FLAGS.frame,
+    ).reference  # fmt: skip
     prepare_jax(num_slices(layout))
     model = load_model(FLAGS.checkpoint, weights=FLAGS.dtype)
 

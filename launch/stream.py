@@ -162,8 +162,8 @@ def run() -> int:
     signer = open_signer()
     image = load_image(FLAGS.image)
     shown = prepare_portrait(
-        FLAGS.image, image, settings, FLAGS.size, cover=settings.size is not None,
-        face=FLAGS.face, frame=FLAGS.frame,
+        FLAGS.image, image, FLAGS.checkpoint, settings, FLAGS.size,
+        cover=settings.size is not None, face=FLAGS.face, frame=FLAGS.frame,
     )  # fmt: skip
     portrait = shown.reference
     height, width = portrait.shape[-3:-1]

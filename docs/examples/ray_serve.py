@@ -50,7 +50,9 @@ def build_app(mesh: str, checkpoint: str, sessions: int):
     image = load_image(SMALL.parent / "portraits" / "amara.png")
     settings = load_settings(checkpoint)
     layout = stream_layout(settings, mesh)
-    portrait = prepare_reference(image, *frame_size(settings, image.shape, None), cover=True)
+    portrait = prepare_reference(
+        image, *frame_size(checkpoint, settings, image.shape, None), cover=True
+    )
     prepare_jax(num_slices(layout))
     model = load_model(checkpoint)
     pool = SessionPool(

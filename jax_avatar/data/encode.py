@@ -185,15 +185,17 @@ def encode_clip(
     Raises:
         ValueError: the clip is silent, of another rate or size, or has come out as NaN.
     """
-    stride = encoders.stride
     height, width = clip.frames.shape[1:3]
     if not len(clip.wave):
         raise ValueError(f"clip {source} has no sound; leave it out, avatars learn from speech.")
-    if clip.fps != encoders.fps or height % (2 * stride) or width % (2 * stride):
+    if clip.fps != encoders.fps:
         raise ValueError(
-            f"clip {source} has {clip.fps} frames per second of {width}x{height} pixels; expected "
-            f"{encoders.fps} and sides that are multiples of {2 * stride}."
+            f"clip {source} has {clip.fps} frames per second; expected {encoders.fps}."
         )
+    try:
+        grid = encoders.latent_grid(height, width)
+    except ValueError as error:
+        raise ValueError(f"clip {source}: {error}") from None
     frames = (len(clip.frames) - _phases(config, clip.split)) // 4 * 4 + 1
     shown = slice(phase, phase + frames)
     portraits, places = _portraits(clip, shown)
@@ -202,18 +204,16 @@ def encode_clip(
     if clip.mouth_box is not None and clip.lip_gap is not None:
         boxes = clip.mouth_box[shown]
         boxes = np.concatenate([np.repeat(boxes[:1], 3, axis=0), boxes])
-        size = (height // stride, width // stride)
-        lips = {"mouth": mouth_cells(boxes, size, stride), "lip_gap": clip.lip_gap[shown]}
+        cells = mouth_cells(boxes, grid, height // grid[0])
+        lips = {"mouth": cells, "lip_gap": clip.lip_gap[shown]}
     caption = caption_of(clip.caption, clip.actions)
     features = None
     if config.store_features:
         # Heard from the start, as in a stream, whatever frame the record begins with.
         features = encoders.features(clip.wave, len(clip.frames))[shown]
     return EncodedClip(
-        latent=np.asarray(encoders.video(from_uint8(clip.frames[shown][None])))[0],
-        reference=np.stack(
-            [np.asarray(encoders.video(from_uint8(s[None])))[0, -1] for s in stills]
-        ),
+        latent=_latents(encoders, portraits[0], clip.frames[shown]),
+        reference=np.stack([_latents(encoders, still[0], still)[-1] for still in stills]),
         wave=clip.wave,
         text=np.asarray(encoders.text(caption)) if encoders.text else None,
         features=features,
@@ -226,6 +226,10 @@ def encode_clip(
         person=clip.person_id,
         source=clip.source or source,
     )
+
+
+def _latents(encoders: Encoders, portrait: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    return np.asarray(encoders.video(from_uint8(portrait[None]), from_uint8(frames[None])))[0]
 
 
 def caption_of(caption: str, actions: Sequence[tuple[str, float, float, str]]) -> str:

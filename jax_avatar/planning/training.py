@@ -25,7 +25,7 @@ from jax_avatar.data.latents import LatentClips
 from jax_avatar.io.image import fit_size
 from jax_avatar.layout import make_training_mesh, parse_training_layout
 from jax_avatar.models.conditions import Conditions
-from jax_avatar.models.config import DiTConfig
+from jax_avatar.models.config import DiTConfig, WanVAEConfig
 from jax_avatar.models.dit import DiT
 from jax_avatar.models.network import Network
 from jax_avatar.models.sharding import clip_axes
@@ -48,6 +48,7 @@ from jax_avatar.training.run.step import LoopConfig, compiled_step, make_optimis
 from jax_avatar.training.stages.build import read_sections
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
 from jax_avatar.weights.kinds import KINDS
+from jax_avatar.weights.networks import network_config
 from jax_avatar.weights.settings import LIVE_AVATAR, read_config
 
 __all__ = [
@@ -61,7 +62,6 @@ __all__ = [
 ]
 
 _SMALL = 50_000_000  # weights of networks whose step is compiled without being asked
-_STRIDE = 8
 _LAYER_INSIDES = 24  # one layer keeps so many times its input for its gradient
 _ENCODERS = {"speech": SpeechEncoder, "vae": LightVAE, "anchored_vae": AnchoredVAE}
 
@@ -398,10 +398,10 @@ def _still_clips(training: Training) -> LatentClips:
 def _of_model(folder: str, model: DiTConfig) -> tuple[str, str, tuple[int, int]]:
     """Kind of transformer, pose input and latent grid: the model folder's, or the official ones."""
     try:
-        content = read_config(folder)
+        content, vae = read_config(folder), network_config(folder, "vae")
         stream = content["stream"]
     except ValueError:
-        content, stream = {"dit": "wan_s2v"}, {}
+        content, stream, vae = {"dit": "wan_s2v"}, {}, WanVAEConfig()
     area = stream.get("max_area", LIVE_AVATAR.max_area)
-    height, width = stream.get("size") or fit_size(400, 720, area, LIVE_AVATAR.multiple)
-    return content["dit"], stream.get("pose", "zeros"), (height // _STRIDE, width // _STRIDE)
+    size = stream.get("size") or fit_size(400, 720, area, LIVE_AVATAR.multiple)
+    return content["dit"], stream.get("pose", "zeros"), vae.latent_grid(*size)

@@ -20,22 +20,22 @@ class Encoders:
     """The networks of a model that see the data, weights bound and compiled.
 
     Attributes:
-        video: `[1 T H W 3] -> [1 t h w c]`, `T = 1 + 4n`.
+        video: `(portrait [1 H W 3], [1 T H W 3]) -> [1 t h w c]`, `T = 1 + 4n`.
         speech: `(wave [1 1 N], frames) -> [1 1 frames k a]`.
         text: `prompt -> [p f]`, or None.
         fps: that the speech encoder makes features for.
         states: hidden states and channels of its features.
         hashes: network -> hash of its weights.
-        stride: pixels per latent cell.
+        latent_grid: pixel rows and columns -> those of latents.
     """
 
-    video: Callable[[Any], Any]
+    video: Callable[[Any, Any], Any]
     speech: Callable[[Any, int], Any]
     text: Callable[[str], Any] | None
     fps: int
     states: tuple[int, int]
     hashes: Mapping[str, str]
-    stride: int = 8
+    latent_grid: Callable[[int, int], tuple[int, int]]
 
     @classmethod
     def load(
@@ -55,11 +55,13 @@ class Encoders:
         Raises:
             ValueError: a folder lacks its weights, or they are of no known network.
         """
-        video, speech = (_Encoder(folders[name], name, fps) for name in ("vae", "speech"))
+        video = _Encoder(folders["vae"], "vae", "encode_clip")
+        speech = _Encoder(folders["speech"], "speech", "encode", fps=fps, static=(2,))
         names = ("vae", "speech", "text") if text else ("vae", "speech")
         hashes = {name: content_hash(folders[name], name) for name in names}
-        heard = speech.config
-        return cls(video, speech, text, heard.fps, (heard.num_states, heard.width), hashes)
+        heard, grid = speech.config, video.config.latent_grid
+        states = heard.num_states, heard.width
+        return cls(video, speech, text, heard.fps, states, hashes, grid)
 
     def features(self, wave: np.ndarray, frames: int) -> np.ndarray:
         """Features `[T k a]` of the first video frames of a wave `[n]` int16."""
@@ -68,22 +70,30 @@ class Encoders:
 
 
 class _Encoder:
-    """The compiled `encode` of a network on disk, read at the first call."""
+    """A compiled method of a network on disk, which is read at the first call."""
 
-    def __init__(self, folder: str | Path, name: str, fps: int | None):
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        method: str,
+        *,
+        fps: int | None = None,
+        static: tuple[int, ...] = (),
+    ):
         # So that a wrong folder fails now.
         self.config = abstract_network(folder, name, fps=fps).config
         self._load = functools.partial(load_network, folder, name, fps=fps)
+        self._method, self._static = method, static
 
     @functools.cached_property
     def _encode(self) -> Callable[..., Any]:
         network = self._load()
 
         # The weights are an argument: constants of their size take long to compile.
-        @functools.partial(jax.jit, static_argnums=2)
-        def encode(params, x, frames=None):
-            bound = network.bind(params)
-            return bound.encode(x) if frames is None else bound.encode(x, frames)
+        @functools.partial(jax.jit, static_argnums=self._static)
+        def encode(params, *arguments):
+            return getattr(network.bind(params), self._method)(*arguments)
 
         return functools.partial(encode, jax.device_put(network.params))
 

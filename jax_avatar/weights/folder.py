@@ -243,3 +243,8 @@ def _check_fit(model: AvatarModel, folder: Path) -> None:
     wrong = [f"{name}: {a} and {b}" for name, (a, b) in pairs.items() if a != b]
     if wrong:
         raise ValueError(f"the networks in {folder} do not fit together: {'; '.join(wrong)}.")
+    if model.settings.size:
+        try:
+            vae.latent_grid(*model.settings.size)
+        except ValueError as error:
+            raise ValueError(f"stream.size of the model in {folder}: {error}") from None

@@ -28,6 +28,7 @@ __all__ = [
     "kind_of",
     "load_adapter",
     "load_network",
+    "network_config",
     "read_adapter",
     "read_dit",
 ]
@@ -69,6 +70,14 @@ def abstract_network(
     return _abstract(folder, part, kind or kind_of(folder, part), load_header(folder, part)[0], fps)
 
 
+def network_config(folder: str | Path, part: str) -> Any:
+    """Size of a network, from its header alone.
+
+    Arguments and errors as in `load_network`.
+    """
+    return _config(folder, part, kind_of(folder, part), load_header(folder, part)[0])
+
+
 def load_network(
     folder: str | Path, part: str, kind: str = "", *, fps: int | None = None, widen: bool = True
 ) -> Network:
@@ -98,19 +107,31 @@ def load_network(
     return network.with_params(params)
 
 
+def _config(folder: str | Path, part: str, kind: str, header: Mapping[str, Any]) -> Any:
+    found = find_kind(part, kind, Path(folder) / "config.json")
+    try:
+        return fill_fields(found.config, header, "config")
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise _other_weights(folder, part, kind, error) from error
+
+
+def _other_weights(folder: str | Path, part: str, kind: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"weights of '{part}' in {folder} are not those of a {kind} {part} ({error}); pass the "
+        "folder of a whole model."
+    )
+
+
 def _abstract(
     folder: str | Path, part: str, kind: str, header: Mapping[str, Any], fps: int | None
 ) -> Network:
+    config = _config(folder, part, kind, header)
     found = find_kind(part, kind, Path(folder) / "config.json")
     try:
-        config = fill_fields(found.config, header, "config")
         # Sizes that are none are refused by whatever meets them first.
         network = Network.abstract(found.network, config)
     except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
-        raise ValueError(
-            f"weights of '{part}' in {folder} are not those of a {kind} {part} ({error}); pass the "
-            "folder of a whole model."
-        ) from error
+        raise _other_weights(folder, part, kind, error) from error
     if part == "speech" and fps:
         try:
             config = config.at_fps(fps)

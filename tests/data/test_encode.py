@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -16,13 +17,14 @@ from jax_avatar.data.encode import (
 from jax_avatar.data.encoded import negative_rows, open_encoded
 from jax_avatar.data.records import ClipRecord, finish_manifest, start_manifest, write_shard
 from jax_avatar.data.windows import Windows
+from jax_avatar.models.config import strided_grid
 from jax_avatar.training.stages.flow import ForcingConfig, ForcingTask
 from jax_avatar.weights.encoders import Encoders
 
 CONFIG = EncodeConfig(clips_per_shard=2)
 
 
-def video(frames):
+def video(portrait, frames):
     """Stands for a VAE: latent 0 is the mean of frame 0, the others of four frames each."""
     pixels = np.asarray(frames)[0, :, ::8, ::8]
     later = pixels[1:].reshape(-1, 4, *pixels.shape[1:]).mean(1)
@@ -39,7 +41,9 @@ def text(prompt):
     return np.full((max(1, len(prompt) % 7), 3), len(prompt), np.float32)
 
 
-ENCODERS = Encoders(video, speech, text, 16, (2, 6), {"vae": "aa", "speech": "ss", "text": "tt"})
+HASHES = {"vae": "aa", "speech": "ss", "text": "tt"}
+GRID_OF = functools.partial(strided_grid, stride=8)
+ENCODERS = Encoders(video, speech, text, 16, (2, 6), HASHES, GRID_OF)
 
 
 def make_clip(number=0, length=13, split="train", **changes):
@@ -107,9 +111,9 @@ def test_without_known_lips_there_is_nothing_to_probe():
 def test_a_repeated_portrait_keeps_its_last_latent():
     lengths = []
 
-    def noted(frames):
+    def noted(portrait, frames):
         lengths.append(frames.shape[1])
-        return video(frames)
+        return video(portrait, frames)
 
     encoders = dataclasses.replace(ENCODERS, video=noted)
     clip = encode_clip(make_clip(), encoders, EncodeConfig(reference_repeats=5))
@@ -198,8 +202,11 @@ def test_a_folder_without_clips_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"wave": np.zeros(0, np.int16)}, "clip x has no sound"),
-        ({"fps": 25}, "clip x has 25 frames per second of 32x32 pixels; expected 16"),
-        ({"frames": np.zeros((13, 32, 24, 3), np.uint8)}, "24x32 pixels; expected 16 and sides"),
+        ({"fps": 25}, "clip x has 25 frames per second; expected 16"),
+        (
+            {"frames": np.zeros((13, 32, 24, 3), np.uint8)},
+            r"clip x: 32\*24 pixels: sides must be multiples of 16",
+        ),
     ],
 )
 def test_clips_that_cannot_be_encoded_are_named(changes, message):
@@ -208,7 +215,7 @@ def test_clips_that_cannot_be_encoded_are_named(changes, message):
 
 
 def test_a_network_that_makes_nan_is_noticed_while_encoding():
-    broken = dataclasses.replace(ENCODERS, video=lambda frames: video(frames) * np.nan)
+    broken = dataclasses.replace(ENCODERS, video=lambda *clip: video(*clip) * np.nan)
     with pytest.raises(ValueError, match="clip x: latent holds values that are not numbers"):
         encode_clip(make_clip(), broken, CONFIG, source="x")
 

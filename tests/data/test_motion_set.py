@@ -32,6 +32,7 @@ from jax_avatar.data.windows import Windows
 from jax_avatar.models.network import Network
 from jax_avatar.models.vae.anchored import AnchoredVAE, AnchoredVAEConfig
 from jax_avatar.portraits.framing import Framing
+from jax_avatar.testing import ANCHORED
 from jax_avatar.training.stages.anchored_basis import fit_code
 from jax_avatar.weights.encoders import Encoders
 from jax_avatar.weights.files import save_weights
@@ -96,7 +97,7 @@ def encoders():
         return np.tile(np.arange(frames, dtype=np.float32)[None, None, :, None, None], (2, 3))
 
     hashes = {"vae": "", "speech": "s"}
-    same = {"video": np.asarray, "text": None}
+    same = {"video": np.asarray, "text": None, "latent_grid": ANCHORED.latent_grid}
     return Encoders(speech=hear, fps=FPS, states=(2, 3), hashes=hashes, **same)
 
 

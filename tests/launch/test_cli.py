@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 
+from jax_avatar.models.vae.light import LightVAEConfig
+from jax_avatar.testing import ANCHORED
+from jax_avatar.weights.files import save_weights
+from jax_avatar.weights.settings import StreamSettings
 from launch import cli
 from launch.cli import check_finite, finite, outlive_readers, refuse_input_as_output
 from launch.common import frame_size, keep_compiled
@@ -209,7 +214,25 @@ def test_sizes_that_are_none_are_refused(size):
         max_area, size, multiple = 64 * 64, None, 64
 
     with pytest.raises(ValueError, match=r"expected HEIGHT\*WIDTH"):
-        frame_size(AnySize, (64, 64, 3), size)
+        frame_size("", AnySize, (64, 64, 3), size)
+
+
+@pytest.mark.parametrize("vae", [ANCHORED, LightVAEConfig()], ids=["anchored", "light"])
+def test_a_model_makes_all_sizes_that_have_its_latents(vae, tmp_path):
+    save_weights(tmp_path, "vae", {"w": np.zeros(1, np.float32)}, vae.to_dict())
+    settings = StreamSettings(fps=25, size=(128, 128), sigmas=(1.0, 0.0))
+
+    def size(asked):
+        return frame_size(tmp_path, settings, (64, 96, 3), asked)
+
+    assert size(None) == size("128*128") == (128, 128)
+    with pytest.raises(ValueError, match=r"--size: 90\*90 pixels: .*(128|multiples of 16)"):
+        size("90*90")
+    if vae is ANCHORED:
+        assert size("192*192") == (192, 192)
+        return
+    with pytest.raises(ValueError, match=r"192\*192: this model makes 128\*128 only"):
+        size("192*192")
 
 
 def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):

@@ -26,7 +26,10 @@ conditions = tests_in("models/test_conditions")
 
 models = tests_in("weights/test_folder")
 streams = tests_in("streaming/test_streams")
+anchored = tests_in("models/test_anchored_vae")
 commands = tests_in("launch/test_stream")
+commands_in_general = tests_in("launch/test_cli")
+streamed = tests_in("streaming/test_anchored")
 
 BROKEN = encoded("records_with_nan_without_sound_or_out_of_step_are_refused")
 CLIPS = encoding("clips_that_cannot_be_encoded_are_named")
@@ -34,6 +37,7 @@ DAMAGED = encoded("a_damaged_set_is_refused")
 DIVIDE = mesh("what_does_not_divide_is_named")
 UNLIKE = models("a_stream_unlike_the_training_is_refused_unless_it_is_forced")
 FPS = tests_in("training/stages/test_fps")
+WRONG_SIZES = streamed("sizes_that_the_vae_does_not_make_are_refused")
 FIT = latents("clips_that_do_not_fit_the_model_are_named")
 
 # fmt: off
@@ -54,7 +58,9 @@ INPUTS = tuple(Mistake("input", *row) for row in (
      "if fps != self.fps:", "if False:",
      FPS("a_speech_encoder_that_was_trained_for_a_rate_keeps_it")),
     ("a clip of another rate than the speech encoder's is encoded", "data/encode.py",
-     "if clip.fps != encoders.fps or height", "if height", CLIPS),
+     "if clip.fps != encoders.fps:", "if False:", CLIPS),
+    ("a clip of another size than the VAE's is encoded", "data/encode.py",
+     "grid = encoders.latent_grid(height, width)", "grid = (4, 4)", CLIPS),
     ("data of another rate than the speech encoder's are encoded", "data/encode.py",
      "if fps != expected:", "if False:",
      encoding("the_rate_of_data_and_encoder_must_agree")),
@@ -246,5 +252,25 @@ INPUTS = tuple(Mistake("input", *row) for row in (
     ("the pose input is zeros where it is the portrait", "models/conditions.py",
      'if rule == "reference":', "if False:",
      conditions("the_pose_is_the_portrait_or_zeros_of_its_own_channels[numpy]")),
+    ("a model makes pictures of any size", "launch/common.py",
+     "if vae.latent_grid(height, width) == vae.latent_grid(*settings.size):", "if True:",
+     commands_in_general("a_model_makes_all_sizes_that_have_its_latents[light]")),
+    ("a session takes a portrait of any size", "streaming/session.py",
+     "model.vae.config.latent_grid(*portrait.shape[2:4])", "()", WRONG_SIZES),
+    ("a model's size is not compared with its VAE", "weights/folder.py",
+     "vae.latent_grid(*model.settings.size)", "()", WRONG_SIZES),
+    ("a still portrait has a motion of its own", "models/vae/anchored.py",
+     "return jnp.repeat(self.encode(portrait), latents, 1)",
+     "return super().encode_still(portrait, latents)",
+     anchored("a_portrait_that_stands_still_has_the_latent_of_no_motion")),
+    ("motion is read against the first frame", "models/vae/anchored.py",
+     "self.encode(jnp.concatenate([portrait[:, None], video[:, 1:]], 1))", "self.encode(video)",
+     anchored("a_portrait_that_stands_still_has_the_latent_of_no_motion")),
+    ("a stream keeps the first portrait", "streaming/session.py",
+     "conditions = None if portrait is None else self._conditions(portrait, text)",
+     "conditions = None", streamed("another_portrait_moves_alike")),
+    ("the prepared portrait is copied with every piece", "streaming/decode.py",
+     "jax.jit(following, donate_argnums=1)", "jax.jit(following)",
+     streamed("the_state_stays_where_it_is_from_piece_to_piece")),
 ))
 # fmt: on

@@ -452,7 +452,7 @@ INVARIANTS = (
             latents("features_made_in_training_are_those_of_the_whole_wave")),
     Mistake(20, "an exported model streams at the converted folder's rate",
             "training/stages/build.py",
-            '"fps": settings["fps"],\n        **(sides', "**(sides",
+            '"fps": settings["fps"],\n        **_size_of', "**_size_of",
             fps("a_model_converted_for_25_frames_is_trained_and_exported_at_16")),
     Mistake(20, "the speech encoder keeps the rate that it is stored with",
             "models/speech/wav2vec2.py",

@@ -115,7 +115,9 @@ def test_a_network_alone_is_known_by_its_fields_and_exported_by_its_kind(folder,
     export_model(out, folder, dit.params, dit.config, {}, stream={"fps": 16}, others=others)
     assert load_model(out).settings == load_settings(folder)
     save_weights(alone, "vae", {"w": np.ones(2, np.float32)}, {"nose": 1})
-    with pytest.raises(ValueError, match=f"vae in {alone} is none of light, wan; pass the folder"):
+    with pytest.raises(
+        ValueError, match=f"vae in {alone} is none of light, wan, anchored; pass the folder"
+    ):
         kind_of(alone, "vae")
 
 

@@ -42,7 +42,7 @@ from jax_avatar.weights.encoders import Encoders
 from jax_avatar.weights.files import load_header
 from jax_avatar.weights.folder import export_model, load_settings
 from jax_avatar.weights.kinds import KINDS
-from jax_avatar.weights.networks import read_dit
+from jax_avatar.weights.networks import network_config, read_dit
 from jax_avatar.weights.settings import read_config
 
 __all__ = [
@@ -58,7 +58,6 @@ HELD_OUT = "held_out_person"
 """Clips that are evaluated and validated on during training."""
 
 _logger = logging.getLogger(__name__)
-_STRIDE = 8  # pixels per latent cell, of both kinds of VAE
 _STABLE_BATCH, _SMALL_NETWORK = 32, 50_000_000  # clips per update; weights
 _FLOW = {"weights": StageWeights, "model": DiTConfig, "task": ForcingConfig}
 _SECTIONS: dict[str, dict[str, Any]] = {
@@ -266,10 +265,9 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
 
     clips = load_latents(encoders, "train")
     check_fit(clips, model, task.latents, motion=task.motion_latents, fps=settings["fps"])
-    sides = {"size": [_STRIDE * side for side in clips.grid]}
     stream = {
         "fps": settings["fps"],
-        **(sides if streamed.size else {}),
+        **_size_of(clips.grid, streamed.size, weights.folder("vae")),
         **task.sampling(),
     }
     if task.motion_latents:
@@ -298,6 +296,25 @@ def _flow(settings, weights, model, task, sampler=None) -> Task:
         name=settings["stage"],
         files=ForcingFiles(start, functools.partial(held_out_clips, encoders), stream, export),
     )
+
+
+def _size_of(
+    grid: tuple[int, int], size: tuple[int, int] | None, folder: str
+) -> dict[str, list[int]]:
+    """Stream setting of the size of clips, if the model is made for one.
+
+    Args:
+        grid: latent rows and columns of the clips.
+        size: that the model streams.
+        folder: of the VAE, for which pictures of many sizes may have the same latents.
+    """
+    if size is None:
+        return {}
+    try:
+        made = network_config(folder, "vae").latent_grid(*size)
+    except ValueError as error:
+        raise ValueError(f"stream.size of the model, with the VAE in {folder}: {error}") from None
+    return {"size": [s * g // m for s, g, m in zip(size, grid, made, strict=True)]}
 
 
 def _dmd(settings, weights, model, rollout, task) -> Task:

@@ -41,7 +41,7 @@ from jax_avatar.training.stages.task import OnClips, Task
 from jax_avatar.training.stages.validation import LEVELS_SEED, FlowValidation
 from jax_avatar.weights.folder import export_model, load_settings
 from jax_avatar.weights.kinds import KINDS
-from jax_avatar.weights.networks import read_adapter, read_dit
+from jax_avatar.weights.networks import network_config, read_adapter, read_dit
 from jax_avatar.weights.settings import read_config
 
 __all__ = ["DistillTask", "DistillWeights"]
@@ -131,7 +131,7 @@ class DistillTask(OnClips, Task):
             model,
             settings.latents,
             fps=fps,
-            grid=(size[0] // 8, size[1] // 8) if size else None,
+            grid=network_config(weights.model, "vae").latent_grid(*size) if size else None,
         )
         if model.weights:
             raise ValueError(
