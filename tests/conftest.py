@@ -20,3 +20,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_CACHE_DIR", ".jax_cache"))
 shortest = float(os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.5))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than cores: tests of servers, pages and processes wait a quarter of the time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores + 1
