@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jax_avatar.evaluation.scores import interval
+from jax_avatar.evaluation.tables import table
 from jax_avatar.models.vae.anchored import GROUP, AnchoredVAEConfig
 
 __all__ = ["BLINK", "curves_of", "frechet", "groups_of", "motion_rows", "motion_scores"]
@@ -147,10 +148,7 @@ def frechet(
 
 def motion_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Lines of a Markdown table, one row each for what `motion_scores` returned, by name."""
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, scores in rows.items():
-        lines.append(f"| {name} | " + " | ".join(_cell(scores, key) for key in COLUMNS) + " |")
-    return lines
+    return table(rows, COLUMNS, _cell)
 
 
 def _cell(scores: Mapping[str, Any], key: str) -> str:

@@ -1,11 +1,11 @@
 """Scores as rows of a table: values of all clips, and how far other clips would move them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax_avatar.evaluation.scores import Measures, interval, summarise
 
-__all__ = ["COLUMNS", "rows_of", "scored"]
+__all__ = ["COLUMNS", "rows_of", "scored", "table"]
 
 COLUMNS = {
     "lip_r": "lip r",
@@ -34,9 +34,24 @@ def scored(measures: Measures, *, seed: int = 0) -> dict[str, Any]:
 
 def rows_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Lines of a Markdown table, one row each for what `scored` returned, by name."""
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    return table(rows, COLUMNS, _cell)
+
+
+def table(
+    rows: Mapping[str, Mapping[str, Any]],
+    columns: Mapping[str, str],
+    cell: Callable[[Mapping[str, Any], str], str],
+) -> list[str]:
+    """Lines of a Markdown table.
+
+    Args:
+        rows: name -> scores.
+        columns: name of a score -> title.
+        cell: text of a row's scores in a column.
+    """
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in rows.items():
-        lines.append(f"| {name} | " + " | ".join(_cell(scores, key) for key in COLUMNS) + " |")
+        lines.append(f"| {name} | " + " | ".join(cell(scores, key) for key in columns) + " |")
     return lines
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from configs.wan_s2v_14b import get_config
 from conversion import wan_dit, wan_vae
-from conversion.cases_tables import manifest_shapes
+from conversion.cases_manifests import manifest_shapes
 from conversion.rules import check
 from jax_avatar.diffusion.schedule import euler_schedule
 from jax_avatar.io.image import fit_size
