@@ -7,6 +7,7 @@ __all__ = ["CONVERSATION"]
 agent = tests_in("dialogue/test_agent")
 answers = tests_in("dialogue/test_answers")
 chat = tests_in("dialogue/test_chat")
+driver = tests_in("dialogue/test_driver")
 hearing = tests_in("dialogue/test_hearing")
 voice = tests_in("dialogue/test_tts")
 
@@ -56,5 +57,14 @@ CONVERSATION = tuple(Mistake("talk", *row) for row in (
     ("weights of any origin are loaded", "dialogue/packages.py",
      "    if found != _KNOWN.get(path.name):\n", "    if False:\n",
      voice("weights_that_nobody_knows_are_refused")),
+    ("an answer that is not wanted goes on", "dialogue/driver.py",
+     "                    self._thinking.cancel()\n", "                    pass\n",
+     driver("a_voice_interrupts_and_the_sound_stops")),
+    ("a sentence is spoken after an interrupt", "dialogue/driver.py",
+     "                if before != self._num_silenced:\n", "                if False:\n",
+     driver("a_hundred_interrupts_leave_nothing_behind")),
+    ("the client is told what broke inside", "dialogue/driver.py",
+     "isinstance(error, (ValueError, *said))", "isinstance(error, Exception)",
+     driver("a_mind_that_fails_is_told_once_and_it_listens_again")),
 ))
 # fmt: on
