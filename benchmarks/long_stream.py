@@ -33,8 +33,9 @@ from benchmarks.common import (
     resident_mib,
     slope,
 )
-from jax_avatar.io.image import load_image, prepare_reference
+from jax_avatar.io.image import load_image
 from jax_avatar.layout import parse_layout
+from jax_avatar.portraits.view import PortraitView
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.session import AvatarSession, num_slices
 from jax_avatar.weights.folder import SMALL
@@ -260,7 +261,8 @@ def main(argv=None) -> dict:
     layout = stream_layout(model.settings, arguments.mesh)
     if arguments.image:
         size = model.settings.size or (384, 704)
-        portrait = prepare_reference(load_image(arguments.image), *size, cover=True)
+        view = PortraitView(model.settings.framing)
+        portrait = view.portrait(load_image(arguments.image), size).reference
     else:
         portrait = random_portrait(model)
     session = AvatarSession(model, portrait, layout, seed=arguments.seed)

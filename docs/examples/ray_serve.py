@@ -38,28 +38,28 @@ def parse_arguments() -> argparse.Namespace:
 def build_app(mesh: str, checkpoint: str, sessions: int):
     """The application of one replica, compiled and warm; runs in the replica's process."""
     os.environ.setdefault("NPROC", "16")  # as in launch/serve.py
-    from jax_avatar.io.image import load_image, prepare_reference
+    from jax_avatar.io.image import load_image
+    from jax_avatar.portraits.view import PortraitView
     from jax_avatar.serving.app import make_app
     from jax_avatar.serving.pool import SessionPool
     from jax_avatar.serving.server_state import ServerState
     from jax_avatar.streaming.plan import stream_layout
     from jax_avatar.streaming.session import AvatarSession, num_slices
     from jax_avatar.weights.folder import load_model, load_settings
-    from launch.common import frame_size, prepare_jax
+    from launch.common import prepare_jax, prepare_portrait
 
-    image = load_image(SMALL.parent / "portraits" / "amara.png")
+    path = SMALL.parent / "portraits" / "amara.png"
+    image = load_image(path)
     settings = load_settings(checkpoint)
     layout = stream_layout(settings, mesh)
-    portrait = prepare_reference(
-        image, *frame_size(checkpoint, settings, image.shape, None), cover=True
-    )
+    portrait = prepare_portrait(str(path), image, checkpoint, settings, None).reference
     prepare_jax(num_slices(layout))
     model = load_model(checkpoint)
     pool = SessionPool(
         lambda shared: AvatarSession(shared or model, portrait, layout), most=sessions
     )
     pool.open()
-    return make_app(ServerState(pool, image))
+    return make_app(ServerState(pool, image, PortraitView(settings.framing)))
 
 
 def main() -> None:

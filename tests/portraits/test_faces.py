@@ -9,7 +9,7 @@ from conversion.faces import inputs
 from jax_avatar.io.image import load_image, prepare_reference
 from jax_avatar.pixels import from_uint8, to_uint8
 from jax_avatar.portraits import networks
-from jax_avatar.portraits.faces import face_missing, find_faces
+from jax_avatar.portraits.faces import face_missing, find_faces, track_face
 from jax_avatar.portraits.framing import Framing, sample
 
 PORTRAITS = Path(__file__).parents[2] / "jax_avatar" / "assets" / "portraits"
@@ -83,6 +83,15 @@ def test_landmarks_turn_and_grow_with_the_picture(amara):
         (turned,) = find_faces(sample(amara, framing, 320))
         error = framing.inverse(turned.points[:, :2] / 320) - face.points[:, :2]
         assert np.linalg.norm(error, axis=-1).mean() < 0.008 * face.width
+
+
+def test_a_face_is_followed_from_frame_to_frame(amara):
+    moved = np.roll(amara, (6, 12), (0, 1))
+    still, shifted, gone, back = track_face(np.stack([amara, moved, np.full_like(amara, 9), amara]))
+    assert gone is None and still is not None and shifted is not None and back is not None
+    off = shifted.points[:, :2] - still.points[:, :2]
+    np.testing.assert_allclose(off.mean(0), (12, 6), atol=0.5)
+    assert np.abs(back.points - still.points).mean() < 0.5
 
 
 @pytest.mark.parametrize("name", ["grey", "noise", "gradient", "beside"])
