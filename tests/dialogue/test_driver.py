@@ -266,7 +266,10 @@ def test_a_hundred_interrupts_leave_nothing_behind():
             await talk.until(State.IDLE)
             assert len(talk.dialogue._tasks) == 2  # voice and prompts, which always run
             assert talk.dialogue.agent.number == 100
-            assert set(pushed) == {State.THINKING, State.SPEAKING}  # nothing after its turn
+            assert pushed and set(pushed) <= {
+                State.THINKING,
+                State.SPEAKING,
+            }  # nothing after its turn
             talk.messages()
             talk.dialogue.type("Hello")
             await talk.until(State.SPEAKING)
