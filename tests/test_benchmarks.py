@@ -18,10 +18,12 @@ from benchmarks import (
     loader,
     long_stream,
     overlap,
+    phone_timing,
     stream,
 )
 from benchmarks.gpu import small_128
 from configs.sizes import SMALL_MODEL
+from jax_avatar.data.talking_people import voices
 from jax_avatar.layout import parse_layout
 from jax_avatar.models.dit import DiT
 from jax_avatar.streaming.session import AvatarSession
@@ -232,3 +234,12 @@ def test_the_loader_tells_windows_per_second_and_the_cpu_time_it_takes():
     first, second = record["rows"]
     assert first["workers"] == 0 and first["ratio"] == 1 and record["latents"] == 3
     assert second["windows_per_s"] > 0 and first["own_cpu_ms_per_window"] > 0
+
+
+def test_natural_phones_begin_with_their_sounds():
+    for package in ("hibari", "onnx"):
+        pytest.importorskip(package)
+    rng = np.random.default_rng(0)
+    texts = ("Every apple is awful.", "I ate all eggs, and Emma asked, again, if it is over.")
+    found = phone_timing.summary("hibari", [voices.hibari(text, "heart", rng) for text in texts])
+    assert abs(found["kinds"]["vowel after pause"]["median_ms"]) < 20

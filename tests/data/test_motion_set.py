@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("numba")
 
-from benchmarks.phone_timing import summary
 from jax_avatar.data import motion_set
 from jax_avatar.data.encoded import decode_encoded, encode_encoded
 from jax_avatar.data.latents import load_encoded
@@ -271,6 +270,8 @@ def test_splits_share_neither_sentences_nor_held_out_voices(spoken):
     said = {split: Utterances(AMOUNTS, spoken, split) for split in SPLITS}
     for held_out in SPLITS[1:]:
         assert said["train"].texts().isdisjoint(said[held_out].texts())
+    for split, one in said.items():
+        assert {utterances.is_held_out(text) for text in one.texts()} == {split != "train"}
     assert said["train"].voices == said["held_out_person"].voices == ("flite/high", "flite/low")
     assert said["held_out_voice"].voices == ("flite/other",)
     again = Utterances(AMOUNTS, spoken, "train")
@@ -336,15 +337,6 @@ def test_symbols_with_lengths_become_phones():
     assert [p.start_s for p in phones] == pytest.approx(starts)
     assert [p.end_s for p in phones] == pytest.approx([*starts[1:], 2.4])
     assert words == pytest.approx([1.1, 1.3, 1.8])
-
-
-def test_natural_phones_begin_with_their_sounds():
-    for package in ("hibari", "onnx"):
-        pytest.importorskip(package)
-    rng = np.random.default_rng(0)
-    texts = ("Every apple is awful.", "I ate all eggs, and Emma asked, again, if it is over.")
-    found = summary("hibari", [voices.hibari(text, "heart", rng) for text in texts])
-    assert abs(found["kinds"]["vowel after pause"]["median_ms"]) < 20
 
 
 def test_missing_voices_are_named(monkeypatch):
