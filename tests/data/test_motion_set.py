@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import sys
+import types
 
 import jax
 import numpy as np
@@ -337,6 +338,44 @@ def test_symbols_with_lengths_become_phones():
     assert [p.start_s for p in phones] == pytest.approx(starts)
     assert [p.end_s for p in phones] == pytest.approx([*starts[1:], 2.4])
     assert words == pytest.approx([1.1, 1.3, 1.8])
+
+
+@pytest.fixture
+def two_networks(monkeypatch):
+    """Networks that say a in every one of 40 frames of 25 ms, and a pronunciation."""
+
+    class Pronunciation:
+        vocab = {"a": 1}
+        phonemize = staticmethod(lambda text: [text])
+        ids = staticmethod(lambda symbols: [0, *(1 for _ in symbols), 0])
+
+    class Network:
+        def run(self, names, feed):
+            lengths = np.full(len(feed.get("ids", feed.get("tokens"))[0]), 10.0)
+            wave = np.ones(int(lengths.sum()) * 600, np.float32)
+            return wave[None], lengths
+
+    dsp = types.SimpleNamespace(synth=lambda wave, rng: wave)
+    monkeypatch.setitem(sys.modules, "hibari", types.SimpleNamespace(dsp=dsp))
+    for name in ("_hibari_network", "_kokoro_network"):
+        monkeypatch.setattr(voices, name, Network)
+    monkeypatch.setattr(voices, "_speaker", Pronunciation)
+    monkeypatch.setattr(voices, "_styles", lambda: {n: np.zeros((510, 256)) for n in STYLES})
+
+
+KINDS = dict(utterances.SYNTHESISERS)  # others are there while utterances are made here
+STYLES = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro", "jm_kumo")
+
+
+@pytest.mark.parametrize(("kind", "earlier"), [("hibari", 0.045), ("kokoro", 0.052)])
+def test_natural_phones_are_moved_to_where_the_sound_is(two_networks, kind, earlier):
+    for voice in (*KINDS[kind].voices, *KINDS[kind].held_out):
+        said = KINDS[kind].speak("aa", voice, np.random.default_rng(0))
+        assert said.duration_s == pytest.approx(1.0)
+        assert [p.name for p in said.phones] == ["pau", "aa", "aa", "pau"]
+        ends = [0.25 - earlier, 0.5 - earlier, 0.75 - earlier, 1.0]
+        assert [p.end_s for p in said.phones] == pytest.approx(ends)
+        assert [p.start_s for p in said.phones] == pytest.approx([0, *ends[:3]])
 
 
 def test_missing_voices_are_named(monkeypatch):

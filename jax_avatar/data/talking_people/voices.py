@@ -140,7 +140,7 @@ def kokoro(text: str, voice: str, rng: np.random.Generator, speed: float = 1.0) 
         }
         wave, lengths = _kokoro_network().run(None, feed)
         parts.append((wave.ravel(), _known(symbols), lengths.ravel() * _FRAME_S))
-    return _utterance(parts, text, voice, _EARLIER_S["kokoro", "phones_of"])
+    return _utterance(parts, text, voice, _EARLIER_S["kokoro"])
 
 
 def _utterance(
