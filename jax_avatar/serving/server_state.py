@@ -25,7 +25,7 @@ class Connection:
     Attributes:
         protocol: transport, one of `PROTOCOLS`.
         live: its session.
-        warn_of_drain: tells the client that the server stops in so many seconds.
+        warn_of_drain: warns the client that the server stops in so many seconds.
     """
 
     protocol: str

@@ -9,6 +9,7 @@ loader = tests_in("training/run/test_loader")
 loggers = tests_in("training/run/test_loggers")
 loop = tests_in("training/run/test_loop")
 norms = tests_in("training/run/test_norms")
+pixels = tests_in("test_pixels")
 statistics = tests_in("data/test_statistics")
 train = tests_in("launch/test_train")
 videos = tests_in("data/test_videos")
@@ -101,5 +102,10 @@ OPERATIONS = tuple(Mistake("run", *row) for row in (
      "step >= self._range[1]", "step > self._range[1]", TRACED),
     ("a trace may go beyond the run", "training/run/step.py",
      "traced[1] > self.num_steps", "False", clock("a_range_that_cannot_be_traced_is_named")),
+    ("pixels are cut off instead of rounded", "pixels.py",
+     "* 127.5).round()", "* 127.5)", pixels("all_pixels_survive_the_range_of_the_networks")),
+    ("PSNR is of the whole picture wherever it is asked for", "pixels.py",
+     "(error * where).sum((1, 2)) / where.sum((1, 2))", "error.mean((1, 2))",
+     pixels("psnr_counts_squared_errors_where_it_is_told_to")),
 ))
 # fmt: on

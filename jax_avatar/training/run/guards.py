@@ -181,7 +181,7 @@ def check_skips(rows: Iterable[Mapping[str, Any]], step: int) -> None:
 
 
 def find_strayed_replay(rows: Iterable[Mapping[str, Any]], step: int, limit: float) -> str:
-    """Tells of a replay that differed from its rollout, in the metrics of some steps, or "".
+    """Error of a replay that differed from its rollout, in the metrics of some steps, or "".
 
     Args:
         rows: of every step since the last look.

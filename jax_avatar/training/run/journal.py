@@ -103,7 +103,7 @@ class Journal:
             logger.write(step, values)
 
     def turn_back(self, step: int, rollbacks: int) -> None:
-        """Tells the loggers that the run went back to `step`."""
+        """Reports to the loggers that the run went back to `step`."""
         for logger in self._loggers:
             logger.turn_back(step, rollbacks)
 

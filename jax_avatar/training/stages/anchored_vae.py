@@ -26,7 +26,7 @@ from jax_avatar.data.talking_people.moved_portraits import (
 from jax_avatar.models.network import Network
 from jax_avatar.models.vae.anchored import FLOW, GROUP, SIDE, AnchoredVAE, AnchoredVAEConfig
 from jax_avatar.models.vae.warp import shrunk
-from jax_avatar.pixels import frame_psnr, from_uint8
+from jax_avatar.pixels import frame_psnr, from_uint8, to_uint8
 from jax_avatar.shapes import Scalar
 from jax_avatar.training.run.evaluation import AverageEvaluation
 from jax_avatar.training.run.step import LoopConfig
@@ -233,12 +233,12 @@ class AnchoredTask(LossTask):
         return None, fit_basis(self.model, people)
 
     def _decoded(self, params: dict[str, Any], portrait: Array, windows: Array) -> Array:
-        """Frames of one portrait from its true motion, uint8 values as floats."""
+        """Frames of one portrait from its true motion, 8 bits."""
         vae = self.network.bind(params)
         latent = vae.basis.to_latent(windows).reshape(1, -1, *self.model.latent_shape)
         ready = vae.prepare(from_uint8(portrait[None]))
         picture, _ = vae.decode_next(ready, latent)
-        return jnp.clip((picture[0] + 1) * 127.5, 0, 255)
+        return to_uint8(picture[0])
 
     def _importance(self, boxes: Float[Array, "f 3 4"], side: int) -> Float[Array, "f h w 1"]:
         """Weight of pixels, 1 outside the boxes of mouth and eyes."""
