@@ -87,7 +87,7 @@ class Reference:
                 self.tensors[tensor["name"]] = self._net.get_tensor(tensor["index"])
 
     def __call__(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """Its outputs by name for `[H W 3]`."""
+        """Outputs by name for a picture `[H W 3]`."""
         self._net.set_tensor(self._net.get_input_details()[0]["index"], x[None])
         self._net.invoke()
         outputs = self._net.get_output_details()
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def golden(detector: Reference, landmarks: Reference, eye: Reference) -> dict[str, np.ndarray]:
-    """What the networks make of `inputs`; of boxes those of the surest anchors."""
+    """Outputs of the networks for `inputs`; of boxes those of the surest anchors."""
     found = [detector(2 * x - 1) for x in inputs(128)]
     scores = np.stack([out["classificators"][:, 0] for out in found])
     surest = zip(found, scores.argmax(1), strict=True)

@@ -109,7 +109,7 @@ class LatentClips:
 
     @property
     def channels(self) -> int:
-        """Of a latent."""
+        """Channels of a latent."""
         return self.latent.shape[-1]
 
     @property

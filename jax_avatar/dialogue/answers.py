@@ -38,7 +38,7 @@ def sentences(text: str, *, is_first: bool, is_closed: bool) -> Iterator[str]:
 
 
 def _end_of_sentence(text: str, *, is_first: bool) -> int | None:
-    """Where the first sentence ends; None if it may go on."""
+    """End of the first sentence; None if it may go on."""
     for i, (char, after) in enumerate(itertools.pairwise(text)):
         if char in _ENDS_ALONE or (char in _ENDS and after == " "):
             return i + 1

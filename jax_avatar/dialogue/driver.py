@@ -41,7 +41,7 @@ Call = Callable[..., Any]
 
 @runtime_checkable
 class Body(Protocol):
-    """What a conversation needs of a live session."""
+    """Interface of a live session to a conversation."""
 
     def push_audio(self, pcm: np.ndarray, sample_rate: int) -> None:
         """Adds speech to the newest segment."""
@@ -67,7 +67,7 @@ class Body(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a conversation is made of; shared by all sessions.
+    """Parts of a conversation, shared by all sessions.
 
     Attributes:
         hear: speech -> text; None for typed text only.

@@ -31,7 +31,7 @@ _KEPT = 4  # utterances that may still be asked for
 
 @dataclass(frozen=True)
 class EarSettings:
-    """What counts as an utterance.
+    """Settings of what counts as an utterance.
 
     Attributes:
         opens_at: probability of speech that begins an utterance.

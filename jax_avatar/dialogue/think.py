@@ -47,7 +47,7 @@ Raises ThinkError if no answer will come. Closing the iterator stops the work be
 
 @dataclass(frozen=True)
 class Question:
-    """How a language model is asked: instructions, and the form of its answer.
+    """Request to a language model: instructions, and the form of its answer.
 
     Attributes:
         system: instructions; "{actions}" and "{stable}" in it stand for the captions.

@@ -82,5 +82,5 @@ class MotionClips:
         return curves.reshape(self.seeds, len(self), *curves.shape[1:])
 
     def scores(self, made: Float[np.ndarray, "s b T c"]) -> dict[str, Any]:
-        """Of curves of all seeds, see `motion_scores`."""
+        """Scores of curves of all seeds, see `motion_scores`."""
         return motion_scores(made, self.truth, self.vae.config, self.fps)

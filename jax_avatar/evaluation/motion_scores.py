@@ -232,7 +232,7 @@ def _speed(curves: np.ndarray, at: slice = slice(None)) -> Float[np.ndarray, " b
 
 
 def _closures(lids: Float[np.ndarray, "*s b T"]) -> np.ndarray:
-    """How often the lids close."""
+    """Number of closures of the lids."""
     return ((lids[..., 1:] > BLINK) & (lids[..., :-1] <= BLINK)).sum(-1)
 
 

@@ -128,7 +128,7 @@ def face_missing(name: str, image: np.ndarray, portrait: np.ndarray) -> str | No
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """What the detector sees: a square of the picture, its side and its upper left corner."""
+    """View of the detector: a square of the picture, its side and its upper left corner."""
 
     pixels: Image.Image
     side: int
@@ -153,7 +153,7 @@ def _views(image: Image.Image, parts: int) -> list[_View]:
 
 
 def _starts(length: int, side: int) -> list[int]:
-    """Where parts of that side begin, half over one another; the last ends with the picture."""
+    """Starts of parts of that side, half over one another; the last ends with the picture."""
     if length <= side:
         return [-((side - length) // 2)]
     count = 1 + -(-2 * (length - side) // side)

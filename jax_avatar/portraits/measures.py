@@ -1,4 +1,4 @@
-"""How a face looks, measured: where it turns, how far eyes and mouth are open."""
+"""Measures of a face: turn of the head, opening of eyes and mouth."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""How a picture becomes the portrait of a stream, and the stream's frames the video."""
+"""From a picture to the portrait of a stream, and from its frames to the video."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ class ShownPortrait:
 
 @dataclasses.dataclass(frozen=True)
 class PortraitView:
-    """What of a picture a stream shows.
+    """Part of a picture that a stream shows.
 
     Attributes:
         framing: of the model, see `StreamSettings`: "face" or "picture".

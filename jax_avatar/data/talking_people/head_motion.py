@@ -1,4 +1,4 @@
-"""What moves in a face, frame by frame, as numbers that a portrait's pixels can be moved by.
+"""Motion of a face, frame by frame, as curves that a portrait's pixels can be moved by.
 
 A frame is described against its portrait: face units as they are, the turn of the head and the
 place of the face in the picture as differences. All of it is in the framing that `Framing`
@@ -99,7 +99,7 @@ def _bridge() -> np.ndarray:
 
 
 def eyes_and_mouth(person: Person, vertices: Float[np.ndarray, "v 3"]) -> Float[np.ndarray, "3 2"]:
-    """Where the renderer shows eyes and mouth, in widths of its picture."""
+    """Places of eyes and mouth in the renderer's picture, in its widths."""
     xy, _ = project(person, vertices, 1)
     parts = (person.left_eye, person.right_eye, mesh_lib.load_face_mesh().lips)
     points = np.stack([xy[part].mean(0) for part in parts]).astype(np.float64)

@@ -246,7 +246,7 @@ class _Drawing:
         return np.where(t < 0, np.inf, found)
 
     def flow_to(self, portrait: "_Drawing") -> tuple[np.ndarray, np.ndarray]:
-        """Where each cell's surface lies in the portrait, and whether it shows there."""
+        """Place of each cell's surface in the portrait, and whether it shows there."""
         fine, step = self.fine, self.fine // FLOW_SIDE
         corner, weight, is_bare = self._cells()
         at = (np.arange(FLOW_SIDE) * step + step // 2 + 0.5) / fine

@@ -1,4 +1,4 @@
-"""What the motion of a speaker follows: syllables and their stress, phrases, loudness.
+"""Prosody that the motion of a speaker follows: syllables, stress, phrases, loudness.
 
 wave, phones -> vowels: energy, length, pitch -> stress
              -> pauses -> phrases
@@ -93,7 +93,7 @@ def _pitch(wave: np.ndarray, middle_s: float) -> float:
 
 
 def _standard(x: np.ndarray) -> np.ndarray:
-    """Without unit, the unknown in the middle, outliers cut."""
+    """Standardised values: unknown ones in the middle, outliers cut."""
     known = x[np.isfinite(x)]
     if len(known) < 2:
         return np.zeros(len(x))

@@ -25,7 +25,7 @@ _FOLLOW = 0.7  # share of the head's turn that the eyes make up for
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How lively a person is.
+    """Liveliness of a person's motion.
 
     Attributes:
         nod: radians of a nod on a stressed syllable.
@@ -292,7 +292,7 @@ def _gaze(
 
 
 def _aversion(rng: np.random.Generator) -> np.ndarray:
-    """Where one looks who thinks: to a side, and up rather than down."""
+    """Direction of the gaze in thought: to a side, and up rather than down."""
     right = rng.choice([-1, 1]) * rng.uniform(0.1, 0.35)
     return np.array([right, rng.normal(-0.03, 0.08)])
 

@@ -38,7 +38,7 @@ _QUIET_PAUSE = (3.0, 9.0)
 
 @dataclasses.dataclass(frozen=True)
 class TrackConfig:
-    """What tracks are like.
+    """Settings of tracks.
 
     Attributes:
         seconds: length, rounded to whole latents.
@@ -98,7 +98,7 @@ class Track:
 
 @runtime_checkable
 class Speakers(Protocol):
-    """Where the speech of tracks comes from."""
+    """Sources of the speech of tracks."""
 
     def draw_voice(self, rng: np.random.Generator) -> str:
         """A voice, as `number_of` knows it."""

@@ -109,7 +109,7 @@ class UtterancesJob:
 
     @property
     def path(self) -> Path:
-        """Of the file, once it is whole."""
+        """Path of the file, once it is whole."""
         name = f"{self.synthesiser}-{self.split}-{self.number:03}-of-{self.count:02}.npz"
         return Path(self.folder) / name
 

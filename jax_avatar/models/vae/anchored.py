@@ -147,7 +147,7 @@ class AnchoredVAEConfig:
 
     @property
     def pose_slice(self) -> slice:
-        """Where the head's turn and place stand among the curves."""
+        """Position of the head's turn and place among the curves."""
         first = self.curves.index("yaw")
         return slice(first, first + _POSE)
 

@@ -49,7 +49,7 @@ def moved(
     weight: Float[Array, "f h w 1"],
     head: HeadShape,
 ) -> Float[Array, "f h w 2"]:
-    """Where points of the portrait are in frames.
+    """Positions in frames of points of the portrait.
 
     Args:
         pose: yaw, pitch, roll in radians, against the portrait; how far the bridge of the nose
@@ -76,7 +76,7 @@ def moved(
 
 
 def source(pose: Float[Array, "f 6"], head: HeadShape) -> Places:
-    """Where in the portrait the surface lies that frames show: the inverse of `moved`.
+    """Positions in the portrait of the surface that frames show: the inverse of `moved`.
 
     Args:
         pose: of `f = b * T` frames, those of a portrait one after the other.

@@ -461,7 +461,7 @@ def _conv2d(
 
 
 def _interleave(x: Array) -> Array:
-    """Both halves of the channels become frames of their own, one after the other."""
+    """Frames of both halves of the channels, one after the other."""
     return rearrange(x, "b t h w (two c) -> b (t two) h w c", two=2)
 
 
