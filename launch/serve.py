@@ -28,7 +28,9 @@ from launch.cli import say
 from launch.common import log_warnings, prepare_jax, prepare_portrait
 
 with cli.needs_extra("serve"):
-    from jax_avatar.dialogue.tts import find_speech
+    from jax_avatar.dialogue.demo_brain import DEMO
+    from jax_avatar.dialogue.driver import Parts
+    from jax_avatar.dialogue.tts import Speak, find_speech
     from jax_avatar.serving.pool import SessionPool
     from jax_avatar.serving.server import serve
     from jax_avatar.serving.server_state import ServerState
@@ -51,9 +53,29 @@ flags.DEFINE_string("token", None, "that clients must know; made up for a public
 flags.DEFINE_integer("sessions", 16, "at most, however many would fit", lower_bound=1)
 flags.DEFINE_string(
     "tts",
-    "flite",
-    "speaks typed text: flite, or MODULE:NAME of text -> (samples, rate); empty: none",
+    "auto",
+    "speaks: hibari, flite, auto (the first that is installed), the address of an "
+    "OpenAI-compatible endpoint (its key in TTS_API_KEY), or MODULE:NAME of text -> (samples, "
+    "rate); empty: none",
 )
+flags.DEFINE_string("tts_model", "", "model at the address of --tts")
+flags.DEFINE_string("tts_voice", "", "voice at the address of --tts")
+flags.DEFINE_bool("talk", False, "the avatar listens and answers by itself")
+flags.DEFINE_string(
+    "llm",
+    DEMO,
+    "answers: demo (scripted, no model), the address of an OpenAI-compatible endpoint (its key in "
+    "LLM_API_KEY), or a GGUF file",
+)
+flags.DEFINE_string("llm_model", "", "model at the address of --llm")
+flags.DEFINE_string("llm_system", "", "file with instructions in place of the embedded ones")
+flags.DEFINE_string(
+    "asr",
+    "whisper",
+    "hears: whisper, the address of an OpenAI-compatible endpoint (its key in ASR_API_KEY), or "
+    "MODULE:NAME of samples at 16 kHz -> text; empty: typed text only",
+)
+flags.DEFINE_string("asr_model", "", "model at the address of --asr")
 flags.DEFINE_bool("watermark", True, "mark every frame as generated, invisibly")
 flags.DEFINE_float("idle_s", 300.0, "seconds without a message until a session is ended")
 flags.DEFINE_float("drain_s", 30.0, "seconds that sessions may go on after SIGTERM")
@@ -89,6 +111,51 @@ def make_pool(image) -> SessionPool:
     return SessionPool(build, most=FLAGS.sessions)
 
 
+def key(name: str) -> str:
+    """Access token of an endpoint, from the environment."""
+    return os.environ.get(name, "")
+
+
+def voice() -> Speak | None:
+    """The synthesiser of --tts, if there is one."""
+    with cli.needs_extra("talk"):
+        speak = find_speech(FLAGS.tts, FLAGS.tts_model, FLAGS.tts_voice, key=key("TTS_API_KEY"))
+    if FLAGS.tts and speak is None:
+        say(
+            'typed text is not spoken; that takes: pip install ".[talk]", apt-get install flite, '
+            "or --tts MODULE:NAME"
+        )
+    return speak
+
+
+def conversation(speak: Speak | None) -> Parts:
+    """Ear, mind and voice of --talk; loads their weights."""
+    if speak is None:
+        raise ValueError(
+            f"--talk takes a voice, --tts {FLAGS.tts or '(empty)'} is none; see --help."
+        )
+    with cli.needs_extra("talk"):
+        from jax_avatar.dialogue.hearing import find_hearing, silero
+        from jax_avatar.dialogue.minds import find_mind
+
+        hear = (
+            find_hearing(FLAGS.asr, FLAGS.asr_model, key=key("ASR_API_KEY")) if FLAGS.asr else None
+        )
+        detector = silero if hear else None
+        if detector:
+            detector()  # checks its weights now
+    with cli.needs_extra("gguf"):
+        think = find_mind(
+            FLAGS.llm, FLAGS.llm_model, key=key("LLM_API_KEY"), system=FLAGS.llm_system
+        )
+    if FLAGS.llm == DEMO:
+        say(
+            "answers come from the demo brain, a script; docs/interactive.md tells how to connect "
+            "a language model"
+        )
+    return Parts(hear, detector, think, speak)
+
+
 def ice_servers() -> tuple[str, ...]:
     """ICE servers of --ice, each checked."""
     if FLAGS.ice:
@@ -110,9 +177,8 @@ def run() -> None:
     token = FLAGS.token
     if token is None:
         token = "" if FLAGS.host in _LOCAL else secrets.token_urlsafe(16)
-    image, servers, speak = load_image(FLAGS.image), ice_servers(), find_speech(FLAGS.tts)
-    if FLAGS.tts and speak is None:
-        say("typed text is not spoken; that takes: apt-get install flite, or --tts MODULE:NAME")
+    image, servers, speak = load_image(FLAGS.image), ice_servers(), voice()
+    talk = conversation(speak) if FLAGS.talk else None
     encode = None
     if has_text_encoder(FLAGS.checkpoint):
         cache = FLAGS.prompt_cache or None
@@ -125,7 +191,7 @@ def run() -> None:
     state = ServerState(
         make_pool(image), image, view, token=token, live=LiveSettings(), encode_prompt=encode,
         idle_s=FLAGS.idle_s, is_marked=FLAGS.watermark,
-        speak=speak, ice_servers=servers,
+        speak=speak, talk=talk, ice_servers=servers,
     )  # fmt: skip
     say(
         f"compiling; then: http://{FLAGS.host}:{FLAGS.port}/" + (f"#token={token}" if token else "")

@@ -79,7 +79,7 @@ class AgentSettings:
     """
 
     listen_s: float = 35.0
-    hear_s: float = 5.0
+    hear_s: float = 8.0
     think_s: float = 8.5
     speak_s: float = 10.0
     play_s: float = 5.0

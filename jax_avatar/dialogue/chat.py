@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 import httpx2
 
 from jax_avatar.dialogue.answers import AnswerReader
+from jax_avatar.dialogue.packages import check_url
 from jax_avatar.dialogue.reaction import DialogueState
 from jax_avatar.dialogue.think import Question, ThinkError, Thought
 
-__all__ = ["ChatEndpoint", "ChatSettings", "check_url"]
+__all__ = ["ChatEndpoint", "ChatSettings"]
 
 _T = TypeVar("_T")
 _MOST_BYTES = 1_000_000
@@ -58,21 +59,6 @@ class _Refused(Exception):
 
 class _WrongForm(Exception):
     """The answer is not as demanded, and none of it was spoken."""
-
-
-def check_url(url: str, flag: str) -> str:
-    """Address of an endpoint without a slash at its end.
-
-    Raises:
-        ValueError: it is no http or https address.
-    """
-    try:
-        parsed = httpx2.URL(url)
-    except (httpx2.InvalidURL, ValueError, TypeError):
-        parsed = httpx2.URL()
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"{flag} {url}: expected an address such as http://localhost:8080/v1")
-    return url.rstrip("/")
 
 
 class ChatEndpoint:

@@ -16,7 +16,10 @@ from jax_avatar.dialogue.answers import sentences
 from jax_avatar.dialogue.reaction import ACTIONS, STABLE, DialogueState, Reaction
 from jax_avatar.dialogue.think import Action, Sentence, Thought
 
-__all__ = ["DemoBrain"]
+__all__ = ["DEMO", "DemoBrain"]
+
+DEMO = "demo"
+"""Its name among minds."""
 
 _COMMANDS = (  # in this order; a person's left is on the right of the picture
     ("look_right", r"\b(?:your|you're) left\b"),

@@ -21,8 +21,7 @@ from jaxtyping import Float
 
 from jax_avatar.dialogue import agent
 from jax_avatar.dialogue.agent import Agent, AgentSettings, Effect, Event
-from jax_avatar.dialogue.ear import RATE, Detector, Ear
-from jax_avatar.dialogue.hearing import Hear
+from jax_avatar.dialogue.ear import RATE, Detector, Ear, Hear
 from jax_avatar.dialogue.reaction import DialogueState, Reaction
 from jax_avatar.dialogue.think import Action, Sentence, Think, ThinkError
 from jax_avatar.dialogue.tts import Speak

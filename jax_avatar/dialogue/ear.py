@@ -17,13 +17,18 @@ from jaxtyping import Float
 
 from jax_avatar.dialogue.agent import Event, VoiceBegan, VoiceEnded, VoiceLasts
 
-__all__ = ["CHUNK", "RATE", "Detector", "Ear", "EarSettings", "echo_share"]
+__all__ = ["CHUNK", "RATE", "Detector", "Ear", "EarSettings", "Hear", "echo_share"]
 
 RATE = 16_000
 CHUNK = 512
 
 Detector = Callable[[Float[np.ndarray, " 512"]], float]
 """Probability of speech in the next 32 ms at 16 kHz; keeps a state of its own."""
+
+Hear = Callable[[Float[np.ndarray, " N"]], str]
+"""Samples at 16 kHz -> text, empty if no words were heard; called in a thread.
+
+It raises ValueError where it cannot; the client gets the message."""
 
 _ECHO_S, _PLAYED_S = 0.6, 2.5
 _KEPT = 4  # utterances that may still be asked for

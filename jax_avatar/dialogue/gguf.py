@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_avatar.dialogue.answers import AnswerReader
+from jax_avatar.dialogue.packages import network_lock
 from jax_avatar.dialogue.reaction import DialogueState
 from jax_avatar.dialogue.think import Question, ThinkError, Thought
 
@@ -44,7 +45,7 @@ class GgufModel:
             self._server = xllamacpp.Server(parameters)
         except Exception as error:
             raise ValueError(f"--llm {path}: llama.cpp cannot load it ({error}).") from None
-        self._question, self._lock = question or Question(), threading.Lock()
+        self._question, self._lock = question or Question(), network_lock()
         warm_up = self._question.body("Hello.", DialogueState()) | {"max_tokens": 1}
         self._server.handle_chat_completions(warm_up)
 

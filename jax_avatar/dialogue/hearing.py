@@ -1,25 +1,17 @@
 """Speech recognition and voice activity: Whisper and Silero out of packages, or an endpoint."""
 
 import io
-import threading
 import wave
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
 import numpy as np
 from jaxtyping import Float
 
-from jax_avatar.dialogue.chat import check_url
-from jax_avatar.dialogue.ear import RATE, Detector
-from jax_avatar.dialogue.packages import check_weights, named_function
+from jax_avatar.dialogue.ear import RATE, Detector, Hear
+from jax_avatar.dialogue.packages import check_url, check_weights, named_function, network_lock
 
-__all__ = ["Hear", "TranscriptionEndpoint", "find_hearing", "silero", "whisper"]
-
-Hear = Callable[[Float[np.ndarray, " N"]], str]
-"""Samples at 16 kHz -> text, empty if no words were heard; called in a thread.
-
-It raises ValueError where it cannot; the client gets the message."""
+__all__ = ["TranscriptionEndpoint", "find_hearing", "silero", "whisper"]
 
 _TIMEOUT_S = 5.0
 _MOST_BYTES = 1_000_000
@@ -61,7 +53,7 @@ def whisper() -> Hear:
     model = faster_whisper.WhisperModel(
         str(folder), device="cpu", compute_type="int8", cpu_threads=1, local_files_only=True
     )
-    lock = threading.Lock()
+    lock = network_lock()
 
     def hear(samples: np.ndarray) -> str:
         with lock:

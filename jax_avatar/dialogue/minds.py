@@ -4,12 +4,10 @@ import os
 from pathlib import Path
 
 from jax_avatar.dialogue.chat import ChatEndpoint
-from jax_avatar.dialogue.demo_brain import DemoBrain
+from jax_avatar.dialogue.demo_brain import DEMO, DemoBrain
 from jax_avatar.dialogue.think import Question, Think
 
-__all__ = ["DEMO", "find_mind"]
-
-DEMO = "demo"
+__all__ = ["find_mind"]
 
 
 def find_mind(name: str, model: str = "", *, key: str = "", system: str = "") -> Think:

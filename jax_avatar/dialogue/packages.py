@@ -1,17 +1,52 @@
-"""Code and weights that this project does not hold: by name, weights known by their hash."""
+"""What this project does not hold: functions by name, endpoints, weights known by their hash."""
 
+import atexit
 import hashlib
 import importlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
-__all__ = ["check_weights", "named_function"]
+__all__ = ["check_url", "check_weights", "named_function", "network_lock"]
+
+_EXIT_S = 5.0
 
 _KNOWN = {  # SHA-256 by file name: packages of single authors, which nobody else watches
     "hibari.onnx": "5f70741d4e900f4e85d0037498736cc1b3e1b9a63a13546a5da1e63abf4fccd8",
     "model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
     "ggml-silero-v6.2.0.bin": "2aa269b785eeb53a82983a20501ddf7c1d9c48e33ab63a41391ac6c9f7fb6987",
 }
+
+
+def network_lock() -> threading.Lock:
+    """Lock of a network that serves one thread at a time, and at the end of the process none.
+
+    A network of native threads that is destroyed while a call is inside it aborts the process.
+    """
+    lock = threading.Lock()
+    atexit.register(lock.acquire, timeout=_EXIT_S)
+    return lock
+
+
+def check_url(url: str, flag: str) -> str:
+    """Address of an endpoint without a slash at its end.
+
+    Args:
+        url: as given.
+        flag: that gave it.
+
+    Raises:
+        ValueError: it is no http or https address.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise ValueError(f"{flag} {url}: expected an address such as http://localhost:8080/v1")
+    return url.rstrip("/")
 
 
 def check_weights(path: str | Path, package: str) -> None:

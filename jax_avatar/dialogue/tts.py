@@ -6,7 +6,6 @@ import io
 import shutil
 import subprocess
 import tempfile
-import threading
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_avatar.dialogue.packages import check_weights, named_function
+from jax_avatar.dialogue.packages import check_url, check_weights, named_function, network_lock
 
 __all__ = ["Speak", "SpeechEndpoint", "find_speech", "flite", "hibari"]
 
@@ -83,7 +82,7 @@ def _hibari() -> Any:
     import hibari as package
 
     check_weights(Path(package.__file__).parent / "assets" / "hibari.onnx", "hibari-tts")
-    lock = threading.Lock()
+    lock = network_lock()
 
     class Locked(package.Hibari):
         def __call__(self, text: str) -> np.ndarray:
@@ -112,8 +111,6 @@ class SpeechEndpoint:
             ModuleNotFoundError: httpx2 is not installed.
         """
         import httpx2
-
-        from jax_avatar.dialogue.chat import check_url
 
         self._url = f"{check_url(url, '--tts')}/audio/speech"
         self._body = {"model": model, "voice": voice, "response_format": "wav"}

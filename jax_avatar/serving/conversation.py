@@ -33,9 +33,13 @@ from jax_avatar.serving.messages import (
     SessionCreate,
     SpeechCreate,
     StateUpdate,
+    UserAppend,
+    UserCommit,
+    UserText,
     read_message,
 )
 from jax_avatar.serving.server_state import Connection, ServerState
+from jax_avatar.serving.talk import Talk
 from jax_avatar.serving.tasks import until_first_ends
 from jax_avatar.streaming.decode import NotFinite
 
@@ -124,6 +128,7 @@ class Conversation:
         self._rate = 16_000
         self._texts: asyncio.Queue[str] = asyncio.Queue(_TEXTS)  # for the synthesiser
         self._num_cleared = 0
+        self._talk: Talk | None = None  # the conversation, if the avatar holds it
 
     async def run(self) -> None:
         """Serves until the client leaves or is disconnected."""
@@ -210,6 +215,10 @@ class Conversation:
     async def _converse(self, live: LiveSession, began: float, portrait: ShownPortrait) -> None:
         """Receives and sends until one of them ends."""
         height, width = portrait.size
+        if parts := self._state.talk:
+            takes_prompt = self._state.encode_prompt is not None
+            metrics = self._state.metrics.turns
+            self._talk = Talk(live, parts, self._rate, metrics, takes_prompt=takes_prompt)
         described = await self._link.open(live, (height, width))
         form = live.session.format
         await self._send(
@@ -217,10 +226,12 @@ class Conversation:
             version=VERSION, session=self._id, width=width, height=height,
             fps=form.fps, model=live.session.model.name,
             takes_prompt=self._state.encode_prompt is not None,
-            takes_text=self._state.speak is not None, warnings=list(portrait.remarks),
-            **described,
+            takes_text=self._state.speak is not None, talks=self._talk is not None,
+            listens=self._talk is not None and self._talk.listens,
+            warnings=list(portrait.remarks), **described,
         )  # fmt: skip
         await until_first_ends(
+            *(self._talk.run(self._send) if self._talk else ()),
             self._listen(live),
             self._show(live, began, portrait),
             self._speak(live),
@@ -253,7 +264,11 @@ class Conversation:
         return read_message(received, limits)
 
     async def _handle(self, live: LiveSession, message: Message | MicrophoneAudio) -> None:
+        if self._talk and self._talk.handle(message):
+            return
         match message:
+            case MicrophoneAudio(samples=samples, sample_rate=rate) if self._talk:
+                self._talk.hear(samples, rate)
             case AudioAppend(audio=pcm):
                 self._hear(live, pcm, self._rate)
             case MicrophoneAudio(samples=samples, sample_rate=rate):
@@ -267,12 +282,16 @@ class Conversation:
                 while not self._texts.empty():
                     self._texts.get_nowait()
                 await self._send("cleared", position_s=live.clear(), at_s=live.time_s)
+                if self._talk:
+                    self._talk.clear()
             case PromptUpdate(text=text):
                 await live.set_prompt(text)
             case StateUpdate(state=state):
                 if state not in _STATES:
                     raise ValueError(f"state {state[:40]!r}; expected {list(_STATES)}.")
                 _STATES[state](live)
+            case UserAppend() | UserCommit() | UserText():
+                raise ProtocolError("refused", "this server holds no conversation; see --talk.")
             case Close():
                 raise Closed("closed by the client")
             case _:
@@ -321,6 +340,8 @@ class Conversation:
         metrics = self._state.metrics
         before, reported_at = live.stats, time.monotonic()
         async for chunk in live:
+            if self._talk:
+                self._talk.show(chunk)
             await self._send_events(chunk)
             frames = await asyncio.to_thread(self._finished, chunk.frames, portrait)
             await self._link.show(dataclasses.replace(chunk, frames=frames))

@@ -27,6 +27,9 @@ __all__ = [
     "SessionCreate",
     "SpeechCreate",
     "StateUpdate",
+    "UserAppend",
+    "UserCommit",
+    "UserText",
     "read_message",
 ]
 
@@ -168,6 +171,22 @@ class StateUpdate(Message):
     state: Annotated[_Text, _at_most("prompt_chars")]
 
 
+class UserAppend(Message):
+    """Sound of the user's microphone, for a conversation: 16-bit little-endian PCM."""
+
+    audio: Annotated[_Base64, _at_most("audio_bytes")]
+
+
+class UserCommit(Message):
+    """End of what the user says."""
+
+
+class UserText(Message):
+    """Text that the user typed, for a conversation."""
+
+    text: Annotated[_Text, _at_most("speech_chars")]
+
+
 class Close(Message):
     """End of the session."""
 
@@ -180,6 +199,9 @@ _TYPES = {
     "clear": Clear,
     "prompt.update": PromptUpdate,
     "state.update": StateUpdate,
+    "user.append": UserAppend,
+    "user.commit": UserCommit,
+    "user.text": UserText,
     "close": Close,
 }
 

@@ -3,6 +3,7 @@
 import functools
 from collections import Counter as Counts
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -16,6 +17,25 @@ PROTOCOLS = ("websocket", "webrtc")
 
 _SECONDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 _OFFSETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 1.0)
+
+
+@dataclass(frozen=True)
+class TurnMetrics:
+    """Metrics of conversations.
+
+    Attributes:
+        seconds: of each part of a turn.
+        failures: by the part that failed.
+    """
+
+    seconds: Histogram
+    failures: Counter
+
+    def add(self, timing: Mapping[str, int | float]) -> None:
+        """Adds the seconds of each part of a turn; its "id" is none."""
+        for part, length in timing.items():
+            if part != "id":
+                self.seconds.labels(part).observe(length)
 
 
 class Metrics:
@@ -38,6 +58,10 @@ class Metrics:
         self.reaction_s = seconds("reaction_seconds", "From audio in silence to its frames")
         self.av_offset_s = seconds(
             "av_offset_seconds", "Difference in length of sent picture and sound", buckets=_OFFSETS
+        )
+        self.turns = TurnMetrics(
+            seconds("turn_seconds", "Parts of a turn of a conversation", ["part"]),
+            counter("reaction_failures", "Turns of a conversation that failed", ["why"]),
         )
         self._block_s = seconds("block_seconds", "A block, from hand-over to frames")
         self._part_s = gauge("part_seconds", "A block in each part, before the start", ["part"])

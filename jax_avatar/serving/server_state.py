@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_avatar.dialogue.driver import Parts
 from jax_avatar.dialogue.tts import Speak
 from jax_avatar.live.session import LiveSession, LiveSettings
 from jax_avatar.portraits.view import PortraitView
@@ -47,6 +48,7 @@ class ServerState:
         metrics: Prometheus metrics.
         encode_prompt: prompt -> states; None if the model takes no prompt.
         speak: text -> speech, for clients that type; None without a synthesiser.
+        talk: parts of a conversation that the avatar holds by itself; None if clients drive it.
         idle_s: seconds without a message after which a session is ended.
         ice_servers: STUN and TURN servers for WebRTC, as `ice_server` reads them.
         is_marked: True to put the watermark into every frame.
@@ -64,6 +66,7 @@ class ServerState:
     metrics: Metrics = field(default_factory=Metrics)
     encode_prompt: Callable[[str], Any] | None = None
     speak: Speak | None = None
+    talk: Parts | None = None
     idle_s: float = 300.0
     ice_servers: tuple[str, ...] = ()
     is_marked: bool = True

@@ -17,6 +17,8 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from jax_avatar.dialogue.demo_brain import DemoBrain
+from jax_avatar.dialogue.driver import Parts
 from jax_avatar.layout import parse_layout
 from jax_avatar.portraits.view import PortraitView
 from jax_avatar.serving.messages import Limits
@@ -27,6 +29,7 @@ from jax_avatar.streaming.decode import NotFinite
 from jax_avatar.streaming.session import AvatarSession
 from jax_avatar.testing import save_model
 from jax_avatar.weights.folder import SMALL, load_model
+from tests.dialogue.test_hearing import loud
 from tests.live.helpers import voice
 from tests.serving.client import Client, base64_of
 
@@ -362,6 +365,69 @@ def test_an_interrupt_also_stops_text_that_is_not_yet_sound(served, speaking):
         assert not [e for e in client.events if e["type"] == "playback_started"]
         client.send("speech.create", text="hello")
         assert client.until("playback_finished")["position_s"] == 0.8
+
+
+@pytest.fixture
+def talking(served):
+    """The server with a conversation; its ear takes anything loud for one question."""
+    served.state.talk = Parts(
+        hear=lambda samples: "Nod if you agree.", detector=lambda: loud, think=DemoBrain(),
+        speak=lambda text: (voice(1.5), 16_000),
+    )  # fmt: skip
+    yield
+    served.state.talk = None
+
+
+def test_the_avatar_holds_a_conversation_by_itself(served, talking):
+    def say(client, samples):
+        for start in range(0, len(samples), 1600):
+            pcm = (samples[start : start + 1600] * 32767).astype("<i2").tobytes()
+            client.send("user.append", audio=base64_of(pcm))
+
+    quiet = np.zeros(16_000, np.float32)
+    with served.client() as client:
+        created = client.until("session.created")
+        assert created["talks"] and created["listens"]
+        say(client, np.concatenate([voice(1.0, seed=2), quiet]))
+        assert client.until("heard")["text"] == "Nod if you agree."
+        turn = client.until("turn")
+        assert turn["action"] == "The person nods." and turn["id"] == 1
+        timing = client.until("turn.timing")
+        parts = [timing[k] for k in ("endpoint", "transcript", "think", "say", "voice", "picture")]
+        assert sum(parts) == pytest.approx(timing["react"], abs=0.04)
+        client.read(0.3)
+        say(client, voice(0.8, seed=3))
+        assert 0 < client.until("interrupted")["position_s"] < 1.5
+        say(client, quiet)
+        assert client.until("turn")["id"] == 2
+        client.until("playback_started")
+        client.send("user.text", text="Hello!")
+        assert "good to see you" in client.until("turn")["say"]
+        for kind, fields in (
+            ("audio.append", {"audio": ""}),
+            ("speech.create", {"text": "Hi."}),
+            ("state.update", {"state": "idle"}),
+        ):
+            client.send(kind, **fields)
+            assert "holds the conversation" in client.until("error")["message"]
+        client.until("playback_started")
+        client.send("clear")
+        client.until("cleared")
+        say(client, voice(9.0))
+        assert "faster than real time" in client.until("error")["message"]
+    assert (
+        'avatar_turn_seconds_count{part="react"}'
+        in served.get("/metrics", authorization=f"Bearer {TOKEN}")[1]
+    )
+
+
+def test_a_server_without_a_conversation_says_so(served):
+    with served.client() as client:
+        created = client.until("session.created")
+        assert not created["talks"] and not created["listens"]
+        for kind, fields in (("user.append", {"audio": ""}), ("user.text", {"text": "Hi."})):
+            client.send(kind, **fields)
+            assert "--talk" in client.until("error")["message"]
 
 
 def test_a_server_that_cannot_speak_says_what_it_needs(served):

@@ -1,5 +1,7 @@
 // The page of a live avatar: sound goes up as PCM, video comes down as fragments of MP4.
 
+import { beginTalk, encoded, heardTalk } from "./talk.js";
+
 const at = (id) => document.getElementById(id);
 const video = at("video");
 const token = new URLSearchParams(location.hash.slice(1)).get("token") || undefined;
@@ -9,6 +11,7 @@ const TARGET_DELAY = 0.25; // seconds of video kept in hand
 let socket, source, buffer, context, microphone, stream, portrait;
 let waiting = [], recorded = [], recordedBytes = 0, muteUntil = 0;
 let created, frames = 0, spokeAt = 0, reaction = null, playingFile = null;
+let latency = null; // of the latest answer in a conversation
 
 const say = (text) => { at("message").textContent = text; };
 const send = (type, fields = {}) => {
@@ -92,13 +95,14 @@ function heard(message) {
   else if (message.type === "error") say(message.message);
   else if (message.type === "session.closed") stopped(`The session is over: ${message.reason}.`);
   else if (message.type === "draining") say("The server is about to stop.");
-  else if (message.type === "cleared") {
+  else if (message.type === "cleared" || message.type === "interrupted") {
     muteUntil = message.at_s + created.delay_s;
     video.muted = true;
   } else if (message.type === "playback_started" && spokeAt) {
     reaction = [message.at_s + created.delay_s, spokeAt];
     spokeAt = 0;
   } else if (message.type === "state") document.body.dataset.state = message.state;
+  else latency = heardTalk(message) ?? latency;
 }
 
 function begin(message) {
@@ -117,7 +121,10 @@ function begin(message) {
   at("textForm").hidden = !message.takes_text;
   at("promptForm").hidden = !message.takes_prompt;
   say(message.warnings.join(" "));
-  at("talk").focus();
+  beginTalk(message);
+  if (message.listens) openTalk();
+  else if (message.talks) at("text").focus();
+  else at("talk").focus();
 }
 
 function append(data) {
@@ -167,7 +174,7 @@ setInterval(() => {
   const behind = have.length ? have.end(have.length - 1) - video.currentTime : 0;
   const reacted = document.body.dataset.reaction;
   at("figures").textContent = `${frames - counted} FPS · ${Math.round(behind * 1000)} ms in hand`
-    + (reacted ? ` · answered in ${reacted} s` : "");
+    + (latency || reacted ? ` · answered in ${latency || reacted} s` : "");
   document.body.dataset.frames = frames;
   counted = frames;
 }, 1000);
@@ -180,6 +187,8 @@ function stopped(text) {
   at("bar").hidden = true;
   at("start").hidden = false;
   at("figures").textContent = "";
+  at("captions").hidden = at("did").hidden = true;
+  latency = null;
   at("go").disabled = Boolean(portrait) && !at("consent").checked;
 }
 
@@ -197,7 +206,8 @@ async function openMicrophone() {
     if (talking && socket?.readyState === WebSocket.OPEN) {
       spokeAt = spokeAt || startedAt;
       startedAt = 0;
-      socket.send(event.data.buffer);
+      if (created.talks) send("user.append", { audio: encoded(event.data) });
+      else socket.send(event.data.buffer);
     }
   };
 }
@@ -216,19 +226,27 @@ function endTalk() {
   if (!talking) return;
   talking = false;
   at("talk").setAttribute("aria-pressed", "false");
-  at("talk").textContent = "Hold to talk";
-  send("audio.commit");
+  at("talk").textContent = created?.talks ? "Microphone is off" : "Hold to talk";
+  send(created?.talks ? "user.commit" : "audio.commit");
 }
 
+// In a conversation the microphone stays open; the button switches it off and on.
+async function openTalk() {
+  await talk();
+  if (talking) at("talk").textContent = "Microphone is on";
+}
+const switchTalk = () => (talking ? endTalk() : openTalk());
+
 const button = at("talk");
-button.onpointerdown = (event) => { button.setPointerCapture(event.pointerId); talk(); };
-button.onpointerup = button.onpointercancel = endTalk;
+const isHeld = (handle) => (event) => { if (!created?.talks) handle(event); };
+button.onclick = () => { if (created?.talks) switchTalk(); };
+button.onpointerdown = isHeld((event) => { button.setPointerCapture(event.pointerId); talk(); });
+button.onpointerup = button.onpointercancel = isHeld(endTalk);
 button.oncontextmenu = (event) => event.preventDefault();
-button.onkeydown = (event) => {
+button.onkeydown = isHeld((event) => {
   if (!event.repeat && (event.key === " " || event.key === "Enter")) talk();
-};
-button.onkeyup = endTalk;
-button.onblur = endTalk;
+});
+button.onkeyup = button.onblur = isHeld(endTalk);
 
 function interrupt() {
   if (!created) return;
@@ -279,7 +297,7 @@ at("textForm").onsubmit = (event) => {
   if (!text) return;
   at("text").value = "";
   spokeAt = performance.now();
-  send("speech.create", { text });
+  send(created?.talks ? "user.text" : "speech.create", { text });
 };
 
 at("promptForm").onsubmit = (event) => {
