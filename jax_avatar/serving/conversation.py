@@ -305,7 +305,9 @@ class Conversation:
     def _queue_text(self, text: str) -> None:
         if self._state.speak is None:
             raise ProtocolError(
-                "no_speech", "this server cannot speak text; on its machine: apt-get install flite."
+                "no_speech",
+                'this server cannot speak text; on its machine: pip install ".[talk]", or '
+                "apt-get install flite.",
             )
         try:
             self._texts.put_nowait(text)

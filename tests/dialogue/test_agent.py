@@ -368,7 +368,11 @@ def test_whatever_happens_it_listens_again(seed):
     while run.state is not N:
         run.until_due()
         steps += 1
-    assert steps <= 5 and run.now - began <= SETTINGS.listen_s + SETTINGS.think_s + SETTINGS.speak_s + SETTINGS.play_s
+    assert (
+        steps <= 5
+        and run.now - began
+        <= SETTINGS.listen_s + SETTINGS.think_s + SETTINGS.speak_s + SETTINGS.play_s
+    )
 
 
 def test_a_conversation_needs_no_jax():
