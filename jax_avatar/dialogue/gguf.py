@@ -33,10 +33,10 @@ class GgufModel:
             ModuleNotFoundError: xllamacpp is not installed.
             ValueError: the file cannot be read.
         """
-        import xllamacpp
-
         if not Path(path).is_file():
             raise ValueError(f"--llm {path}: there is no such file; expected an address or a GGUF.")
+        import xllamacpp
+
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
         parameters.n_ctx, parameters.verbosity = _CONTEXT, -1

@@ -12,6 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from jax_avatar.testing import save_model
+from tests.launch.one_process import refusals
 from tests.live.helpers import voice
 from tests.serving.client import Client
 from tests.serving.test_server import free_port
@@ -69,6 +70,21 @@ def test_sigterm_lets_sessions_end_and_admits_no_more(folder):
         assert process.wait(15) == 0
     finally:
         process.kill()
+
+
+def test_parts_of_a_conversation_that_are_none_are_refused(folder):
+    told = {
+        "--llm gpt: expected demo": ["--llm=gpt", "--asr="],
+        "takes --llm_model": ["--llm=http://x/v1", "--asr="],
+        "nowhere.txt": ["--llm=http://x/v1", "--llm_model=m", "--llm_system=nowhere.txt", "--asr="],
+        "--llm a.gguf: there is no such file": ["--llm=a.gguf", "--asr="],
+        "--talk takes a voice": ["--tts="],
+        "--asr nowhere:hear": ["--asr=nowhere:hear"],
+        "--tts ftp://x": ["--tts=ftp://x"],
+    }
+    lines = [[f"--checkpoint={folder}", "--talk", *flags] for flags in told.values()]
+    for says, (code, said) in zip(told, refusals("launch.serve", lines, os.environ), strict=True):
+        assert code == 2 and says in said, said
 
 
 def test_what_cannot_be_served_is_refused_at_once(folder):
