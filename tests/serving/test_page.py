@@ -123,3 +123,11 @@ def test_on_a_phone_a_portrait_is_dropped_and_all_is_within_reach(port, tmp_path
         assert page.js("performance.getEntriesByType('resource')") and not page.js(ELSEWHERE)
         page.browser.save_screenshot(str(tmp_path / "phone.png"))
         assert not page.complaints()
+        # Why a session ended stays on the page.
+        page["leave"].send_keys("\n")
+        page.until("!document.getElementById('start').hidden")
+        page.browser.execute_script(DROP, base64_of(b"no picture"), "drop")
+        page["go"].send_keys("\n")
+        page.until("document.getElementById('message').textContent.includes('not an image')")
+        page.until("!document.getElementById('go').disabled")
+        assert "not an image" in page["message"].text

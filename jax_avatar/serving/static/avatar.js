@@ -10,6 +10,7 @@ const TARGET_DELAY = 0.25; // seconds of video kept in hand
 
 let socket, source, buffer, context, microphone, stream, portrait;
 let waiting = [], recorded = [], recordedBytes = 0, muteUntil = 0;
+let failure = ""; // the error that ended the session
 let created, frames = 0, spokeAt = 0, reaction = null, playingFile = null;
 let latency = null; // of the latest answer in a conversation
 
@@ -65,6 +66,7 @@ const base64 = (file) => new Promise((done, failed) => {
 
 at("go").onclick = async () => {
   at("go").disabled = true;
+  failure = "";
   say("Connecting …");
   try {
     context = context || new AudioContext(); // sound needs this click
@@ -92,7 +94,10 @@ async function connect() {
 
 function heard(message) {
   if (message.type === "session.created") begin(message);
-  else if (message.type === "error") say(message.message);
+  else if (message.type === "error") {
+    if (message.fatal) failure = message.message;
+    say(message.message);
+  }
   else if (message.type === "session.closed") stopped(`The session is over: ${message.reason}.`);
   else if (message.type === "draining") say("The server is about to stop.");
   else if (message.type === "cleared" || message.type === "interrupted") {
@@ -183,7 +188,7 @@ function stopped(text) {
   endTalk();
   socket?.close();
   socket = buffer = created = null;
-  say(text);
+  say(failure || text);
   at("bar").hidden = true;
   at("start").hidden = false;
   at("figures").textContent = "";
