@@ -84,9 +84,11 @@ def warp(image: Image.Image, back: Framing, width: int, height: int) -> Image.Im
 
     Bicubic where it grows, each pixel the mean of what it covers where it shrinks; black beyond.
     """
-    fine = max(1, math.ceil(back.scale - 1e-6))
-    (a, b), (d, e) = back.linear / fine
-    c, f = back.shift
+    coarse = max(1, int(back.scale / 2))
+    fine = max(1, math.ceil(back.scale / coarse - 1e-6))
+    (a, b), (d, e) = back.linear / (fine * coarse)
+    c, f = back.shift / coarse
+    image = image.reduce(coarse) if coarse > 1 else image
     made = image.transform(
         (width * fine, height * fine), Image.Transform.AFFINE, (a, b, c, d, e, f),
         Image.Resampling.BICUBIC,
