@@ -114,7 +114,7 @@ def step_pair(torch, config: DiTConfig, grid: tuple[int, int]) -> tuple[Callable
     expected = np.moveaxis(theirs().numpy(), 1, -1)
     got = np.asarray(ours())
     moved = float(np.abs(got - np.asarray(inputs.latent)).max())
-    return ours, theirs, _agreement("denoising step", got, expected, moved)
+    return ours, theirs, agreement_of("denoising step", got, expected, moved)
 
 
 def decode_pair(torch, config: WanVAEConfig, grid: tuple[int, int]):
@@ -133,11 +133,11 @@ def decode_pair(torch, config: WanVAEConfig, grid: tuple[int, int]):
     state, vae = ours.state, ours.network.bind()
     got = np.asarray(jax.jit(vae.decode_next)(state, ours.latent)[0])
     expected = np.moveaxis(theirs.decode(latent).numpy(), 1, -1)
-    agreement = _agreement("decoder", got, expected, float(np.abs(got).max()))
+    agreement = agreement_of("decoder", got, expected, float(np.abs(got).max()))
     return ours, lambda: theirs(latent), agreement
 
 
-def _agreement(name: str, got: np.ndarray, expected: np.ndarray, scale: float) -> dict:
+def agreement_of(name: str, got: np.ndarray, expected: np.ndarray, scale: float) -> dict:
     if got.shape != expected.shape:
         raise ValueError(f"{name}: ours makes {got.shape}, PyTorch {expected.shape}.")
     error = float(np.abs(got - expected).max())

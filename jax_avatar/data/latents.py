@@ -154,7 +154,7 @@ class StoredClips:
             states: hidden states and channels that `encode_speech` makes.
         """
         shards = index["splits"][split]
-        self._records, self._encode_speech = records, encode_speech
+        self.records, self._encode_speech = records, encode_speech
         self.lengths = np.concatenate([shard["latents"] for shard in shards]) - 1
         self.person = np.concatenate([shard["people"] for shard in shards])
         self.grid, self.channels = tuple(index["grid"]), index["channels"]
@@ -176,7 +176,7 @@ class StoredClips:
 
     def moving(self, index: int) -> dict[str, Any]:
         """Implements `Clips`."""
-        clip = self._records[index]
+        clip = self.records[index]
         t, h, w, _ = clip.latent.shape
         frames = 4 * (t - 1)
         features = clip.features

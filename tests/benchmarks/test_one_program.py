@@ -152,9 +152,9 @@ def test_ratios_are_taken_within_rounds(monkeypatch):
 
 def test_different_numbers_are_not_timed():
     with pytest.raises(ValueError, match="differ by"):
-        against_torch._agreement("x", np.zeros(3), np.full(3, 0.1), 1.0)
+        against_torch.agreement_of("x", np.zeros(3), np.full(3, 0.1), 1.0)
     with pytest.raises(ValueError, match="PyTorch \\(4,\\)"):
-        against_torch._agreement("x", np.zeros(3), np.zeros(4), 1.0)
+        against_torch.agreement_of("x", np.zeros(3), np.zeros(4), 1.0)
 
 
 @pytest.mark.parametrize("pair", ["step", "decode"])

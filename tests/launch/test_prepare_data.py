@@ -103,7 +103,7 @@ def test_encoded_clips_train_the_model_whose_encoders_made_them(encoded):
     # The prompts of all clips say the same, the negative one something else.
     assert (batch["text"] == batch["text"][:1]).all()
     assert (batch["text"][0] != batch["null_text"][0]).any()
-    assert sorted(r.first_frame for r in map(clips._records.__getitem__, range(4))) == [0, 0, 1, 1]
+    assert sorted(r.first_frame for r in map(clips.records.__getitem__, range(4))) == [0, 0, 1, 1]
 
 
 def test_repeating_the_command_changes_nothing(encoded, prepare):

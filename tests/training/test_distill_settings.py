@@ -285,7 +285,7 @@ def test_a_batch_in_parts_learns_the_same():
         whole, found = (update(name, start(), made) for made in (make(), parts))
         for one, other in zip(*map(jax.tree.leaves, (whole.state, found.state)), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-        assert len(toy._asked[-1]["noisy"]) == toy.CLIPS // 4  # as traced
+        assert len(toy.asked[-1]["noisy"]) == toy.CLIPS // 4  # as traced
 
 
 def test_monitors_are_reviewed_as_often_as_told_and_add_critic_steps_up_to_the_limit():

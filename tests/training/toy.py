@@ -63,7 +63,7 @@ def make_batch(seed=0):
     return ClipBatch(conditions, np.arange(CLIPS, dtype=np.int32))
 
 
-_asked, _rollouts, _keys = [], [], []  # while an update is traced
+asked, _rollouts, _keys = [], [], []  # while an update is traced
 
 
 def put_in_place(monkeypatch):
@@ -120,16 +120,16 @@ def run(setup, state, steps, every=SETTINGS.generator_every):
 def _compiled(setup, name):
     @jax.jit
     def call(state, batch):
-        for notes in (_asked, _rollouts, _keys):
+        for notes in (asked, _rollouts, _keys):
             notes.clear()
         after, metrics = getattr(distillation, f"update_{name}")(setup, state, batch, KEY, BASE)
         found = dict(state=after, metrics=metrics)
         if setup.settings.max_critic_steps > 1 or setup.loop.accumulate > 1:
             return found  # what is noted within a loop is no result
         if name == "critic":  # differentiated where it is asked
-            _asked[:] = [{**question, "params": state.critic} for question in _asked]
+            asked[:] = [{**question, "params": state.critic} for question in asked]
         keys = jax.random.key_data(jnp.stack(_keys))
-        return found | dict(asked=[*_asked], rollouts=[*_rollouts], keys=keys)
+        return found | dict(asked=[*asked], rollouts=[*_rollouts], keys=keys)
 
     return call
 
@@ -141,7 +141,7 @@ class _Network:
     def bidirectional(self, noisy, timestep, given):
         names = ("params", "noisy", "timestep", "text", "reference", "features")
         values = (self.params, noisy, timestep, given.text, given.reference, given.audio)
-        _asked.append(dict(zip(names, values, strict=True)))
+        asked.append(dict(zip(names, values, strict=True)))
         return _everywhere(self.params, noisy) + loudness(given.audio)
 
 
