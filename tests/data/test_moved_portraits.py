@@ -72,7 +72,7 @@ def test_turn_and_place_of_the_head_explain_most_of_the_flow(made):
         np.abs(truth - np.asarray(x)).sum(-1)[inside]
         for x in (found, rigid_head.grid(64, 64)[None])
     )
-    assert np.median(error) < 0.003 < 0.1 * np.median(size)
+    assert np.median(error) < 0.003 < 0.15 * np.median(size)
 
 
 def test_eyes_and_mouth_of_every_portrait_are_in_the_same_places():

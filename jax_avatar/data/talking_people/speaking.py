@@ -1,8 +1,8 @@
-"""Motion of a head that goes with what it says: nods, brows, blinks, gaze, and life in silence.
+"""Head, brow, lid and gaze motion that follows speech, and idle motion in silence.
 
 prosody --stress---------> nods, brows, small turns
         --phrases, pauses-> posture, breath, blinks, gaze
-everything also has a share that nothing in the sound tells, as people have
+random curves ---------------> a share of everything that the sound does not determine
 
 All curves are sums of smooth bumps and of smoothed noise, so they do not jitter at any frame rate.
 """
@@ -25,7 +25,7 @@ _FOLLOW = 0.7  # share of the head's turn that the eyes make up for
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Liveliness of a person's motion.
+    """Sizes and rates of one speaker's motion.
 
     Attributes:
         nod: radians of a nod on a stressed syllable.
@@ -45,7 +45,7 @@ class Style:
 
 
 def draw_style(rng: np.random.Generator) -> Style:
-    """A random person."""
+    """Draws the style of a speaker."""
     nod, turn, brow = rng.lognormal(0, 0.3, 3)
     return Style(
         nod=0.05 * nod,
@@ -67,10 +67,10 @@ def make_speaking_motion(
     movement: float = 1.0,
     actions: float = 0.0,
 ) -> Motion:
-    """Draws the motion of somebody who says something, all but the mouth's.
+    """Draws the motion of a speaker without the mouth's share.
 
     Args:
-        rng: source of everything that the sound does not tell.
+        rng: source of the random shares.
         prosody: of the sound; frame 0 is at its start.
         num_frames: length of the motion.
         fps: frames per second.
@@ -275,7 +275,7 @@ def _gaze(
         moves.append((leave, _aversion(rng), True))
         moves.append((back, rng.normal(0, (0.03, 0.02)), True))
     silence = _silences(prosody, float(time[-1]))
-    for start, end in silence:  # somebody who waits looks around now and then
+    for start, end in silence:  # glances in long silences
         now = start + rng.gamma(2, 1.2)
         while now < end - 0.8:
             back = min(end - 0.2, now + rng.uniform(0.5, 1.6))
@@ -317,7 +317,7 @@ def blink_times(
         prosody: of the sound.
         duration_s: of the motion.
         style: of the person.
-        leaps: times of large movements of the eyes, with which lids like to close.
+        leaps: times of large eye movements, which blinks often accompany.
     """
     phrase_ends = prosody.phrases[:, 1] + 0.08
     words = np.concatenate([prosody.word_ends, prosody.vowels[prosody.stress > 0.5, 1] + 0.05])

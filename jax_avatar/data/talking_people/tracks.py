@@ -1,4 +1,4 @@
-"""Speech with the motion that goes with it, without a person and without pictures.
+"""Tracks of speech and motion, without a person and without pictures.
 
 seed, split, index -> voice -> utterances, pauses -> one augmented wave -> prosody -+
                                      phones -> mouth ----------------------------------+-> curves
@@ -82,7 +82,7 @@ class TrackConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Track:
-    """Some seconds of somebody who talks, or is silent."""
+    """Some seconds of speech or silence, and the motion that goes with them."""
 
     wave: np.ndarray  # [samples] float32 from frame 0 on, with the look-ahead
     curves: np.ndarray  # [3 + T c] float32, `head_motion.CURVES`; frames -3 to T - 1

@@ -2,8 +2,8 @@
 
     grammar -> sentences, held-out ones apart --synthesiser, voice--> Utterance -> files
 
-Synthesis is what costs time, so data sets draw from the same few hours again and again, changed
-by `speech.augment`.
+Synthesis is slow, so data sets draw from the same few hours again and again, changed by
+`speech.augment`.
 """
 
 import dataclasses
