@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from jax_avatar.dialogue import agent
 from jax_avatar.dialogue.agent import Agent, AgentSettings, Effect, Event
-from jax_avatar.dialogue.ear import RATE, Detector, Ear, Hear
+from jax_avatar.dialogue.ear import RATE, Detector, Ear, Hear, Paused
 from jax_avatar.dialogue.reaction import DialogueState, Reaction
 from jax_avatar.dialogue.think import Action, Sentence, Think, ThinkError
 from jax_avatar.dialogue.tts import Speak
@@ -166,6 +166,7 @@ class Dialogue:
         self._ear = Ear(parts.detector()) if parts.detector else None
         self._tasks: set[asyncio.Task] = set()
         self._thinking: asyncio.Task | None = None
+        self._guessed: asyncio.Task | None = None
         self._sayings: asyncio.Queue[agent.Say | agent.Act] = asyncio.Queue()
         self._num_silenced = 0
         self._prompt, self._wakes_prompt = "", asyncio.Event()
@@ -176,6 +177,12 @@ class Dialogue:
     def hear(self, samples: Float[np.ndarray, " N"]) -> None:
         """Takes sound of the user's microphone, at 16 kHz."""
         for event in self._ear(samples) if self._ear else ():
+            match event:
+                case Paused(samples=paused):
+                    self._guess(paused)
+                    continue
+                case agent.VoiceEnded(quiet_s=0.0):
+                    self._guessed = None  # it ended by its length
             self._push(event)
 
     def commit(self) -> None:
@@ -235,7 +242,7 @@ class Dialogue:
                 with contextlib.suppress(ValueError):  # while it speaks, it is not shown
                     show.get(state, self._body.idle)()
             case agent.Transcribe(utterance):
-                self._start(self._transcribe(utterance))
+                self._start(self._transcribe(utterance, self._guessed))
             case agent.DropVoice():
                 if self._ear:
                     self._ear.drop()
@@ -259,13 +266,27 @@ class Dialogue:
             case agent.Tell(kind, data):
                 self.messages.put_nowait((kind, data))
 
-    async def _transcribe(self, utterance: int) -> None:
-        samples = self._ear.take(utterance)
-        why, text = "", ""
+    def _guess(self, samples: np.ndarray) -> None:
+        """Transcribes an utterance that may be over, so that its text is there when it is.
+
+        A guess that is still busy with an earlier pause is not joined by another.
+        """
+        is_busy = self._guessed and not self._guessed.done()
+        is_asked = self.agent.state is State.LISTENING and not is_busy
+        self._guessed = self._start(self._text(samples)) if is_asked else None
+
+    async def _text(self, samples: np.ndarray) -> str | Exception:
         try:
-            text = str(await self._call(self._settings.hear_s, self._parts.hear, samples))
+            return str(await self._call(self._settings.hear_s, self._parts.hear, samples))
         except Exception as error:
-            why = _reason(error, "speech recognition")
+            return error
+
+    async def _transcribe(self, utterance: int, guessed: asyncio.Task | None) -> None:
+        samples = self._ear.take(utterance)
+        found = await (guessed or self._text(samples))
+        is_failure = isinstance(found, Exception)
+        text = "" if is_failure else found
+        why = _reason(found, "speech recognition") if is_failure else ""
         failed = agent.HearFailed(utterance, why)
         self._push(failed if why else agent.Heard(utterance, text))
 

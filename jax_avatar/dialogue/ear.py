@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from jax_avatar.dialogue.agent import Event, VoiceBegan, VoiceEnded, VoiceLasts
 
-__all__ = ["CHUNK", "RATE", "Detector", "Ear", "EarSettings", "Hear", "echo_share"]
+__all__ = ["CHUNK", "RATE", "Detector", "Ear", "EarSettings", "Hear", "Paused", "echo_share"]
 
 RATE = 16_000
 CHUNK = 512
@@ -35,6 +35,13 @@ _KEPT = 4  # utterances that may still be asked for
 
 
 @dataclass(frozen=True)
+class Paused:
+    """Quiet in an utterance, which has so many samples and may go on."""
+
+    samples: np.ndarray
+
+
+@dataclass(frozen=True)
 class EarSettings:
     """Settings of what counts as an utterance.
 
@@ -43,6 +50,7 @@ class EarSettings:
         closes_at: probability below which it is quiet.
         begins_s: seconds of speech that begin it.
         before_s: seconds before the beginning that belong to it; words begin softly.
+        pause_s: seconds of quiet after which it may be over.
         endpoint_s: seconds of quiet that end it.
         longest_s: seconds after which it is ended.
         barge_in_s: seconds of speech that interrupt the avatar.
@@ -54,6 +62,7 @@ class EarSettings:
     closes_at: float = 0.35
     begins_s: float = 0.1
     before_s: float = 0.3
+    pause_s: float = 0.2
     endpoint_s: float = 0.5
     longest_s: float = 28.0
     barge_in_s: float = 0.4
@@ -96,14 +105,14 @@ class Ear:
         while sum(map(len, self._played)) - len(self._played[0]) > _PLAYED_S * RATE:
             self._played.popleft()
 
-    def __call__(self, samples: Float[np.ndarray, " N"]) -> Iterator[Event]:
+    def __call__(self, samples: Float[np.ndarray, " N"]) -> Iterator[Event | Paused]:
         """Takes sound of the microphone at 16 kHz; yields what happens in it."""
         self._waiting = np.concatenate([self._waiting, samples])
         while len(self._waiting) >= CHUNK:
             chunk, self._waiting = self._waiting[:CHUNK], self._waiting[CHUNK:]
             yield from self._take(chunk, self._detect(chunk))
 
-    def _take(self, chunk: np.ndarray, speech: float) -> Iterator[Event]:
+    def _take(self, chunk: np.ndarray, speech: float) -> Iterator[Event | Paused]:
         settings = self._settings
         if not self._is_open:
             self._before.append(chunk)
@@ -121,6 +130,8 @@ class Ear:
         if not self._has_lasted and not is_quiet and self._lasts():
             self._has_lasted = True
             yield VoiceLasts()
+        if self._quiet == self._chunks(settings.pause_s):
+            yield Paused(np.concatenate(self._parts))
         is_long = len(self._parts) >= self._chunks(settings.longest_s)
         if is_long or self._quiet >= self._chunks(settings.endpoint_s):
             yield self._end()

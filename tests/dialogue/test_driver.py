@@ -240,6 +240,30 @@ def test_ears_that_hear_nothing_or_fail_ask_nothing():
     simulate(run(deaf, ["no network"]))
 
 
+def test_a_pause_is_transcribed_before_it_is_known_as_the_end():
+    async def run():
+        lengths = []
+
+        def hear(samples):
+            lengths.append(len(samples) / 16_000)
+            return "Do you agree?"
+
+        async with Talk(hear=hear) as talk:
+            await talk.say(1.0, quiet_s=0.3)
+            await talk.say(1.0)
+            await talk.until(State.SPEAKING)
+            assert lengths == pytest.approx([1.2, 2.5], abs=0.1)  # once a pause, not at the end
+            timing = dict(talk.messages())["turn.timing"]
+            assert timing["transcript"] < 0.05  # it takes 0.2 s, in the half second of quiet
+            await talk.until(State.IDLE)
+            talk.hangs = {hear}
+            await talk.say(1.0)
+            await talk.until(State.IDLE, limit_s=10)
+            assert dict(talk.messages())["error"]["message"] == "speech recognition took too long"
+
+    simulate(run())
+
+
 def test_an_action_without_words_is_shown():
     async def run():
         async with Talk(Mind(say=())) as talk:
@@ -273,6 +297,30 @@ def test_a_hundred_interrupts_leave_nothing_behind():
             talk.messages()
             talk.dialogue.type("Hello")
             await talk.until(State.SPEAKING)
+
+    simulate(run())
+
+
+@pytest.mark.slow
+def test_an_hour_of_talk_leaves_nothing_behind():
+    async def run():
+        rng = random.Random(0)
+        async with Talk() as talk:
+            turns, sizes = 0, []
+            while talk.now < 3600:
+                talk.hangs = {talk.dialogue._parts.speak} if rng.random() < 0.1 else set()
+                talk.mind.fails = rng.choice(["", "", "", "silent", "at_once", "bug", "gone"])
+                await talk.say(rng.uniform(0.2, 3), quiet_s=rng.uniform(0.2, 3))
+                with contextlib.suppress(TimeoutError):  # not every sound is answered
+                    if rng.random() < 0.5:
+                        await talk.until(State.SPEAKING, limit_s=5)
+                await talk.until(State.IDLE, limit_s=120)
+                turns += 1
+                agent = talk.dialogue.agent
+                sizes.append(len(talk.dialogue._tasks) + len(agent.memory.turns) + len(agent.times))
+            talk.messages()
+            assert turns > 200 and max(sizes[50:]) <= max(sizes[:50]) <= 20
+            assert talk.live.time_s == pytest.approx(talk.now, abs=2)  # the picture never waits
 
     simulate(run())
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_avatar.dialogue.agent import VoiceBegan, VoiceEnded, VoiceLasts
-from jax_avatar.dialogue.ear import CHUNK, RATE, Ear, EarSettings, echo_share
+from jax_avatar.dialogue.ear import CHUNK, RATE, Ear, EarSettings, Paused, echo_share
 from jax_avatar.dialogue.hearing import TranscriptionEndpoint, find_hearing, silero, whisper
 from jax_avatar.io.audio import load_audio
 from jax_avatar.weights.folder import SMALL
@@ -35,7 +35,8 @@ def listen(ear, *parts, size=320):
     sound, events = np.concatenate(parts), []
     for start in range(0, len(sound), size):
         piece = sound[start : start + size]
-        events += [(start + len(piece), event) for event in ear(piece)]
+        found = [event for event in ear(piece) if not isinstance(event, Paused)]
+        events += [(start + len(piece), event) for event in found]
     return [(count / RATE, event) for count, event in events]
 
 
@@ -65,6 +66,15 @@ def test_a_click_is_no_utterance_and_endless_speech_ends():
     listen(ear, seconds(1, 0.1))
     ear.drop()
     assert not listen(ear, seconds(2))
+
+
+def test_every_pause_is_told_before_the_end():
+    parts = (seconds(1, 0.1), seconds(0.3), seconds(1, 0.1), seconds(1))
+    events = list(Ear(loud)(np.concatenate(parts)))
+    kinds = [type(event) for event in events]
+    assert kinds == [VoiceBegan, VoiceLasts, Paused, Paused, VoiceEnded]
+    assert len(events[2].samples) / RATE == pytest.approx(1.2, abs=0.1)
+    assert len(events[3].samples) / RATE == pytest.approx(2.5, abs=0.1)
 
 
 def room(sound, delay_s, gain=0.3, reverberation=0.05):

