@@ -51,6 +51,7 @@ def truth():
         lip_gap=(level / 400).astype(np.float32),
         motion=motion,
         offset=(np.arange(COUNT) % 4).astype(np.int8),
+        wave=np.zeros(0, np.float32),
     )
 
 
