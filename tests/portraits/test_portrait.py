@@ -134,11 +134,8 @@ def test_where_the_picture_ends_its_border_goes_on(amara):
     np.testing.assert_array_equal(framed.pixels, sample(padded, moved, 128))
 
 
-@pytest.mark.parametrize("name", ["blank", "noise"])
-def test_a_picture_without_a_face_is_refused(name):
-    image = np.full((120, 160, 3), 255, np.uint8)
-    if name == "noise":
-        image = np.random.default_rng(7).integers(0, 255, (64, 64, 3), np.uint8)
+def test_a_picture_without_a_face_is_refused():
+    image = np.random.default_rng(7).integers(0, 255, (64, 64, 3), np.uint8)
     with pytest.raises(ValueError, match=r"^a\.png: no face was found in it; expected a picture"):
         frame_portrait(image, 64, name="a.png")
 
