@@ -52,6 +52,10 @@ MESH = "slices: 5 = 4 denoising + VAE, 1 = one device, 4x2+1, ..."
 CHECKPOINT = "model folder"
 DTYPE = "of the large products' weights: int8 or fp8 rounds them"
 SIZE = "HEIGHT*WIDTH in pixels"
+STREAM_SIZE = (
+    f"{SIZE}; the model's if not given. With a VAE anchored in the portrait any square from "
+    "128*128 on; only the area counts for models of any shape"
+)
 FACE = "of the picture, counted from 1 from left to right; the largest if not given"
 FRAME = "crop: the square around the face; full: the picture in which it moves"
 

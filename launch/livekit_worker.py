@@ -37,7 +37,7 @@ flags.DEFINE_enum("dtype", "", ["", "int8", "fp8"], cli.DTYPE)
 flags.DEFINE_alias("weights", "dtype")  # its name until 0.1
 flags.DEFINE_string("image", str(SMALL.parent / "portraits" / "amara.png"), "portrait")
 flags.DEFINE_integer("face", None, cli.FACE, lower_bound=1)
-flags.DEFINE_string("size", None, f"{cli.SIZE}; only the area counts for models of any size")
+flags.DEFINE_string("size", None, cli.STREAM_SIZE)
 flags.DEFINE_string("url", None, "of the LiveKit server, ws:// or wss://; else LIVEKIT_URL")
 flags.DEFINE_string(
     "token",

@@ -46,7 +46,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("face", None, cli.FACE, lower_bound=1)
 flags.DEFINE_enum("frame", "crop", FRAMES, cli.FRAME)
-flags.DEFINE_string("size", None, f"{cli.SIZE}; only the area counts for models of any size")
+flags.DEFINE_string("size", None, cli.STREAM_SIZE)
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for everybody")
 flags.DEFINE_integer("port", 8000, "to listen on", lower_bound=1, upper_bound=65535)
 flags.DEFINE_string("token", None, "that clients must know; made up for a public --host")

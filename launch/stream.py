@@ -56,7 +56,7 @@ flags.DEFINE_string("checkpoint", str(SMALL), cli.CHECKPOINT)
 flags.DEFINE_enum("dtype", "", ["", "int8", "fp8"], cli.DTYPE)
 flags.DEFINE_alias("weights", "dtype")  # its name until 0.1
 flags.DEFINE_bool("force_sampler", False, "other levels, sampler or history than trained with")
-flags.DEFINE_string("size", None, f"{cli.SIZE}; only the area counts for models of any size")
+flags.DEFINE_string("size", None, cli.STREAM_SIZE)
 flags.DEFINE_integer("pcm_rate", 16000, "samples per second of raw PCM", lower_bound=1000)
 flags.DEFINE_enum("pcm_format", "s16le", ["s16le", "f32le"], "of raw PCM")
 flags.DEFINE_integer("pcm_channels", 1, "of raw PCM", lower_bound=1)

@@ -21,7 +21,7 @@ from jax_avatar.planning.stream import plan_stream, step_flops
 from jax_avatar.streaming.pipeline import PipelinedStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.streaming.sampler import SequentialStream
-from jax_avatar.testing import GRID, NANO, make_conditions, make_network
+from jax_avatar.testing import ANCHORED, GRID, NANO, make_conditions, make_network
 
 SIZE = (64, 64)
 NANO_FOLDER = {
@@ -137,6 +137,24 @@ def test_decoding_latent_by_latent_holds_less_for_the_same_arithmetic(nano):
     assert piece < whole / 2
     flop = [f["decode_flop_counted"].value for f in (by_block, by_latent)]
     np.testing.assert_allclose(*flop, rtol=0.05)
+
+
+def test_latents_of_one_size_make_plans_for_pictures_of_all(monkeypatch):
+    monkeypatch.setattr(planning, "count_step_flops", lambda *sizes: 1.0)
+    model = abstract_model(
+        NANO_FOLDER
+        | {"kinds": {"dit": "wan_s2v", "vae": "anchored"}, "vae": ANCHORED.to_dict()}
+        | {"dit": dataclasses.asdict(NANO.replace(framepack=False))}
+    )
+
+    def held(side):
+        needs = plan_stream(model, (side, side), parse_layout("1", 4), HARDWARE["cpu"], parts=())
+        return {name: figure.value for name, figure in needs.devices[0].bytes.items()}
+
+    small, large = held(128), held(256)
+    assert small.pop("VAE state") < large.pop("VAE state") and small == large
+    with pytest.raises(ValueError, match=r"192\*128 pixels: this VAE makes squares"):
+        plan_stream(model, (192, 128), parse_layout("1", 4), HARDWARE["cpu"], parts=())
 
 
 def test_xla_counts_what_the_layers_have(nano):

@@ -183,15 +183,15 @@ class AnchoredVAEConfig:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PreparedPortrait:
-    """All that decoding needs of `b` portraits, the state of a stream."""
+    """All that decoding needs of `b` portraits, the state of a stream; arrays, or their shapes."""
 
-    features: dict[int, Array]  # cells -> b h w c
-    own_flow: Array  # b 64 64 (l 2), flow per leading curve
+    features: dict[int, Any]  # cells -> b h w c
+    own_flow: Any  # b 64 64 (l 2), flow per leading curve
     head: HeadShape  # 64 x 64
-    surface: Array  # b 128 128 1, logit of the person's surface
-    small: Array  # b 128 128 16, packed: portrait and surface
-    full: Array  # b H W 16, the same, sharpened
-    backdrop: Array  # b H W 3
+    surface: Any  # b 128 128 1, logit of the person's surface
+    small: Any  # b 128 128 16, packed: portrait and surface
+    full: Any  # b H W 16, the same, sharpened
+    backdrop: Any  # b H W 3
 
     @property
     def side(self) -> int:

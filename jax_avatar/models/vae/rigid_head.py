@@ -6,6 +6,7 @@ the camera. A point keeps what `weight` says of the head's turn about the neck: 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,10 @@ _STEPS = 4  # of the inversion
 class HeadShape:
     """Geometry of a portrait, as maps over it."""
 
-    depth: Array  # b h w 1, how much nearer than the bridge of the nose
-    weight: Array  # b h w 1, share of the head's turn
-    lever: Array  # 3, from the neck's pivot to the bridge: right, down, nearer
-    focal: Array  # scalar, distance of the camera from the bridge
+    depth: Any  # b h w 1, how much nearer than the bridge of the nose
+    weight: Any  # b h w 1, share of the head's turn
+    lever: Any  # 3, from the neck's pivot to the bridge: right, down, nearer
+    focal: Any  # scalar, distance of the camera from the bridge
 
 
 def turn(pose: Float[Array, "f 6"]) -> Float[Array, "f 3 3"]:
