@@ -170,7 +170,7 @@ def find_speech(name: str, model: str = "", voice: str = "", *, key: str = "") -
     if name in ("", "flite"):
         return flite if name and shutil.which("flite") else None
     if name == "hibari":
-        _hibari()
+        hibari("Hello.")  # the first text takes a second more, for its lexicon
         return hibari
     if "://" in name:
         return SpeechEndpoint(name, model or "tts-1", voice or "alloy", key=key.strip())

@@ -50,6 +50,7 @@ function addTiming({ type, id, at_s, react, ...parts }) {
   const text = Object.entries(parts).map(([name, s]) => `${name} ${s.toFixed(2)}`).join(" + ");
   note.textContent = `${text} = ${react.toFixed(2)} s`;
   last?.append(" ", note);
+  at("captions").scrollTop = at("captions").scrollHeight;
 }
 
 /** Takes a message of the server; returns the seconds of an answer if it tells them. */
