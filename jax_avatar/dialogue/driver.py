@@ -160,7 +160,7 @@ class Dialogue:
             call: runs what blocks; threads of its own if not given.
         """
         self.agent, self.messages = Agent(), asyncio.Queue()
-        self._body, self._parts, self._settings = body, parts, parts.settings
+        self._body, self._parts = body, parts
         self._takes_prompt = takes_prompt
         self._clock, self._call = clock or Clock(), call or Threads()
         self._ear = Ear(parts.detector()) if parts.detector else None
@@ -218,7 +218,7 @@ class Dialogue:
         self._start(self._change_prompts())
         try:
             while True:
-                due = agent.deadline(self.agent, self._settings)
+                due = agent.deadline(self.agent, self._parts.settings)
                 left = 3600.0 if due is None else due - self._clock.now()
                 if left > 0:
                     await self._clock.wait(self._wakes, left)
@@ -229,7 +229,7 @@ class Dialogue:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _push(self, event: Event) -> None:
-        self.agent, effects = agent.step(self.agent, event, self._clock.now(), self._settings)
+        self.agent, effects = agent.step(self.agent, event, self._clock.now(), self._parts.settings)
         for effect in effects:
             self._do(effect)
         if effects:
@@ -277,7 +277,7 @@ class Dialogue:
 
     async def _text(self, samples: np.ndarray) -> str | Exception:
         try:
-            return str(await self._call(self._settings.hear_s, self._parts.hear, samples))
+            return str(await self._call(self._parts.settings.hear_s, self._parts.hear, samples))
         except Exception as error:
             return error
 
@@ -332,7 +332,9 @@ class Dialogue:
     async def _sound(self, saying: agent.Say | agent.Act) -> tuple[np.ndarray, int]:
         if isinstance(saying, agent.Act):
             return np.zeros(round(saying.seconds * RATE), np.float32), RATE
-        samples, rate = await self._call(self._settings.speak_s, self._parts.speak, saying.text)
+        samples, rate = await self._call(
+            self._parts.settings.speak_s, self._parts.speak, saying.text
+        )
         samples = np.asarray(samples)
         if not len(samples):
             raise ValueError("speech came without a sound.")
