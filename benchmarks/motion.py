@@ -24,6 +24,7 @@ from flax import nnx
 
 from benchmarks.common import emit, environment
 from jax_avatar.data.latents import load_encoded
+from jax_avatar.diffusion.schedule import few_step_schedule
 from jax_avatar.evaluation.motion_kit import MotionClips
 from jax_avatar.evaluation.motion_scores import groups_of, motion_rows
 from jax_avatar.models.network import Network
@@ -117,7 +118,7 @@ def makers(
             plan = StreamPlan.from_settings(model.settings, 420)
             if name == "stage1":
                 yield "untrained", lambda m=model, p=plan: clips.make(BatchStream(untrained(m), p))
-                levels = {n: f"shift{arguments.shift:g}:{n}" for n in arguments.steps}
+                levels = {n: few_step_schedule(n, arguments.shift).sigmas for n in arguments.steps}
             else:
                 kept = plan.sigmas
                 levels = {len(kept) - 1: kept, 2: (*kept[:3:2], 0.0), 1: (1.0, 0.0)}
