@@ -1,6 +1,7 @@
 """Live Avatar in JAX: a portrait and a voice become a streamed talking avatar.
 
-load_model      a model folder's networks and settings; the small model by default
+load_model      a model folder's networks and settings; one ships with the package
+PortraitView    what of a picture a stream shows
 load_image      a portrait, RGB
 load_audio      a voice, mono samples in [-1, 1]
 AvatarSession   audio samples in, frames out
@@ -15,12 +16,20 @@ __version__ = "0.1.0"
 _MODULES = {
     "AvatarSession": "jax_avatar.streaming.session",
     "LiveSession": "jax_avatar.live.session",
+    "PortraitView": "jax_avatar.portraits.view",
     "load_audio": "jax_avatar.io.audio",
     "load_image": "jax_avatar.io.image",
     "load_model": "jax_avatar.weights.folder",
 }
 
-__all__ = ["AvatarSession", "LiveSession", "load_audio", "load_image", "load_model"]
+__all__ = [
+    "AvatarSession",
+    "LiveSession",
+    "PortraitView",
+    "load_audio",
+    "load_image",
+    "load_model",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from jax_avatar.io.image import load_image
 from jax_avatar.live.session import LiveSession, LiveSettings
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.session import AvatarSession, num_slices
-from jax_avatar.weights.folder import SMALL, load_model, load_settings
+from jax_avatar.weights.folder import ASSETS, DEFAULT, load_model, load_settings
 from launch import cli
 from launch.cli import say
 from launch.common import log_warnings, prepare_jax, prepare_portrait
@@ -32,10 +32,10 @@ with cli.needs_extra("livekit"):
     from jax_avatar.serving.links.livekit.worker import serve_room
 
 flags.DEFINE_string("mesh", "1", cli.MESH)
-flags.DEFINE_string("checkpoint", str(SMALL), cli.CHECKPOINT)
+flags.DEFINE_string("checkpoint", str(DEFAULT), cli.CHECKPOINT)
 flags.DEFINE_enum("dtype", "", ["", "int8", "fp8"], cli.DTYPE)
 flags.DEFINE_alias("weights", "dtype")  # its name until 0.1
-flags.DEFINE_string("image", str(SMALL.parent / "portraits" / "amara.png"), "portrait")
+flags.DEFINE_string("image", str(ASSETS / "portraits" / "amara.png"), "portrait")
 flags.DEFINE_integer("face", None, cli.FACE, lower_bound=1)
 flags.DEFINE_string("size", None, cli.STREAM_SIZE)
 flags.DEFINE_string("url", None, "of the LiveKit server, ws:// or wss://; else LIVEKIT_URL")

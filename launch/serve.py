@@ -22,7 +22,7 @@ from jax_avatar.portraits.view import FRAMES, PortraitView
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.prompts import prompt_encoder, prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
-from jax_avatar.weights.folder import SMALL, has_text_encoder, load_model, load_settings
+from jax_avatar.weights.folder import ASSETS, DEFAULT, has_text_encoder, load_model, load_settings
 from launch import cli
 from launch.cli import say
 from launch.common import log_warnings, prepare_jax, prepare_portrait
@@ -36,12 +36,12 @@ with cli.needs_extra("serve"):
     from jax_avatar.serving.server_state import ServerState
 
 flags.DEFINE_string("mesh", "1", cli.MESH)
-flags.DEFINE_string("checkpoint", str(SMALL), cli.CHECKPOINT)
+flags.DEFINE_string("checkpoint", str(DEFAULT), cli.CHECKPOINT)
 flags.DEFINE_enum("dtype", "", ["", "int8", "fp8"], cli.DTYPE)
 flags.DEFINE_alias("weights", "dtype")  # its name until 0.1
 flags.DEFINE_string(
     "image",
-    str(SMALL.parent / "portraits" / "amara.png"),
+    str(ASSETS / "portraits" / "amara.png"),
     "portrait of clients that bring none; its shape is that of all, where the model leaves it free",
 )
 flags.DEFINE_integer("face", None, cli.FACE, lower_bound=1)

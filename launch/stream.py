@@ -30,12 +30,11 @@ from jax_avatar.streaming.file import StreamReport, for_duration, stream_to_file
 from jax_avatar.streaming.plan import stream_layout
 from jax_avatar.streaming.prompts import prompt_states
 from jax_avatar.streaming.session import AvatarSession, num_slices
-from jax_avatar.weights.folder import SMALL, has_text_encoder, load_model, load_settings
+from jax_avatar.weights.folder import ASSETS, DEFAULT, has_text_encoder, load_model, load_settings
 from launch import cli
 from launch.cli import say, warn
 from launch.common import prepare_jax, prepare_portrait
 
-ASSETS = SMALL.parent
 flags.DEFINE_string("mesh", "5", cli.MESH)
 flags.DEFINE_string("image", str(ASSETS / "portraits" / "amara.png"), "portrait")
 flags.DEFINE_integer("face", None, cli.FACE, lower_bound=1)
@@ -52,7 +51,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("out", "avatar.mp4", "video to write: .mp4, .mov or .mkv")
 flags.DEFINE_float("duration", None, "seconds: cuts the audio, or goes on in silence")
 flags.DEFINE_integer("seed", 420, "of the noise", lower_bound=0, upper_bound=2**32 - 1)
-flags.DEFINE_string("checkpoint", str(SMALL), cli.CHECKPOINT)
+flags.DEFINE_string("checkpoint", str(DEFAULT), cli.CHECKPOINT)
 flags.DEFINE_enum("dtype", "", ["", "int8", "fp8"], cli.DTYPE)
 flags.DEFINE_alias("weights", "dtype")  # its name until 0.1
 flags.DEFINE_bool("force_sampler", False, "other levels, sampler or history than trained with")

@@ -17,8 +17,8 @@ def test_the_python_example_writes_a_video(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     frames, fps, wave, rate = read_video(tmp_path / "hello.mp4")
-    assert len(frames) == 114 and frames.std() > 20
-    assert abs(len(wave) / rate - 114 / fps) < 0.1
+    assert len(frames) == 178 and frames.std() > 20
+    assert abs(len(wave) / rate - 178 / fps) < 0.1
 
 
 def test_the_algorithms_are_where_it_says():

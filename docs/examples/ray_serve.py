@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from ray import serve
 
-from jax_avatar.weights.folder import SMALL
+from jax_avatar.weights.folder import ASSETS, DEFAULT
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--replicas", type=int, default=2, help="meshes")
     add("--mesh", default="1", help="slices of each, as for launch/serve.py")
-    add("--checkpoint", default=str(SMALL), help="model folder")
+    add("--checkpoint", default=str(DEFAULT), help="model folder")
     add("--sessions", type=int, default=1, help="of each replica")
     add("--cpus", type=float, default=1, help="of each replica")
     add("--gpus", type=float, default=0, help="of each replica")
@@ -48,7 +48,7 @@ def build_app(mesh: str, checkpoint: str, sessions: int):
     from jax_avatar.weights.folder import load_model, load_settings
     from launch.common import prepare_jax, prepare_portrait
 
-    path = SMALL.parent / "portraits" / "amara.png"
+    path = ASSETS / "portraits" / "amara.png"
     image = load_image(path)
     settings = load_settings(checkpoint)
     layout = stream_layout(settings, mesh)

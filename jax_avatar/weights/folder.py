@@ -30,6 +30,8 @@ from jax_avatar.weights.orbax import StoredWeights
 from jax_avatar.weights.settings import StreamSettings, read_config
 
 __all__ = [
+    "ASSETS",
+    "DEFAULT",
     "SMALL",
     "AvatarModel",
     "export_model",
@@ -40,8 +42,12 @@ __all__ = [
     "load_text_encoder",
 ]
 
-SMALL = Path(__file__).parents[1] / "assets" / "small"
-"""Folder of the small model that ships with the package."""
+ASSETS = Path(__file__).parents[1] / "assets"
+"""Folder of what ships with the package."""
+DEFAULT = ASSETS / "anchored"
+"""Folder of the model that is streamed if none is given."""
+SMALL = ASSETS / "small"
+"""Folder of the small model, whose latents hold pictures of 96x96 pixels."""
 
 _STREAMED = ("dit", "vae", "speech")  # the prompt encoder is loaded apart, and only if needed
 
@@ -66,7 +72,7 @@ class AvatarModel:
 
 
 def load_settings(
-    folder: str | Path = SMALL, *, force_sampler: bool = False, **changes: Any
+    folder: str | Path = DEFAULT, *, force_sampler: bool = False, **changes: Any
 ) -> StreamSettings:
     """Streaming settings of the model in a folder, without reading its weights.
 
@@ -82,12 +88,12 @@ def load_settings(
 
 
 def load_model(
-    folder: str | Path = SMALL, *, weights: str = "", force_sampler: bool = False, **changes: Any
+    folder: str | Path = DEFAULT, *, weights: str = "", force_sampler: bool = False, **changes: Any
 ) -> AvatarModel:
     """Reads a model folder.
 
     Args:
-        folder: with `config.json` and the weights of three networks; the small model by default.
+        folder: with `config.json` and the weights of three networks; `DEFAULT` if not given.
         weights: "int8" or "fp8" rounds the transformer's large kernels; "" leaves them as stored.
         force_sampler: `changes` may be others than the model was trained with, for ablations.
         **changes: fields of `StreamSettings` to use instead of the folder's.
