@@ -3,7 +3,7 @@
     python launch/train.py --config=configs/diffusion_forcing.py --workdir runs/diffusion_forcing
     python launch/stream.py --checkpoint runs/diffusion_forcing
 
-`small` is the recipe of the model that ships (docs/small_model.md): it starts from `runs/teacher`
+`small` is the recipe of the small model (docs/small_model.md): it starts from `runs/teacher`
 and takes one CPU core 18 minutes. `--config.weights.start= --config.loop.num_steps=2800` begins
 with random weights instead.
 """

@@ -1,7 +1,7 @@
 """Sizes that the stages of training share, and how a config file chooses one.
 
 `tiny` is for tests: it runs from nothing on a laptop CPU in a minute or two, on drawn faces, and
-does not learn to talk. `small` is the recipe of the model that ships. `wan_s2v_14b` has the paper's
+does not learn to talk. `small` is the recipe of the small model. `wan_s2v_14b` has the paper's
 values.
 """
 
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import wan_s2v_14b
 
 SMALL_MODEL = "jax_avatar/assets/small"
-"""Folder of the model that ships, for its VAE, speech encoder and stream settings."""
+"""Folder of the small model, for its VAE, speech encoder and stream settings."""
 
 ANCHORED_MODEL = "jax_avatar/assets/anchored"
 """Folder of the VAE that is anchored in the portrait, and of the speech encoder beside it."""

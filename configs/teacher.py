@@ -4,7 +4,7 @@
     python launch/evaluate.py --checkpoint runs/teacher --sampler teacher --steps 40 --guidance 4
 
 Only where no teacher of the size exists; the 14B model is distilled from Wan2.2-S2V. `small` is
-the recipe of the model that ships (docs/small_model.md) and takes one CPU core 43 minutes;
+the recipe of the small model (docs/small_model.md) and takes one CPU core 43 minutes;
 `--config.weights.start= --config.loop.num_steps=4000` begins with random weights instead.
 """
 

@@ -4,7 +4,7 @@
     python launch/train.py --config=configs/vae.py:small_finish --workdir runs/vae_finish
     python launch/train.py --config=configs/vae.py:tiny --workdir runs/tiny/vae
 
-`small`, then `small_finish`, is the recipe of the model that ships: 25 minutes on two CPU cores.
+`small`, then `small_finish`, is that model's recipe: 25 minutes on two CPU cores.
 The first gives sharp pictures, the second opens the mouth as far as the truth does. The 14B model
 has Wan's VAE, which is converted, not trained.
 """
