@@ -4,8 +4,8 @@
     python launch/train.py --config=configs/dmd.py:tiny --workdir runs/tiny/dmd
     python launch/stream.py --checkpoint runs/tiny/dmd
 
-`tiny` runs from nothing: a random teacher, drawn faces. `small` is the recipe of the model that
-ships (docs/small_model.md): it needs `runs/teacher` and `runs/diffusion_forcing`, and one CPU core
+`tiny` runs from nothing: a random teacher, drawn faces. `small` is the recipe of the small
+model (docs/small_model.md): it needs `runs/teacher` and `runs/diffusion_forcing`, and one CPU core
 for ten minutes. `wan_s2v_14b` is for a model folder
 converted without the distilled LoRA (`PAPER_MODEL` in configs/sizes.py) and stage 1's result.
 """
