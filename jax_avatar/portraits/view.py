@@ -7,6 +7,7 @@ from jaxtyping import Float, UInt8
 
 from jax_avatar.io.image import prepare_reference
 from jax_avatar.portraits.faces import face_missing
+from jax_avatar.portraits.framing import Framing
 from jax_avatar.portraits.portrait import frame_portrait
 from jax_avatar.portraits.whole_picture import WholePicture
 
@@ -14,6 +15,8 @@ __all__ = ["FRAMES", "PortraitView", "ShownPortrait"]
 
 FRAMES = ("crop", "full")
 """What the video shows: the square around the face, or the picture in which it moves."""
+
+_SHARE = 0.125  # of a picture, below which it is told that the rest is left out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,5 +99,19 @@ class PortraitView:
                 "squares: pass a size such as 256*256."
             )
         framed = frame_portrait(image, size[0], number=self.face, name=name)
-        whole = WholePicture(image, framed.framing) if self.frame == "full" else None
-        return ShownPortrait(framed.reference, () if is_known else framed.remarks, whole)
+        if self.frame == "full":
+            whole, remarks = WholePicture(image, framed.framing), framed.remarks
+        else:
+            whole, remarks = None, (*framed.remarks, *_about_share(image, framed.framing, name))
+        return ShownPortrait(framed.reference, () if is_known else remarks, whole)
+
+
+def _about_share(image: UInt8[np.ndarray, "H W 3"], framing: Framing, name: str) -> tuple[str, ...]:
+    """A remark where the square around the face leaves most of the picture out."""
+    share = (1 / framing.scale) ** 2 / (image.shape[0] * image.shape[1])
+    if share > _SHARE:
+        return ()
+    return (
+        f"{name}: only the square around the face is shown, {100 * share:.0f} % of the picture; "
+        "choose the full frame (--frame full) to show all of it.",
+    )

@@ -211,6 +211,11 @@ def test_what_a_view_shows(amara):
     assert PortraitView("face").portrait(amara, (512, 512), is_known=True).remarks == ()
     with pytest.raises(ValueError, match=r"makes squares: pass a size such as 256\*256"):
         PortraitView("face").portrait(amara, (96, 64))
+    large = np.full((900, 1200, 3), 90, np.uint8)
+    large[300:556, 400:656] = amara
+    (remark,) = PortraitView("face").portrait(large, (256, 256), name="a.png").remarks
+    assert remark.startswith("a.png: only the square around the face is shown, 6 % of the picture")
+    assert PortraitView("face", frame="full").portrait(large, (256, 256)).remarks == ()
     for choice in ({"face": 1}, {"frame": "full"}):
         with pytest.raises(ValueError, match="only with one that frames by the face"):
             PortraitView(**choice)
