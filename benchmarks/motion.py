@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -32,6 +31,7 @@ from jax_avatar.models.speech.mel import SpeechEncoder
 from jax_avatar.streaming.batch import BatchStream
 from jax_avatar.streaming.plan import StreamPlan
 from jax_avatar.training.teacher import SamplerConfig, make_sampler
+from jax_avatar.weights.encoders import Encoders
 from jax_avatar.weights.folder import AvatarModel, load_model
 from jax_avatar.weights.networks import load_network
 from launch import cli
@@ -61,15 +61,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def held_out(arguments: argparse.Namespace) -> tuple[MotionClips, SpeechEncoder]:
     """The clips, and the speech encoder that heard them."""
     vae, speech = (load_network(arguments.model, part).bind() for part in ("vae", "speech"))
-    encode, heard = jax.jit(speech.encode, static_argnums=1), speech.config
-
-    def features(wave, frames):
-        return np.asarray(encode(wave[None, None].astype(np.float32) / 32768, frames))[0, 0]
-
+    encoders = Encoders.load(dict.fromkeys(("vae", "speech"), arguments.model))
     stored = load_encoded(
         *(arguments.latents, arguments.split),
-        encode_speech=features,
-        states=(heard.num_states, heard.width),
+        encode_speech=encoders.features,
+        states=encoders.states,
     )
     clips = MotionClips(
         *(stored, vae), count=arguments.clips, seconds=arguments.seconds, seeds=arguments.seeds

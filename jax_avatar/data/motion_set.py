@@ -24,14 +24,13 @@ from jax_avatar.data.talking_people.utterances import (
     UtterancesConfig,
     load_utterances,
 )
+from jax_avatar.models.vae.anchored import GROUP
 from jax_avatar.shapes import Float
 from jax_avatar.weights.encoders import Encoders
 from jax_avatar.weights.hashes import content_hash
 from jax_avatar.weights.networks import kind_of, load_network
 
 __all__ = ["MotionCode", "MotionSetConfig", "encode_track", "write_motion_set"]
-
-_WINDOW = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,7 @@ class MotionCode:
     def to_latent(self, curves: Float[np.ndarray, "T c"]) -> Float[np.ndarray, "t h w z"]:
         """Curves in the order of `CURVES`, a multiple of four frames -> latents."""
         scaled = curves[:, self._order] / self._scale
-        windows = scaled.reshape(-1, _WINDOW, scaled.shape[1]).astype(np.float32)
+        windows = scaled.reshape(-1, GROUP, scaled.shape[1]).astype(np.float32)
         latent = np.asarray(self._basis.to_latent(jnp.asarray(windows)))
         return latent.reshape(-1, *self.config.latent_shape)
 
@@ -96,7 +95,7 @@ class MotionCode:
         """Back, as far as the code carries them."""
         flat = jnp.asarray(latent, jnp.float32).reshape(len(latent), -1)
         windows = self._basis.to_curves(flat)
-        curves = np.asarray(windows).reshape(_WINDOW * len(latent), -1) * self._scale
+        curves = np.asarray(windows).reshape(GROUP * len(latent), -1) * self._scale
         return curves[:, np.argsort(self._order)]
 
 
@@ -114,12 +113,12 @@ def encode_track(
         source: name of the record.
         encoders: for the speech features; None leaves them out.
     """
-    frames = len(track.curves) - (_WINDOW - 1)
+    frames = len(track.curves) - (GROUP - 1)
     wave = np.round(track.wave.clip(-1, 1) * 32767).astype(np.int16)
     actions = tuple((a.name, a.start_s, a.end_s, a.caption) for a in track.actions)
     return EncodedClip(
         latent=code.to_latent(track.curves),
-        reference=code.to_latent(np.zeros((_WINDOW, len(CURVES)), np.float32)),
+        reference=code.to_latent(np.zeros((GROUP, len(CURVES)), np.float32)),
         wave=wave,
         text=None,
         features=encoders.features(wave, frames) if encoders else None,

@@ -228,16 +228,18 @@ def _stream(settings, model: AvatarModel, mesh: Mesh) -> BatchStream:
     return BatchStream(model, sample=sample, mesh=mesh)
 
 
+def _encoder_folders(settings) -> dict[str, str]:
+    weights = settings["weights"]
+    return {name: weights.get(name) or weights["model"] for name in ("vae", "speech")}
+
+
 def _latents_are_motion(settings) -> bool:
-    folder = settings["weights"].get("vae") or settings["weights"]["model"]
-    return kind_of(folder, "vae") == "anchored"
+    return kind_of(_encoder_folders(settings)["vae"], "vae") == "anchored"
 
 
 def _motion_evaluation(settings, task, mesh, num_clips) -> MotionEvaluation:
     model = _model(settings, task.streamed, task.stream_settings)
-    weights = settings["weights"]
-    folders = {n: weights.get(n) or weights["model"] for n in ("vae", "speech")}
-    clips = load_latents({**settings, "weights": folders}, HELD_OUT)
+    clips = load_latents({**settings, "weights": _encoder_folders(settings)}, HELD_OUT)
     seconds = settings["task"]["latents"] * GROUP / clips.fps
     block = model.dit.config.frames_per_block
     motion = MotionClips(
@@ -251,7 +253,7 @@ def _motion_evaluation(settings, task, mesh, num_clips) -> MotionEvaluation:
 def _model(settings, dit, changes) -> AvatarModel:
     """The transformer in training among the networks of the model that will be exported."""
     weights = settings["weights"]
-    folders = {n: weights.get(n) or weights["model"] for n in ("vae", "speech")}
+    folders = _encoder_folders(settings)
     # As this network is trained, whatever that of the folder was.
     stream = load_settings(
         weights["model"], force_sampler=True, **fitting_stream(changes, dit.config)
